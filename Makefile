@@ -1,0 +1,59 @@
+# Everything from nothing: each target makes what it needs. `make help` lists them.
+
+PYTHON ?= python3
+VENV   ?= .venv
+MODEL  ?= smollm2
+ARGS   ?=
+
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv chat test lint format gpu docs clean
+
+help:
+	@echo 'make chat    talk to the demo model            (ARGS="--topn 64", MODEL=owner/name)'
+	@echo 'make test    lint, types, tests                (ARGS="-m \"not slow\"")'
+	@echo 'make lint    ruff and mypy only'
+	@echo 'make format  let ruff rewrite what it can'
+	@echo 'make gpu     GPU tests and benchmark, on the Python and packages that are there'
+	@echo 'make docs    write docs/cli.md anew'
+	@echo 'make clean   remove what was built; the demo model in the cache folder stays'
+	@echo 'PYTHON=...   the Python to build with (now: $(PYTHON))'
+
+# Rebuilt when the requirements change. Reads no standard input, which may be a message for the model, and writes to
+# standard error, so that an answer can be piped on. constraints.txt pins versions; it does not add packages.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' </dev/null || { \
+		echo "kcache needs Python 3.11 or newer, and $(PYTHON) is not: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -m pip --version </dev/null >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) </dev/null >&2
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]' </dev/null >&2
+	@touch $@
+
+venv: $(STAMP)
+
+chat: $(STAMP)
+	@$(BIN)/kcache chat $(MODEL) $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(ARGS)
+
+docs: $(STAMP)
+	$(BIN)/python -m kcache_cli docs --output docs/cli.md
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kcache kcache_cli tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

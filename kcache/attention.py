@@ -1,0 +1,212 @@
+"""The attention function registered with transformers as ``kcache``, its mask function, and :func:`attach`.
+
+A cache never sees the queries and an attention function never sees the cache, so both are needed: ``KCache.update``
+leaves a handle on the V tensor and :func:`attention` finds it there. V without a handle belongs to some other cache
+and is answered by the model's original attention.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from kcache import dense
+from kcache.errors import CacheStateError, UnsupportedModelError
+from kcache.layer import AttentionCall
+
+NAME = "kcache"
+_EAGER = "kcache_eager"
+_HANDLED = ("softcap", "s_aux")
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *args: Any,
+    fallback: str = "sdpa",
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend, as transformers calls it: query ``[B, Hq, Q, D]``, result ``[B, Q, Hq, Dv]`` and no weights."""
+    handle = getattr(value, "_kcache", None)
+    if handle is None:
+        return _original(module, query, key, value, attention_mask, *args, fallback=fallback, **kwargs)
+    if kwargs.get("position_bias") is not None:
+        raise CacheStateError("attention with a position bias cannot be tiered; the layer should have stayed stock")
+    scaling = kwargs.get("scaling")
+    out = handle.attend(
+        module,
+        AttentionCall(
+            query=query,
+            key=key,
+            value=value,
+            mask=attention_mask,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+        ),
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _original(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *args: Any,
+    fallback: str,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend as the model did before it was attached, for V that is not ours."""
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    count, length = query.shape[2], key.shape[2]
+    if fallback == "eager":
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        if eager is not None:
+            return _eager(eager, module, query, key, value, mask, causal, *args, **kwargs)
+    special = any(kwargs.get(name) is not None for name in _HANDLED)
+    if causal and kwargs.get("position_bias") is None and (special or (mask is None and 1 < count < length)):
+        scaling = kwargs.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = dense.attend(query, key, value, mask, scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
+        return out.transpose(1, 2).contiguous(), None
+    result: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, *args, **kwargs)
+    return result
+
+
+def _eager(
+    eager: Callable[..., Any],
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Call the model's own eager attention, which wants an additive mask."""
+    count, length = query.shape[2], key.shape[2]
+    if mask is None and causal and count > 1:
+        mask = torch.ones(count, length, dtype=torch.bool, device=query.device).tril(length - count)[None, None]
+    if mask is not None and mask.dtype == torch.bool:
+        zero = torch.zeros((), dtype=query.dtype, device=query.device)
+        mask = torch.where(mask, zero, torch.finfo(query.dtype).min)
+    result: tuple[torch.Tensor, torch.Tensor | None] = eager(module, query, key, value, mask, *args, **kwargs)
+    return result
+
+
+def mask_function(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Make a bool mask ``[B, 1, Q, L]``, or None for plain causal attention aligned to the end.
+
+    Reads the padding mask's values only where that costs no wait: on the CPU, or once per prefill.
+    """
+    plain = allow_is_causal_skip and isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
+    if plain and (local_size is None or kv_length <= local_size):
+        if attention_mask is None:
+            return None
+        rows = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
+        if rows.shape[1] == kv_length:
+            on_device = attention_mask.device.type == "cuda"
+            if q_length == 1 and on_device:
+                return rows[:, None, None, :]
+            if bool(rows.all()):
+                return None
+    mask: torch.Tensor | None = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=cast(int, q_offset),
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=False,
+        **kwargs,
+    )
+    return mask
+
+
+@contextmanager
+def attach(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Let ``model`` use a :class:`~kcache.KCache` for the duration of a ``with`` block.
+
+    The model's attention is switched through transformers' registries and restored on exit. Calls nest; several
+    models may be attached at once; with any other cache an attached model computes what it always did.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model's attention does not go through transformers' attention registry.
+    """
+    configs = _configs(model)
+    before = [(config, config._attn_implementation) for config in configs]
+    if is_attached(model):
+        yield model
+        return
+    _register()
+    name = _EAGER if _text_config(model)._attn_implementation == "eager" else NAME
+    try:
+        try:
+            model.set_attn_implementation(name)
+        except (ValueError, NotImplementedError) as error:
+            raise UnsupportedModelError(f"{type(model).__name__} cannot be attached: {error}") from error
+        if not is_attached(model):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not take its attention from transformers' registry, so kcache cannot "
+                "serve it; use it with its own cache"
+            )
+        yield model
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+
+
+def is_attached(model: PreTrainedModel) -> bool:
+    """Whether the model's decoder now runs kcache's attention function."""
+    return _text_config(model)._attn_implementation in (NAME, _EAGER)
+
+
+def _register() -> None:
+    for name, fallback in ((NAME, "sdpa"), (_EAGER, "eager")):
+        AttentionInterface.register(name, partial(attention, fallback=fallback))
+        AttentionMaskInterface.register(name, mask_function)
+
+
+def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    config: PreTrainedConfig = model.config.get_text_config(decoder=True)
+    return config
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Every distinct config of the model and its sub-models."""
+    found: dict[int, PreTrainedConfig] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            found.setdefault(id(config), config)
+    text = _text_config(model)
+    found.setdefault(id(text), text)
+    return list(found.values())

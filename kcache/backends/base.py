@@ -1,0 +1,86 @@
+"""What a backend is: the four verbs of a decode step over one layer.
+
+``score`` takes q and K to probabilities, ``select`` picks N positions per KV head, ``fetch`` brings their V rows to
+the device, ``combine`` makes the layer's output of them and of the tail. The torch reference defines what is right;
+every other backend is tested equal to it.
+
+Shapes: B sequences, Hq query heads, Hkv KV heads, G = Hq / Hkv, L rows, D and Dv head sizes, N picks, nb tail blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from kcache.policy import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """One layer's inputs to a TopN decode step.
+
+    Attributes
+    ----------
+    query : Tensor ``[B, Hq, D]``
+    keys : Tensor ``[B, Hkv, capacity, D]``
+        The whole K buffer on the device; rows from ``length`` on are not valid memory.
+    values : Tensor ``[B, Hkv, capacity, Dv]``
+        The whole V buffer in the host tier (pinned where there is a CUDA device).
+    length : int
+        Rows in the cache, the new token's included.
+    scaling : float
+    policy : Policy
+    means : Tensor ``[B, Hkv, nb, Dv]`` or None
+        Means of V over the valid rows of each block, with ``policy.tail == "block"``.
+    mask : Tensor ``[B, L]`` bool or None
+        True where a row may be attended.
+    softcap : float or None
+    sinks : Tensor ``[Hq]`` or None
+        Attention sinks: one extra logit per head that takes mass and carries no value.
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    length: int
+    scaling: float
+    policy: Policy
+    means: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeResult:
+    """One layer's output of a TopN decode step.
+
+    Attributes
+    ----------
+    out : Tensor ``[B, Hq, Dv]``
+        In the query's dtype.
+    picks : Tensor ``[B, Hkv, N]`` or, picked per query head, ``[B, Hkv, G, N]``
+    mass : Tensor ``[B, Hkv, G]`` fp32
+        Probability the picks hold, per query head.
+    """
+
+    out: torch.Tensor
+    picks: torch.Tensor
+    mass: torch.Tensor
+
+
+class Backend(Protocol):
+    """Computes TopN decode steps. An instance belongs to one cache and may keep scratch memory between steps.
+
+    ``reads_host_by_kernel`` tells that the host tier is read by the device itself, in stream order, and not by torch
+    operators on the host.
+    """
+
+    name: str
+    reads_host_by_kernel: bool
+
+    def decode(self, step: DecodeStep) -> DecodeResult:
+        """Run score, select, fetch and combine for one layer."""
+        ...

@@ -1,0 +1,59 @@
+"""The CPU backend: the reference's arithmetic with the copies taken out.
+
+A 4-D product over a slice of a larger buffer copies K first; per head, the rows are contiguous and the product reads
+them in place. Scores and probabilities live in scratch memory that layers and steps share. In 16-bit types the scores
+are rounded to K's dtype, which moves the logits of a whole model no more than stock bf16 attention does
+(docs/log.md).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kcache.backends.base import DecodeStep
+from kcache.backends.reference import ReferenceBackend, probabilities
+
+
+class CpuBackend(ReferenceBackend):
+    """The four verbs with one matrix product per KV head on contiguous rows."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self._scores = _Scratch()
+        self._probs = _Scratch()
+
+    def score(self, step: DecodeStep) -> torch.Tensor:
+        """Attention probabilities of every row, ``[B, Hkv, G, L]`` fp32, in scratch memory."""
+        batch, heads = step.keys.shape[:2]
+        query = (step.query * step.scaling).view(batch, heads, -1, step.query.shape[2])
+        shape = (batch, heads, query.shape[2], step.length)
+        scores = self._scores.take(shape, step.keys.dtype)
+        for sequence in range(batch):
+            for head in range(heads):
+                rows = step.keys[sequence, head, : step.length]
+                torch.mm(query[sequence, head], rows.T, out=scores[sequence, head])
+        if step.softcap is not None or step.mask is not None or step.sinks is not None:
+            return probabilities(scores.float(), step)
+        return torch.softmax(scores, -1, dtype=torch.float32, out=self._probs.take(shape, torch.float32))
+
+    def fetch(self, picks: torch.Tensor, step: DecodeStep) -> torch.Tensor:
+        """The picked V rows, ``[B, Hkv, N, Dv]`` or ``[B, Hkv, G, N, Dv]``: whole rows, by their place in memory."""
+        batch, heads, capacity, dim = step.values.shape
+        first = torch.arange(0, batch * heads * capacity, capacity).view(batch, heads, *[1] * (picks.dim() - 2))
+        rows = step.values.view(-1, dim).index_select(0, (picks + first).view(-1))
+        return rows.view(*picks.shape, dim)
+
+
+class _Scratch:
+    """Memory that is taken anew for each use and grows as needed."""
+
+    def __init__(self) -> None:
+        self._data: torch.Tensor | None = None
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised memory of this shape; whatever was taken before is overwritten."""
+        count = torch.Size(shape).numel()
+        if self._data is None or self._data.numel() < count or self._data.dtype != dtype:
+            self._data = torch.empty(count + count // 8, dtype=dtype)
+        return self._data[:count].view(shape)

@@ -1,0 +1,97 @@
+"""The reference backend: the four verbs in plain torch operators, on any device. It defines what is right.
+
+Everything after the loads is fp32. On a CUDA device ``fetch`` gathers on the host, which waits for the picks: right,
+and slow. Formulas: see ``docs/design.md``, "One decode step".
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kcache.backends.base import DecodeResult, DecodeStep
+
+
+class ReferenceBackend:
+    """Score, select, fetch and combine in torch operators."""
+
+    name = "reference"
+    reads_host_by_kernel = False
+
+    def decode(self, step: DecodeStep) -> DecodeResult:
+        """Run the four verbs for one layer."""
+        probs = self.score(step)
+        picks = self.select(probs, step)
+        rows = self.fetch(picks, step)
+        return self.combine(probs, picks, rows, step)
+
+    def score(self, step: DecodeStep) -> torch.Tensor:
+        """Attention probabilities of every row, ``[B, Hkv, G, L]`` fp32; rows a mask excludes get 0."""
+        keys = step.keys[:, :, : step.length].float()
+        heads = keys.shape[1]
+        query = step.query.float().unflatten(1, (heads, -1))
+        return probabilities(torch.matmul(query, keys.transpose(2, 3)) * step.scaling, step)
+
+    def select(self, probs: torch.Tensor, step: DecodeStep) -> torch.Tensor:
+        """Positions of the N largest probabilities (summed over the group), ``[B, Hkv, N]`` or ``[B, Hkv, G, N]``."""
+        weight = probs.sum(2) if step.policy.select == "group" else probs
+        return weight.topk(min(step.policy.topn, step.length), dim=-1, sorted=False).indices
+
+    def fetch(self, picks: torch.Tensor, step: DecodeStep) -> torch.Tensor:
+        """The picked V rows on the device, ``[B, Hkv, N, Dv]`` or ``[B, Hkv, G, N, Dv]``."""
+        batch, heads = picks.shape[:2]
+        flat = picks.reshape(batch, heads, -1).to(step.values.device)
+        index = flat.unsqueeze(-1).expand(-1, -1, -1, step.values.shape[-1])
+        rows = step.values[:, :, : step.length].gather(2, index)
+        return rows.to(step.query.device).reshape(*picks.shape, -1)
+
+    def combine(self, probs: torch.Tensor, picks: torch.Tensor, rows: torch.Tensor, step: DecodeStep) -> DecodeResult:
+        """Weigh the picked rows, add the tail. May overwrite ``probs``."""
+        group = probs.shape[2]
+        per_head = picks if picks.dim() == 4 else picks.unsqueeze(2).expand(-1, -1, group, -1)
+        if rows.dim() == 4:
+            rows = rows.unsqueeze(2)
+        weights = probs.gather(3, per_head)
+        mass = weights.sum(-1)
+        tail = None
+        if step.policy.tail == "renormalise":
+            weights = weights / mass.unsqueeze(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        elif step.policy.tail == "block":
+            tail = block_tail(probs, per_head, step)
+        out = torch.matmul(weights.unsqueeze(3), rows.float()).squeeze(3)
+        if tail is not None:
+            out = out + tail
+        return DecodeResult(out.flatten(1, 2).to(step.query.dtype), picks, mass)
+
+
+def probabilities(scores: torch.Tensor, step: DecodeStep) -> torch.Tensor:
+    """Soft-cap, mask and normalise scores ``[B, Hkv, G, L]`` fp32; an all-masked sequence gets zeros."""
+    if step.softcap is not None:
+        scores = torch.tanh(scores / step.softcap) * step.softcap
+    if step.mask is not None:
+        scores = scores.masked_fill(~step.mask[:, None, None, :], float("-inf"))
+    if step.sinks is not None:
+        sinks = step.sinks.float().view(1, scores.shape[1], scores.shape[2], 1).expand(scores.shape[0], -1, -1, 1)
+        return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1].contiguous()
+    probs = torch.softmax(scores, -1)
+    return probs if step.mask is None else probs.nan_to_num(0.0)
+
+
+def block_tail(probs: torch.Tensor, per_head: torch.Tensor, step: DecodeStep) -> torch.Tensor:
+    """Let the mean V of each block stand in for the block's unpicked rows.
+
+    Parameters
+    ----------
+    probs : Tensor ``[B, Hkv, G, L]``; set to zero at the picks
+    per_head : Tensor ``[B, Hkv, G, N]``, the picks of each query head
+
+    Returns
+    -------
+    Tensor ``[B, Hkv, G, Dv]``, to be added to what the picked rows give
+    """
+    assert step.means is not None
+    block = step.policy.tail_block
+    rest = probs.scatter_(3, per_head, 0.0)
+    if step.length % block:
+        rest = torch.nn.functional.pad(rest, (0, -step.length % block))
+    left = rest.unflatten(3, (-1, block)).sum(-1)
+    return torch.matmul(left, step.means.float())

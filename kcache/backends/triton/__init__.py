@@ -1,0 +1,15 @@
+"""The Triton backend: the four verbs of a decode step as CUDA kernels, one file each.
+
+``score`` reads K once per KV group, ``select`` finds the exact TopN without sorting, ``gather`` fetches rows straight
+from pinned host memory and combines them with the tail, ``append`` stores a token without a copy call; ``decode`` is
+dense attention for resident layers. Everything runs on CPU tensors in Triton's interpreter (``TRITON_INTERPRET=1``).
+"""
+
+from __future__ import annotations
+
+from kcache.backends.triton.append import append
+from kcache.backends.triton.hot import HotRows
+from kcache.backends.triton.step import dense_decode, triton_decode
+from kcache.backends.triton.workspace import DenseWorkspace, Tuning, Workspace, unsupported
+
+__all__ = ["DenseWorkspace", "HotRows", "Tuning", "Workspace", "append", "dense_decode", "triton_decode", "unsupported"]

@@ -1,0 +1,75 @@
+"""The Triton backend as the cache sees it: one decode step in, one result out, scratch kept between steps.
+
+Sizes the kernels do not cover (see :func:`~kcache.backends.triton.workspace.unsupported`) go to the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kcache.backends.base import DecodeResult, DecodeStep
+from kcache.backends.reference import ReferenceBackend
+from kcache.backends.triton.common import interpreted
+from kcache.backends.triton.step import triton_decode
+from kcache.backends.triton.workspace import Tuning, Workspace, unsupported
+from kcache.errors import PolicyError
+
+
+class TritonBackend:
+    """Decode steps by the Triton kernels, on a CUDA device or in Triton's interpreter.
+
+    Parameters
+    ----------
+    device : torch.device
+    tuning : Tuning or None
+        Launch parameters; results do not depend on them.
+
+    Raises
+    ------
+    PolicyError
+        If there is neither a CUDA device nor the interpreter.
+    """
+
+    name = "triton"
+    reads_host_by_kernel = True
+
+    def __init__(self, device: torch.device, tuning: Tuning | None = None) -> None:
+        if device.type != "cuda" and not interpreted():
+            raise PolicyError(
+                f"backend 'triton' needs a CUDA device, the layer is on {device}; use backend='auto', or set "
+                "TRITON_INTERPRET=1 before starting to run the kernels in Triton's interpreter"
+            )
+        self.tuning = tuning
+        self._reference = ReferenceBackend()
+        self._workspaces: dict[tuple[object, ...], Workspace] = {}
+
+    def decode(self, step: DecodeStep) -> DecodeResult:
+        """Run score, select, fetch and combine for one layer."""
+        workspace = self.workspace(step)
+        if workspace is None:
+            return self._reference.decode(step)
+        out, picks, mass = triton_decode(
+            step.query, step.keys, step.values, step.length, scaling=step.scaling, workspace=workspace,
+            means=step.means, mask=step.mask, softcap=step.softcap, sinks=step.sinks,
+        )  # fmt: skip
+        # The workspace's picks and mass are overwritten by the next layer.
+        return DecodeResult(out, picks[..., : step.length].clone(), mass.clone())
+
+    def workspace(self, step: DecodeStep) -> Workspace | None:
+        """The scratch memory for a step's shape, made on first use; None where the kernels do not apply."""
+        batch, kv_heads, capacity, dim = step.keys.shape
+        group, dim_v, policy = step.query.shape[1] // kv_heads, step.values.shape[-1], step.policy
+        device = step.query.device
+        topn = min(policy.topn, capacity)
+        shape = (batch, kv_heads, group, dim, dim_v, topn, device, policy.select, policy.tail, policy.tail_block)
+        found = self._workspaces.get(shape)
+        if found is not None and found.capacity >= capacity:
+            return found
+        if unsupported(capacity, group, dim, dim_v, topn, policy.tail, policy.tail_block) is not None:
+            return None
+        made = Workspace(
+            batch, kv_heads, group, dim, dim_v, capacity, topn, device,
+            select=policy.select, tail=policy.tail, tail_block=policy.tail_block, tuning=self.tuning,
+        )  # fmt: skip
+        self._workspaces = {key: kept for key, kept in self._workspaces.items() if key[0] == batch} | {shape: made}
+        return made

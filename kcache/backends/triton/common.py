@@ -1,0 +1,96 @@
+"""What the kernels share: matrix products in full precision, the launch context, splitting work over the device.
+
+Scores are kept in units of log2, so that a probability is one ``exp2``. Row numbers in the kernels (``row``) count
+(sequence, selection head) pairs: a selection head is a KV head with its G query heads, or, with picks made per query
+head, one query head alone.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1.0e30)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1`` at import time)."""
+    return not isinstance(dot, triton.runtime.JITFunction)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[None]:
+    """Make ``device`` the current one: Triton launches on the current device, whatever the tensors say."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of the device; 2 for the interpreter, so that splitting is exercised."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is at least ``number`` (and at least 1)."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def choose_splits(rows: int, tiles: int, slots: int, least_tiles: int = 4, most: int = 128) -> int:
+    """Pieces to cut each of ``rows`` rows of work into, so that the programs fill whole waves of ``slots``.
+
+    Parameters
+    ----------
+    rows : int
+        Independent rows of work.
+    tiles : int
+        Tiles a row is made of.
+    slots : int
+        Programs the device runs at a time.
+    least_tiles : int
+        A piece is at least this many tiles, so that its pipeline fills.
+    most : int
+        Upper limit: partial results are reduced in one program.
+    """
+    best, best_fill = 1, 0.0
+    for splits in range(1, max(1, min(most, tiles // least_tiles)) + 1):
+        waves = -(-rows * splits // slots)
+        longest = -(-tiles // splits)
+        fill = rows * tiles / (waves * slots * longest)
+        if fill > best_fill * 1.02:
+            best, best_fill = splits, fill
+    return best
+
+
+@triton.jit
+def dot(a, b, UPCAST: tl.constexpr):
+    """``a @ b`` in fp32. The interpreter has no bf16 product, hence ``UPCAST``; fp32 never uses tf32."""
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def weighted_rows(weights, rows, UPCAST: tl.constexpr):
+    """``weights @ rows`` for fp32 weights in [-1, 1] and rows of any type, as exact as fp32.
+
+    The rows go to the tensor cores as they are; the weights are cut into terms of the rows' type: three of bf16's
+    8 bits, or two of fp16's 11 (scaled up, because fp16 has no small exponents).
+    """
+    if UPCAST or rows.dtype == tl.float32:
+        result = tl.dot(weights, rows.to(tl.float32), input_precision="ieee")
+    elif rows.dtype == tl.float16:
+        scaled = weights * 16384.0
+        high = scaled.to(tl.float16)
+        low = (scaled - high.to(tl.float32)).to(tl.float16)
+        result = (tl.dot(high, rows) + tl.dot(low, rows)) * (1.0 / 16384.0)
+    else:
+        high = weights.to(rows.dtype)
+        rest = weights - high.to(tl.float32)
+        middle = rest.to(rows.dtype)
+        low = (rest - middle.to(tl.float32)).to(rows.dtype)
+        result = tl.dot(low, rows)
+        result = tl.dot(middle, rows, result)
+        result = tl.dot(high, rows, result)
+    return result

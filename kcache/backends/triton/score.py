@@ -1,0 +1,142 @@
+"""Score: one read of K per KV group, then probabilities summed over the group.
+
+Two kernels. ``score_kernel`` streams K once, writes the scores ``[R, G, capacity]`` (fp32, log2 units, masked rows
+-inf) and, per piece of the length, the maximum and sum of exponentials of every head. ``weight_kernel`` turns those
+into the log-sum-exp per head and reads the scores once more: per block of rows it writes the largest group-summed
+probability (what select searches) and the probability each head gives the block (what the tail weighs means by).
+Group sums need the log-sum-exp of every head first, hence the second pass; it costs 1/16 of K's bytes at G = 4, out
+of L2 while the scores fit there.
+
+Shapes: R = B * selection heads, G query heads of each, D head size, S pieces the length is cut into.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kcache.backends.triton.common import LOG2E, LOWEST, dot
+
+
+@triton.jit
+def log2_score(product, scaling, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Scale and soft-cap q·k and turn it to log2 units."""
+    score = product * scaling
+    if HAS_SOFTCAP:
+        score = softcap * (2.0 * tl.sigmoid(2.0 * score / softcap) - 1.0)
+    return score * LOG2E
+
+
+@triton.jit(do_not_specialize=["splits", "stride_mb"])
+def score_kernel(
+    query, keys, mask, scores, part_max, part_sum, length_ptr,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_mb, capacity, scaling, softcap, splits,
+    HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One program: one piece of the length of one row. Pieces are equal whatever the length, so no program idles."""
+    pid = tl.program_id(0)
+    row = pid // splits
+    part = pid % splits
+    batch = (row // HEADS).to(tl.int64)
+    head = row % HEADS
+    length = tl.load(length_ptr)
+    tiles = tl.cdiv(tl.cdiv(length, BLOCK_L), splits)
+    start = part * tiles * BLOCK_L
+    end = tl.minimum(start + tiles * BLOCK_L, length)
+
+    heads = tl.arange(0, GP)
+    dims = tl.arange(0, BLOCK_D)
+    lanes = tl.arange(0, BLOCK_L)
+    q_ptrs = query + batch * stride_qb + (head * G + heads)[None, :] * stride_qh + dims[:, None]
+    q = tl.load(q_ptrs, mask=(heads < G)[None, :] & (dims < D)[:, None], other=0.0).to(keys.dtype.element_ty)
+    k_base = keys + batch * stride_kb + (head // REPEAT).to(tl.int64) * stride_kh
+    s_base = scores + row.to(tl.int64) * G * capacity
+    m_base = mask + batch * stride_mb
+
+    top = tl.full([BLOCK_L, GP], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_L, GP], tl.float32)
+    for first in tl.range(start, end, BLOCK_L, num_stages=STAGES):
+        pos = first + lanes
+        inside = pos < end
+        if D == BLOCK_D:
+            seen = inside[:, None]
+        else:
+            seen = inside[:, None] & (dims < D)[None, :]
+        k_ptrs = k_base + pos[:, None] * stride_kl + dims[None, :]
+        k = tl.load(k_ptrs, mask=seen, other=0.0, eviction_policy="evict_first")
+        score = log2_score(dot(k, q, UPCAST), scaling, softcap, HAS_SOFTCAP)
+        if HAS_MASK:
+            allowed = tl.load(m_base + pos, mask=inside, other=0) != 0
+            score = tl.where(allowed[:, None], score, float("-inf"))
+        score = tl.where(inside[:, None], score, float("-inf"))
+        s_ptrs = s_base + heads.to(tl.int64)[None, :] * capacity + pos[:, None]
+        tl.store(s_ptrs, score, mask=inside[:, None] & (heads < G)[None, :])
+        # Running maxima stay per lane of the tile: one reduction per program instead of one per tile.
+        higher = tl.maximum(top, score)
+        total = total * tl.exp2(top - higher) + tl.exp2(score - higher)
+        top = higher
+    peak = tl.max(top, 0)
+    weight = tl.sum(total * tl.exp2(top - peak[None, :]), 0)
+    at = (row * splits + part) * G + heads
+    tl.store(part_max + at, peak, mask=heads < G)
+    tl.store(part_sum + at, weight, mask=heads < G)
+
+
+@triton.jit
+def log_sum_exp(
+    part_max, part_sum, sinks, row, head, splits,
+    G: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """The log-sum-exp (log2 units) of each of a row's heads ``[GP]``, sinks included; 0 where nothing is allowed."""
+    heads = tl.arange(0, GP)
+    parts = tl.arange(0, SP)
+    at = (row * splits + parts)[None, :] * G + heads[:, None]
+    live = (parts < splits)[None, :] & (heads < G)[:, None]
+    peaks = tl.load(part_max + at, mask=live, other=LOWEST)
+    sums = tl.load(part_sum + at, mask=live, other=0.0)
+    peak = tl.max(peaks, 1)
+    if HAS_SINKS:
+        sink = tl.load(sinks + head * G + heads, mask=heads < G, other=LOWEST).to(tl.float32) * LOG2E
+        peak = tl.maximum(peak, sink)
+    total = tl.sum(sums * tl.exp2(peaks - peak[:, None]), 1)
+    if HAS_SINKS:
+        total += tl.exp2(sink - peak)
+    return tl.where(total > 0.0, peak + tl.log2(tl.where(total > 0.0, total, 1.0)), 0.0)
+
+
+@triton.jit(do_not_specialize=["splits", "blocks", "tail_blocks"])
+def weight_kernel(
+    scores, part_max, part_sum, sinks, lse, block_top, tail, length_ptr, capacity, blocks, tail_blocks, splits,
+    HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL_BLOCK: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_TAIL: tl.constexpr,
+):  # fmt: skip
+    """One program: ``CHUNK`` rows of one row of work; programs past the length leave at once."""
+    row = tl.program_id(0)
+    chunk = tl.program_id(1)
+    length = tl.load(length_ptr)
+    if chunk * CHUNK < length:
+        N_BLOCKS: tl.constexpr = CHUNK // BLOCK
+        heads = tl.arange(0, GP)
+        block = tl.arange(0, N_BLOCKS)
+        within = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        pos = chunk * CHUNK + within
+        inside = pos < length
+        s_ptrs = scores + (row.to(tl.int64) * G + heads)[:, None, None] * capacity + pos[None, :, :]
+        # The scratch holds whole chunks, so no position needs a mask, which would split 16-byte loads.
+        score = tl.load(s_ptrs, mask=(heads < G)[:, None, None], other=float("-inf"))
+        score = tl.where(inside[None, :, :], score, float("-inf"))
+        norm = log_sum_exp(part_max, part_sum, sinks, row, row % HEADS, splits, G, GP, SP, HAS_SINKS)
+        if chunk == 0:
+            tl.store(lse + row * G + heads, norm, mask=heads < G)
+        prob = tl.exp2(score - norm[:, None, None])
+        top = tl.max(tl.where(inside, tl.sum(prob, 0), -1.0), 1)
+        at = chunk * N_BLOCKS + block
+        tl.store(block_top + row.to(tl.int64) * blocks + at, top, mask=at * BLOCK < length)
+        if HAS_TAIL:
+            N_TAILS: tl.constexpr = CHUNK // TAIL_BLOCK
+            sums = tl.sum(tl.reshape(prob, [GP, N_TAILS, TAIL_BLOCK]), 2)
+            at_tail = chunk * N_TAILS + tl.arange(0, N_TAILS)
+            t_ptrs = tail + (row.to(tl.int64) * G + heads)[:, None] * tail_blocks + at_tail[None, :]
+            tl.store(t_ptrs, sums, mask=(heads < G)[:, None] & (at_tail * TAIL_BLOCK < length)[None, :])

@@ -1,0 +1,169 @@
+"""Select: the exact TopN positions of a row, and what each picked row and each tail block weigh.
+
+One program per row of work, in two rounds, neither of which sorts or reads the whole row. The N largest rows lie in
+the N blocks with the largest maxima (with ties, in any N such blocks that hold all larger ones), so round one takes N
+blocks by their maxima and round two N rows among those blocks'. A round finds the N-th largest value by searching the
+integers that order like the fp32 values, four ways at a time, and stops as soon as exactly N values lie above;
+ties at the threshold are taken in order of position.
+
+The round-two tile holds whole tail blocks, so what is left to the unpicked rows of a block with picks is summed
+directly, without subtracting nearly equal numbers; all other blocks keep the sum the weight kernel wrote. Gather then
+only has to compute ``sum(coefficient * picked row) + sum(tail * block mean)``.
+
+Shapes: R rows of work, G heads of each, N picks.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kcache.backends.triton.hot import hot_lookup
+
+TAIL_NONE = tl.constexpr(0)
+TAIL_RENORMALISE = tl.constexpr(1)
+TAIL_BLOCK_MEANS = tl.constexpr(2)
+
+
+@triton.jit
+def count_three(keys, first, step):
+    """How many keys are at least ``first``, ``first + step`` and ``first + 2 step``, in one reduction."""
+    ones = (keys >= first).to(tl.int64)
+    ones += (keys >= first + step).to(tl.int64) << 21
+    ones += (keys >= first + 2 * step).to(tl.int64) << 42
+    packed = tl.sum(ones, 0)
+    field = (1 << 21) - 1
+    return (packed & field).to(tl.int32), ((packed >> 21) & field).to(tl.int32), (packed >> 42).to(tl.int32)
+
+
+@triton.jit
+def find_threshold(keys, target, least):
+    """Bounds ``low < high`` such that the TopN are all keys >= high and the first ``target - above`` in [low, high).
+
+    Parameters
+    ----------
+    keys : int32 tile
+        Order like the values; -1 for what must not be taken. At least ``target`` keys are 0 or more.
+    target : int32
+        How many to take, at least 1.
+    least : int32
+        A guess of a value with ``target`` keys at or above it; 0 is always right.
+
+    Returns
+    -------
+    low, high, above : int32
+        ``above`` is the number of keys >= high, less than ``target``.
+    """
+    reached, valid, _unused = count_three(keys, least, -least)
+    low = tl.where(reached >= target, least, 0)
+    at_low = tl.where(reached >= target, reached, valid)
+    high = tl.max(keys, 0) + 1
+    above = high * 0
+    while (high - low > 1) & (at_low != target):
+        step = tl.maximum((high - low) // 4, 1)
+        first, second, third = count_three(keys, low + step, step)
+        new_high = tl.where(third < target, low + 3 * step, high)
+        new_above = tl.where(third < target, third, above)
+        new_high = tl.where(second < target, low + 2 * step, new_high)
+        new_above = tl.where(second < target, second, new_above)
+        new_high = tl.where(first < target, low + step, new_high)
+        new_above = tl.where(first < target, first, new_above)
+        at_low = tl.where(first >= target, first, at_low)
+        at_low = tl.where(second >= target, second, at_low)
+        at_low = tl.where(third >= target, third, at_low)
+        low = low + step * (
+            (first >= target).to(tl.int32) + (second >= target).to(tl.int32) + (third >= target).to(tl.int32)
+        )
+        high = new_high
+        above = new_above
+    return low, high, above
+
+
+@triton.jit
+def take(keys, low, high, above, target):
+    """Which keys are taken, and at which place in the list: those above the threshold first, then the first ties."""
+    over = keys >= high
+    tie = (keys >= low) & (keys < high)
+    # Both running counts in one scan; tiles hold fewer than 2**15 keys.
+    running = tl.cumsum(over.to(tl.int32) + (tie.to(tl.int32) << 16), 0)
+    place = tl.where(over, (running & 0xFFFF) - 1, above + (running >> 16) - 1)
+    return (over | tie) & (place < target), place
+
+
+@triton.jit(do_not_specialize=["blocks", "tail_blocks"])
+def select_kernel(
+    scores, lse, block_top, tail, candidates, picks, coefficients, mass, length_ptr,
+    hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits,
+    capacity, blocks, tail_blocks,
+    G: tl.constexpr, GS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BP: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL_BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr,
+):  # fmt: skip
+    """One program per row of work. ``NP`` and ``BP``: powers of two that hold N picks, all blocks; ``GS``: heads at once."""
+    CANDIDATES: tl.constexpr = NP * BLOCK
+    row = tl.program_id(0)
+    length = tl.load(length_ptr)
+    live_blocks = tl.cdiv(length, BLOCK)
+    n_blocks = tl.minimum(live_blocks, N)
+    n_rows = tl.minimum(length, N)
+
+    all_blocks = tl.arange(0, BP)
+    tops = tl.load(block_top + row.to(tl.int64) * blocks + all_blocks, mask=all_blocks < live_blocks, other=-1.0)
+    block_keys = tops.to(tl.int32, bitcast=True)
+    low, high, above = find_threshold(block_keys, n_blocks, 0)
+    taken, place = take(block_keys, low, high, above, n_blocks)
+    tl.store(candidates + row * N + place, all_blocks, mask=taken)
+    tl.debug_barrier()
+
+    lane = tl.arange(0, CANDIDATES)
+    nth = lane // BLOCK
+    block = tl.load(candidates + row * N + nth, mask=nth < n_blocks, other=0, cache_modifier=".cg")
+    pos = block * BLOCK + lane % BLOCK
+    inside = (nth < n_blocks) & (pos < length)
+    few = tl.arange(0, GS)
+    s_ptrs = scores + row.to(tl.int64) * G * capacity + few[:, None] * capacity + pos[None, :]
+    weight = tl.zeros([CANDIDATES], tl.float32)
+    for first in range(0, G, GS):
+        there = (first + few < G)[:, None]
+        score = tl.load(s_ptrs + first * capacity, mask=there & inside[None, :], other=float("-inf"))
+        norm = tl.load(lse + row * G + first + few, mask=first + few < G, other=0.0)
+        weight += tl.sum(tl.exp2(score - norm[:, None]), 0)
+    keys = tl.where(inside, weight.to(tl.int32, bitcast=True), -1)
+    # N blocks reach down to `low`, so N rows do as well, but for rounding between the two kernels' sums.
+    low, high, above = find_threshold(keys, n_rows, tl.maximum(low - 64, 0))
+    taken, place = take(keys, low, high, above, n_rows)
+    slot = tl.arange(0, NP)
+    tl.store(picks + row * N + slot, -1, mask=(slot >= n_rows) & (slot < N))
+    tl.store(picks + row * N + place, pos, mask=taken)
+
+    N_TAILS: tl.constexpr = CANDIDATES // TAIL_BLOCK
+    spread = tl.arange(0, N_TAILS)
+    owner = spread * TAIL_BLOCK // BLOCK
+    if TAIL == TAIL_BLOCK_MEANS:
+        owner_block = tl.load(candidates + row * N + owner, mask=owner < n_blocks, other=0, cache_modifier=".cg")
+        tail_at = owner_block * (BLOCK // TAIL_BLOCK) + spread % (BLOCK // TAIL_BLOCK)
+        tail_live = (owner < n_blocks) & (tail_at * TAIL_BLOCK < length)
+    for first in range(0, G, GS):
+        real = first + few < G
+        at = row * G + first + few
+        score = tl.load(s_ptrs + first * capacity, mask=real[:, None] & inside[None, :], other=float("-inf"))
+        prob = tl.exp2(score - tl.load(lse + at, mask=real, other=0.0)[:, None])
+        held = tl.sum(tl.where(taken[None, :], prob, 0.0), 1)
+        coefficient = prob
+        if TAIL == TAIL_RENORMALISE:
+            coefficient = prob / tl.maximum(held, 1.0e-37)[:, None]
+        if TAIL == TAIL_BLOCK_MEANS:
+            rest = tl.where(taken[None, :], 0.0, prob)
+            left = tl.sum(tl.reshape(rest, [GS, N_TAILS, TAIL_BLOCK]), 2)
+            t_ptrs = tail + at.to(tl.int64)[:, None] * tail_blocks + tail_at[None, :]
+            tl.store(t_ptrs, left, mask=real[:, None] & tail_live[None, :])
+        empty = real[:, None] & ((slot >= n_rows) & (slot < N))[None, :]
+        tl.store(coefficients + at[:, None] * N + slot[None, :], tl.zeros([GS, NP], tl.float32), mask=empty)
+        tl.store(coefficients + at[:, None] * N + place[None, :], coefficient, mask=real[:, None] & taken[None, :])
+        tl.store(mass + at, held, mask=real)
+    if HOT_WAYS > 0:
+        tl.debug_barrier()
+        hot_lookup(
+            picks, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits, row, n_rows,
+            N, NP, HOT_SETS, HOT_WAYS,
+        )  # fmt: skip

@@ -1,0 +1,180 @@
+"""KCache: a transformers ``Cache`` whose full-attention layers keep K on the device and V in a tier.
+
+Layers the probe does not clear (sliding windows, linear attention, latents) are the stock ones. All tiered layers
+share one :class:`Shared`: the policy, the backends, which rows are valid, and which layers stay resident.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from kcache.attention import is_attached
+from kcache.backends import Backend, choose_backend
+from kcache.errors import CacheStateError, InputError
+from kcache.layer import TieredLayer
+from kcache.policy import Policy
+from kcache.probe import probe, stock_layers
+from kcache.residency import Residency
+from kcache.snapshots import layer_snapshot, total
+from kcache.telemetry import Stats, StepSnapshot
+from kcache.tiers.validity import Validity
+
+
+class Shared:
+    """What the tiered layers of one cache have in common."""
+
+    def __init__(self, model: PreTrainedModel, policy: Policy, max_length: int | None) -> None:
+        self.policy = policy
+        self.max_length = max_length
+        self.validity = Validity()
+        self.force_exact = False
+        self.residency = Residency(policy, max_length)
+        self._model = weakref.ref(model)
+        self._modules = frozenset(id(module) for module in model.modules())
+        self._backends: dict[torch.device, Backend] = {}
+
+    @property
+    def attached(self) -> bool:
+        """Whether the cache's model now runs kcache's attention function."""
+        model = self._model()
+        return model is not None and is_attached(model)
+
+    def check_owner(self, module: torch.nn.Module) -> None:
+        """Raise :class:`CacheStateError` unless ``module`` belongs to the model the cache was made for."""
+        if id(module) not in self._modules:
+            raise CacheStateError("this cache was made for another model; make a KCache for each model")
+
+    def backend(self, device: torch.device) -> Backend:
+        """The backend that serves layers on ``device``."""
+        if device not in self._backends:
+            self._backends[device] = choose_backend(self.policy.backend, device)
+        return self._backends[device]
+
+    def is_resident(self, layer: TieredLayer) -> bool:
+        """Whether the layer's V stays on the device."""
+        return self.residency.is_resident(layer)
+
+    def plan_residency(self, layer: TieredLayer, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
+        """Make sure ``end`` rows will fit, moving V of the last resident layers out if they have to make room."""
+        self.residency.plan(layer, keys, values, end)
+
+
+class KCache(Cache):
+    """The cache to pass as ``past_key_values`` to an attached model.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model it will serve, and no other.
+    policy : Policy, optional
+        What is kept where, and what a decode step reads.
+    max_length : int, optional
+        Tokens it will hold at most, when that is known: memory is then allocated once, at exactly that size. The
+        cache still grows past it if it must.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model has no layer with a K and V cache that kcache understands.
+    """
+
+    def __init__(self, model: PreTrainedModel, policy: Policy | None = None, *, max_length: int | None = None) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise InputError(f"KCache needs a transformers model, got {type(model).__name__}; pass lm.model")
+        if max_length is not None and max_length < 1:
+            raise InputError(f"max_length must be at least 1 token, got {max_length}")
+        self.policy = policy or Policy()
+        self.shared = Shared(model, self.policy, max_length)
+        verdict = probe(model)
+        layers: list[Any] = stock_layers(model)
+        for index in verdict.tiered:
+            layers[index] = TieredLayer(index, self.shared)
+        super().__init__(layers=layers)
+        tiered = self.tiered_layers
+        self.shared.residency.layers = tiered
+        for layer, following in pairwise(tiered):
+            layer.following = following
+        self._latest: TieredLayer | None = None
+
+    @property
+    def tiered_layers(self) -> list[TieredLayer]:
+        """The layers whose V may leave the device, first to last."""
+        return [layer for layer in self.layers if isinstance(layer, TieredLayer)]
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
+        for layer in self.layers:
+            yield getattr(layer, "keys", None), getattr(layer, "values", None)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store K and V ``[B, Hkv, T, D]`` of new tokens for a layer.
+
+        Called by the model in a forward. Called alone it fills the cache as a prefill would.
+        """
+        layer = self.layers[layer_idx]
+        if self._latest is not None and self._latest is not layer:
+            self._latest.release()
+        self._latest = layer if isinstance(layer, TieredLayer) else None
+        result: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return result
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Attend exactly inside this block, also where a forward brings a single token (the end of a prompt)."""
+        before, self.shared.force_exact = self.shared.force_exact, True
+        try:
+            yield
+        finally:
+            self.shared.force_exact = before
+
+    def reset(self) -> None:
+        """Empty the cache, give its memory back and start the counters anew."""
+        super().reset()
+        self.shared.validity = Validity()
+        self.shared.residency.forget()
+        self._latest = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence ``repeats`` times."""
+        batch = max((layer.batch_size for layer in self.tiered_layers), default=-1)
+        if batch > 0:
+            self.shared.validity.select(torch.arange(batch).repeat_interleave(repeats))
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences ``indices`` ``[B']``, in that order; a bool mask ``[B]`` works too."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        self.shared.validity.select(indices)
+        super().batch_select_indices(indices)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Reorder the sequences for beam search; nothing moves when the order stays."""
+        if torch.equal(beam_idx.cpu(), torch.arange(len(beam_idx))):
+            return
+        self.shared.validity.select(beam_idx)
+        super().reorder_cache(cast(torch.LongTensor, beam_idx))
+
+    @property
+    def stats(self) -> Stats:
+        """Totals over all layers since the cache was made or reset."""
+        return total([snapshot.stats for snapshot in self._layer_snapshots(picks=False)])
+
+    def snapshot(self) -> StepSnapshot:
+        """The state after the latest forward, with the picked positions; copies those to the host."""
+        layers = self._layer_snapshots(picks=True)
+        stats = total([layer.stats for layer in layers])
+        batch = max((layer.batch_size for layer in self.tiered_layers), default=-1)
+        return StepSnapshot(step=stats.steps, tokens=stats.tokens, batch=max(batch, 0), stats=stats, layers=layers)
+
+    def _layer_snapshots(self, picks: bool) -> tuple[Any, ...]:
+        return tuple(layer_snapshot(index, layer, picks) for index, layer in enumerate(self.layers))

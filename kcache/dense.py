@@ -1,0 +1,128 @@
+"""Exact attention over K and V, for prefill, resident layers and short contexts, on any device.
+
+One function serves all of them and honours what stock SDPA ignores or refuses: attention sinks and logit
+soft-capping. New rows come after the past, so "no mask" means causal and aligned to the end. On the CPU a chunk that
+follows a past is attended in two parts, past (unmasked) and chunk (causal), merged by log-sum-exp, so no
+``[Q, L]`` mask is ever made.
+
+Shapes: query ``[B, Hq, Q, D]``, keys ``[B, Hkv, L, D]``, values ``[B, Hkv, L, Dv]``, mask ``[B, 1, Q, L]`` bool (True =
+attend) or additive float, result ``[B, Hq, Q, Dv]``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+_SCORE_BYTES = 256 * 2**20
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Exact attention; see the module docstring for shapes."""
+    if softcap is not None or sinks is not None:
+        return _plain(query, keys, values, mask, scaling, softcap, sinks)
+    if query.shape[2] == 1:
+        return _one_token(query, keys, values, mask, scaling)
+    grouped = query.shape[1] != keys.shape[1]
+    if mask is not None:
+        if grouped and query.device.type != "cpu":
+            keys, values = _repeat(keys, query), _repeat(values, query)
+            grouped = False
+        return F.scaled_dot_product_attention(query, keys, values, mask, scale=scaling, enable_gqa=grouped)
+    past = keys.shape[2] - query.shape[2]
+    if past == 0:
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
+    if query.device.type == "cpu":
+        return _past_and_chunk(query, keys, values, past, scaling)
+    bias = causal_lower_right(query.shape[2], keys.shape[2])
+    return F.scaled_dot_product_attention(query, keys, values, bias, scale=scaling, enable_gqa=grouped)
+
+
+def _one_token(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """One query per sequence: the query heads of a group become the query rows of its KV head."""
+    batch, _, _, dim = query.shape
+    packed = query.reshape(batch, keys.shape[1], -1, dim)
+    if mask is not None and mask.shape[1] != 1:
+        return F.scaled_dot_product_attention(query, _repeat(keys, query), _repeat(values, query), mask, scale=scaling)
+    out = F.scaled_dot_product_attention(packed, keys, values, mask, scale=scaling)
+    return out.reshape(batch, -1, 1, values.shape[-1])
+
+
+def _past_and_chunk(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, past: int, scaling: float
+) -> torch.Tensor:
+    """Attend the past and the chunk apart and merge by log-sum-exp (Milakov & Gimelshein, 2018)."""
+    old, old_lse = _with_lse(query, keys[:, :, :past], values[:, :, :past], False, scaling)
+    new, new_lse = _with_lse(query, keys[:, :, past:], values[:, :, past:], True, scaling)
+    share = torch.sigmoid(old_lse - new_lse).unsqueeze(-1)
+    return (old.float() * share + new.float() * (1 - share)).to(query.dtype)
+
+
+def _with_lse(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and the log-sum-exp of its scores ``[B, Hq, Q]`` fp32, on the CPU."""
+    keys, values = _repeat(keys, query), _repeat(values, query)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, keys, values, 0.0, causal, scale=scaling
+    )
+    return out, lse.float()
+
+
+def _plain(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention written out in fp32, a slice of queries at a time so the scores stay small."""
+    batch, heads, count, _ = query.shape
+    length = keys.shape[2]
+    grouped_keys = keys.float().unsqueeze(2)
+    grouped_values = values.float().unsqueeze(2)
+    step = max(1, _SCORE_BYTES // max(1, batch * heads * length * 4))
+    out = query.new_empty(batch, heads, count, values.shape[-1])
+    columns = torch.arange(length, device=query.device)
+    for start in range(0, count, step):
+        part = query[:, :, start : start + step].float().unflatten(1, (keys.shape[1], -1))
+        scores = torch.matmul(part, grouped_keys.transpose(3, 4)) * scaling
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if mask is None:
+            rows = torch.arange(start, start + part.shape[3], device=query.device) + length - count
+            scores = scores.masked_fill(columns[None, :] > rows[:, None], float("-inf"))
+        else:
+            piece = mask[:, :, start : start + step].expand(-1, heads, -1, -1).unflatten(1, (keys.shape[1], -1))
+            if piece.dtype == torch.bool:
+                scores = scores.masked_fill(~piece, float("-inf"))
+            else:
+                scores = scores + piece
+        if sinks is not None:
+            extra = sinks.float().view(1, scores.shape[1], -1, 1, 1).expand(batch, -1, -1, scores.shape[3], 1)
+            probs = torch.softmax(torch.cat([scores, extra], -1), -1)[..., :-1]
+        else:
+            probs = torch.softmax(scores, -1)
+        if mask is not None:
+            probs = probs.nan_to_num(0.0)
+        out[:, :, start : start + step] = torch.matmul(probs, grouped_values).flatten(1, 2).to(query.dtype)
+    return out
+
+
+def _repeat(rows: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """``[B, Hkv, L, D]`` with each head repeated for its group, ``[B, Hq, L, D]``."""
+    group = query.shape[1] // rows.shape[1]
+    return rows if group == 1 else rows.repeat_interleave(group, dim=1)

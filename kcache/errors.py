@@ -1,0 +1,43 @@
+"""Every error kcache raises on purpose.
+
+All derive from :class:`KCacheError`, so a caller can catch one type. Each message says what was given, what was
+expected and what to do next; the command line prints it as one line and maps the class to an exit code.
+"""
+
+from __future__ import annotations
+
+
+class KCacheError(Exception):
+    """Base of every error kcache raises on purpose."""
+
+
+class PolicyError(KCacheError, ValueError):
+    """A :class:`~kcache.Policy` field has a value that makes no sense."""
+
+
+class ModelNotFoundError(KCacheError):
+    """The model name is neither a known name, a local folder, nor a reachable hub id."""
+
+
+class UnsupportedModelError(KCacheError):
+    """The model cannot be served exactly; the message names the reason."""
+
+
+class DownloadError(KCacheError):
+    """A download failed, was interrupted, or its checksum did not match."""
+
+
+class DoesNotFitError(KCacheError, MemoryError):
+    """The cache or the model does not fit in device or host memory; the message says what would."""
+
+
+class ContextLengthError(KCacheError, ValueError):
+    """The prompt (plus the tokens asked for) is longer than the model's context."""
+
+
+class InputError(KCacheError, ValueError):
+    """An argument, prompt or input file is not usable; the message says which and why."""
+
+
+class CacheStateError(KCacheError, RuntimeError):
+    """A cache was used in a way that cannot give a right answer (a second model, a wrong batch size, ...)."""

@@ -1,0 +1,246 @@
+"""The decode loop: prefill in chunks, then one token per sequence and step, streamed as events.
+
+Prompts of a batch are left-padded to one length ``T``; ids and masks are ``[B, T]``. Sequences that have ended are fed
+padding until all have, so nothing held for the others has to move.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from kcache.attention import attach
+from kcache.cache import KCache
+from kcache.errors import InputError
+from kcache.policy import Policy
+from kcache.prompts import Prompt, check_length, encode
+from kcache.sampling import Sampler, Sampling
+from kcache.text import Detokenizer
+
+if TYPE_CHECKING:
+    from kcache.loading import LoadedModel
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One new token of one sequence.
+
+    Attributes
+    ----------
+    index : int
+        Which prompt it belongs to.
+    token_id : int
+    text : str
+        Text that became certain with it; may be empty, and excludes stop strings.
+    finish_reason : {"stop", "length"} or None
+        Set on a sequence's last event: an end token or stop string, or no room for more.
+    prompt_tokens, completion_tokens : int
+        Tokens of this prompt, and new tokens so far.
+    elapsed_ms, ttft_ms : float
+        Time since generation began, and the time of the first token.
+    """
+
+    index: int
+    token_id: int
+    text: str
+    finish_reason: FinishReason | None
+    prompt_tokens: int
+    completion_tokens: int
+    elapsed_ms: float
+    ttft_ms: float
+
+
+def generate(
+    lm: LoadedModel,
+    prompts: Prompt | Sequence[Prompt],
+    policy: Policy | None = None,
+    *,
+    sampling: Sampling | None = None,
+    max_new_tokens: int = 256,
+    stop: Sequence[str] = (),
+    cache: KCache | None = None,
+    allow_overflow: bool = False,
+) -> Iterator[TokenEvent]:
+    """Generate from one prompt or a batch of prompts, decoded together.
+
+    Parameters
+    ----------
+    lm : LoadedModel
+        From :func:`kcache.load`.
+    prompts : str, list of token ids, or list of those and of message lists
+        A string is continued as it stands; a list of ``{"role", "content"}`` goes through the chat template.
+    policy : Policy, optional
+    sampling : Sampling, optional
+        Default: the model's own generation config.
+    max_new_tokens : int
+        At most so many per sequence, and never past the model's context unless ``allow_overflow``.
+    stop : sequence of str
+        Texts that end a sequence; they are not part of its text.
+    cache : KCache, optional
+        Continue after what this cache holds; by default a new one is made, of exactly the size needed.
+    allow_overflow : bool
+        Let prompt and answer exceed the model's context.
+
+    Yields
+    ------
+    TokenEvent
+        One per sequence and step, in prompt order within a step.
+
+    Raises
+    ------
+    InputError
+        For an empty prompt or a missing chat template.
+    ContextLengthError
+        If a prompt does not fit the model's context.
+    DoesNotFitError
+        If the cache does not fit in memory.
+    """
+    batch = encode(lm, prompts)
+    past = 0 if cache is None else cache.get_seq_length()
+    longest = past + max(len(ids) for ids in batch)
+    room = check_length(lm, longest, max_new_tokens, allow_overflow)
+    if cache is None:
+        cache = KCache(lm.model, policy, max_length=longest + room)
+    elif policy is not None and policy != cache.policy:
+        raise InputError("the cache was made with another policy; leave policy out to go on with the cache's own")
+    return stream(lm, batch, cache, sampling or Sampling(), room, stop)
+
+
+@dataclass
+class _Sequence:
+    """Progress of one sequence of a batch."""
+
+    prompt_tokens: int
+    text: Detokenizer
+    completion_tokens: int = 0
+    done: bool = False
+
+
+def stream(
+    lm: LoadedModel,
+    batch: list[list[int]],
+    cache: KCache,
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    keep_going: Callable[[], bool] = lambda: True,
+    fed: list[int] | None = None,
+) -> Iterator[TokenEvent]:
+    """Decode token id prompts with a cache that may already hold tokens; see :func:`generate`.
+
+    ``keep_going`` is asked between prefill chunks and between tokens; ``fed`` collects the ids the cache has taken in
+    (first sequence).
+    """
+    began = time.perf_counter()
+    device = lm.device
+    sampler = Sampler(sampling, lm.model.generation_config, device)
+    ends = _end_ids(lm)
+    sequences = [_Sequence(len(ids), Detokenizer(lm.tokenizer, stop)) for ids in batch]
+    ids, mask = _pad(batch, lm.tokenizer.pad_token_id or 0, cache, device)
+    history = ids
+    ttft_ms = 0.0
+    with attach(lm.model):
+        logits: torch.Tensor | None = None
+        for newest, piece in _prefill(lm.model, cache, ids, mask):
+            logits = newest
+            if fed is not None:
+                fed.extend(piece)
+            if not keep_going():
+                return
+        assert logits is not None
+        for step in range(max_new_tokens):
+            tokens = sampler.pick(logits, history)
+            values = tokens.tolist()
+            elapsed_ms = (time.perf_counter() - began) * 1e3
+            ttft_ms = ttft_ms or elapsed_ms
+            for index, (sequence, token) in enumerate(zip(sequences, values, strict=True)):
+                if not sequence.done:
+                    last = step == max_new_tokens - 1
+                    yield _event(index, sequence, token, token in ends, last, elapsed_ms, ttft_ms)
+            if all(sequence.done for sequence in sequences) or not keep_going():
+                return
+            if sampler.needs_history:
+                history = torch.cat([history, tokens[:, None]], 1)
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
+            logits = _forward(lm.model, cache, tokens[:, None], mask)
+            if fed is not None:
+                fed.append(values[0])
+
+
+def _event(
+    index: int, sequence: _Sequence, token: int, ended: bool, last: bool, elapsed_ms: float, ttft_ms: float
+) -> TokenEvent:
+    sequence.completion_tokens += 1
+    text = "" if ended else sequence.text.push(token)
+    reason: FinishReason | None = None
+    if ended or sequence.text.stopped:
+        reason = "stop"
+    elif last:
+        reason = "length"
+    if reason is not None:
+        sequence.done = True
+        text += sequence.text.finish()
+    return TokenEvent(
+        index, token, text, reason, sequence.prompt_tokens, sequence.completion_tokens, elapsed_ms, ttft_ms
+    )
+
+
+def _prefill(
+    model: PreTrainedModel, cache: KCache, ids: torch.Tensor, mask: torch.Tensor | None
+) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    """Run the prompt through the model in even chunks; yields the last logits and the ids taken in (first row)."""
+    past = cache.get_seq_length()
+    pieces = -(-ids.shape[1] // cache.policy.prefill_chunk)
+    with cache.exact():
+        for piece in ids.tensor_split(pieces, dim=1):
+            past += piece.shape[1]
+            logits = _forward(model, cache, piece, None if mask is None else mask[:, :past])
+            yield logits, piece[0].tolist()
+
+
+@torch.no_grad()
+def _forward(model: PreTrainedModel, cache: KCache, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """One forward over ``ids`` ``[B, T]``; returns the last position's logits ``[B, vocabulary]``."""
+    accepted = inspect.signature(model.forward).parameters
+    extra: dict[str, object] = {}
+    if mask is not None:
+        extra["attention_mask"] = mask
+        if "position_ids" in accepted:
+            extra["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    if "logits_to_keep" in accepted:
+        extra["logits_to_keep"] = 1
+    output = model(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
+    logits: torch.Tensor = output.logits[:, -1]
+    return logits
+
+
+def _pad(
+    batch: list[list[int]], pad_id: int, cache: KCache, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Left-pad to ``[B, T]``; the mask covers what the cache holds too, and is None when nothing is padded."""
+    width = max(len(ids) for ids in batch)
+    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in batch], device=device)
+    past = cache.get_seq_length()
+    held = cache.shared.validity.rows(0, past, device) if past else None
+    if held is None and all(len(row) == width for row in batch):
+        return ids, None
+    new = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=device)
+    before = new.new_ones(len(batch), past) if held is None else held.to(new.dtype)
+    return ids, torch.cat([before, new], 1)
+
+
+def _end_ids(lm: LoadedModel) -> frozenset[int]:
+    """Token ids that end a sequence, by the model's generation config and the tokenizer."""
+    ends = lm.model.generation_config.eos_token_id
+    found = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    found.add(lm.tokenizer.eos_token_id)
+    return frozenset(int(token) for token in found if token is not None)

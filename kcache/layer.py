@@ -1,0 +1,299 @@
+"""TieredLayer: one full-attention layer of a cache, K on its device, V in one of the two tiers.
+
+V starts on the device while the context is short (``Policy.dense_below``) or the layer is resident, and leaves for
+the host tier once it is not. ``update`` only stores; the attention function then calls :meth:`TieredLayer.attend`,
+which answers a prefill chunk exactly and a single new token with the TopN decode step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from kcache import dense
+from kcache.backends.base import DecodeStep
+from kcache.errors import CacheStateError
+from kcache.telemetry import LayerKind, Stats, StepMode
+from kcache.tiers.rows import RowBuffer
+from kcache.tiers.values import ValueStore
+
+if TYPE_CHECKING:
+    from kcache.cache import Shared
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What ``update`` hands to the attention function, as an attribute of the V tensor: which rows of which layer."""
+
+    layer: TieredLayer
+    end: int
+
+    def attend(self, module: torch.nn.Module, call: AttentionCall) -> torch.Tensor:
+        """Answer the attention function's call; returns ``[B, Hq, Q, Dv]``."""
+        self.layer.shared.check_owner(module)
+        if self.end != self.layer.length:
+            raise CacheStateError(
+                f"layer {self.layer.index} of this cache was changed between update and attention "
+                f"({self.layer.length} rows, expected {self.end}); use one cache per forward"
+            )
+        return self.layer.attend(call)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """The arguments of one call of the attention function: q ``[B, Hq, Q, D]``, this chunk's K and V, the mask."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    scaling: float
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
+class TieredLayer(CacheLayerMixin):
+    """K and V of one layer across the tiers.
+
+    Parameters
+    ----------
+    index : int
+        The layer's number in the model.
+    shared : Shared
+        What all layers of a cache have in common: policy, backend, validity of rows, residency.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, index: int, shared: Shared) -> None:
+        self.index = index
+        self.shared = shared
+        self.following: TieredLayer | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.is_initialized = False
+        self.length = 0
+        self.mode: StepMode = "idle"
+        self.picks: torch.Tensor | None = None
+        self.mass: torch.Tensor | None = None
+        self.rows_fetched = self.row_bytes_fetched = self.hot_hits = self.steps = 0
+        self._k: RowBuffer | None = None
+        self._v: ValueStore | None = None
+
+    # -- what transformers asks ------------------------------------------------------------------------------------
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]  # a view, where the base has an attribute
+        """K ``[B, Hkv, L, D]``, a view of the device buffer; None while empty."""
+        return self._k.view(self.length) if self._k is not None and self._k.data is not None else None
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """V ``[B, Hkv, L, Dv]``, a view in whichever tier holds it; None while empty."""
+        return self._v.view() if self._v is not None and self.keys is not None else None
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether V lives in the host tier."""
+        return self._v is not None and self._v.host is not None
+
+    @property
+    def kind(self) -> LayerKind:
+        """``"tiered"`` when the layer's V may leave the device, ``"resident"`` when it stays."""
+        return "resident" if self.shared.is_resident(self) else "tiered"
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in the layer, or -1 while empty."""
+        return -1 if self._k is None or self._k.data is None else self._k.data.shape[0]
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Learn device, dtype and shapes from the first K and V."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._k = RowBuffer(self.device, self.shared.residency.room)
+        self._v = ValueStore(self.device, self.shared.policy, self.shared.validity, self.shared.residency.room)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new rows ``[B, Hkv, T, D]``.
+
+        Attached, returns the new rows alone, V carrying the handle the attention function looks for. Otherwise
+        returns all rows, so that any attention function is right with it.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self._k is not None and self._v is not None
+        if self._k.data is not None and self._k.data.shape[0] != key_states.shape[0]:
+            raise CacheStateError(
+                f"this cache holds {self._k.data.shape[0]} sequences and was given {key_states.shape[0]}; "
+                "make a new cache for another batch"
+            )
+        key_states, value_states = key_states.detach(), value_states.detach()
+        end = self.length + key_states.shape[2]
+        self.shared.plan_residency(self, key_states, value_states, end)
+        self._k.reserve(key_states, end)
+        self._k.view(end)[:, :, self.length :].copy_(key_states)
+        offload = not self.shared.is_resident(self) and end >= self.shared.policy.dense_below
+        self._v.append(value_states, offload)
+        self.length = end
+        if not self.shared.attached:
+            values, arrived = self._v.fetch(end, end)
+            self._v.link.wait(arrived)
+            return self._k.view(end), values
+        value_states = value_states.view(value_states.shape)
+        value_states._kcache = Chunk(self, end)  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask for ``query_length`` new tokens."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """-1: the layer grows as needed."""
+        return -1
+
+    # -- storing and moving ----------------------------------------------------------------------------------------
+
+    def release(self) -> None:
+        """Let go of the latest V's device memory, if no attention has done so."""
+        if self._v is not None:
+            self._v.release()
+
+    def spill(self) -> None:
+        """Move V to the host tier."""
+        if self._v is not None:
+            self._v.spill()
+
+    def prefetch_values(self, chunk: int) -> None:
+        """Start bringing V to the device for the exact pass over ``chunk`` new rows that is about to come."""
+        if self._v is not None:
+            self._v.prefetch(chunk)
+
+    def reset(self) -> None:
+        """Empty the layer and give its memory back; counters start anew."""
+        self._forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; the argument is negative, as transformers has it (``crop(-3)`` removes three)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
+        if tokens_to_remove == 0 or self._v is None:
+            return
+        self.length = max(0, self.length + tokens_to_remove)
+        self.shared.validity.crop(self.length)
+        self._v.crop(self.length)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Reorder the sequences for beam search; rows in the host tier are copied on the host."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence ``repeats`` times."""
+        if self.length:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences ``indices`` ``[B']``, in that order."""
+        if self._k is None or self._v is None or not self.length:
+            return
+        self.picks = self.mass = None
+        self._k.select(indices)
+        self._v.select(indices)
+
+    # -- attention -------------------------------------------------------------------------------------------------
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Attention of this forward's queries over everything the layer holds, ``[B, Hq, Q, Dv]``."""
+        assert self._k is not None and self._v is not None
+        count = call.query.shape[2]
+        mask = None if call.mask is None else call.mask[..., : self.length]
+        allowed = _as_bool(mask)
+        self.shared.validity.record(self.length, allowed)
+        self._v.settle()
+        self.steps += count == 1
+        if count == 1 and self._decodes_topn(mask):
+            return self._decode(call, mask)
+        self.mode = "dense" if count == 1 else "prefill"
+        self.picks = self.mass = None
+        values = self._v.whole(call.value)
+        if self.following is not None:
+            self.following.prefetch_values(call.key.shape[2])
+        keys = self._k.view(self.length)
+        return dense.attend(call.query, keys, values, mask, call.scaling, call.softcap, call.sinks)
+
+    def _decodes_topn(self, mask: torch.Tensor | None) -> bool:
+        if not self.offloaded or self.shared.force_exact or self.length < self.shared.policy.dense_below:
+            return False
+        return mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
+
+    def _decode(self, call: AttentionCall, mask: torch.Tensor | None) -> torch.Tensor:
+        """The TopN decode step: score, select, fetch, combine."""
+        assert self._k is not None and self._k.data is not None and self._v is not None
+        assert self._v.host is not None and self._v.host.data is not None
+        backend = self.shared.backend(self.device)
+        if backend.reads_host_by_kernel:
+            self._v.ready_for_kernels()
+        else:
+            self._v.finish_sending()
+        tail = self._v.tail
+        result = backend.decode(
+            DecodeStep(
+                query=call.query[:, :, 0].detach(),
+                keys=self._k.data,
+                values=self._v.host.data,
+                length=self.length,
+                scaling=call.scaling,
+                policy=self.shared.policy,
+                means=None if tail is None else tail.means(),
+                mask=None if mask is None else mask[:, 0, 0].expand(call.query.shape[0], -1),
+                softcap=call.softcap,
+                sinks=call.sinks,
+            )
+        )
+        self.mode, self.picks, self.mass = "topn", result.picks, result.mass
+        self.rows_fetched += result.picks.numel()
+        self.row_bytes_fetched += result.picks.numel() * self._v.host.row_bytes
+        return result.out.unsqueeze(2)
+
+    # -- telemetry -------------------------------------------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        """Counters and bytes of this layer."""
+        if self._k is None or self._v is None:
+            return Stats()
+        held = self._k.nbytes + self._v.resident_bytes + self._v.overhead_bytes
+        v = self._v.host or self._v.resident
+        per_token = 0 if v is None else self.batch_size * (self._k.heads * self._k.row_bytes + v.heads * v.row_bytes)
+        return Stats(
+            bytes_h2d=self._v.bytes_h2d + self.row_bytes_fetched,
+            bytes_d2h=self._v.bytes_d2h,
+            rows_fetched=self.rows_fetched,
+            hot_hits=self.hot_hits,
+            device_bytes=held,
+            host_bytes=self._v.host_bytes,
+            k_bytes=self._k.nbytes,
+            resident_v_bytes=self._v.resident_bytes,
+            overhead_bytes=self._v.overhead_bytes,
+            full_kv_bytes=per_token * self.length,
+            steps=self.steps,
+            tokens=self.length,
+        )
+
+
+def _as_bool(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask as bool ``[B, 1, Q, L]``; an additive one attends where it is above half of its dtype's minimum."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    return mask > torch.finfo(mask.dtype).min / 2

@@ -1,0 +1,246 @@
+"""Load any Hugging Face causal LM with its tokenizer: the demo model, a local folder, a hub id, or a GGUF file.
+
+Everything that can be known without weights is checked first: the name, the data type, the device, and from the config
+whether the model is one that kcache can serve. Loading itself is ``from_pretrained`` with accelerate's device map.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from kcache.demo import SMOLLM2
+from kcache.errors import DoesNotFitError, InputError, ModelNotFoundError, UnsupportedModelError
+from kcache.models import Source, find_source
+from kcache.progress import Progress, ignore_progress, quiet_transformers
+from kcache.support import check_supported, context_length
+
+DeviceMap = str | int | torch.device | dict[str, Any] | None
+Name = str | os.PathLike[str]
+
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer.
+
+    Attributes
+    ----------
+    name : str
+        What it was asked for as.
+    model : PreTrainedModel
+    tokenizer : PreTrainedTokenizerBase
+        Pads on the left, with its end token where it has no padding token.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in: the device of the model's first weights."""
+        return self.model.device
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens the model was made for; None where its config does not say."""
+        return context_length(self.model.config)
+
+
+def load(
+    name: Name,
+    *,
+    device_map: DeviceMap = "auto",
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    quantization_config: Any = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Parameters
+    ----------
+    name : str or path
+        ``"smollm2"`` (the demo model, fetched on first use), a local folder or ``.gguf`` file, or a hub id.
+    device_map : str, int, torch.device, dict or None
+        As in accelerate: ``"auto"`` spreads the model over the devices there are; ``"cpu"``, ``"cuda:1"``, a map.
+    dtype : torch.dtype or str
+        ``"auto"`` takes the checkpoint's own.
+    revision : str, optional
+        Branch, tag or commit of a hub model.
+    gguf_file : str, optional
+        GGUF file inside the folder or repository.
+    quantization_config : optional
+        Handed to transformers as it is.
+    trust_remote_code : bool
+        Run Python code that comes with the model.
+    progress : callable, optional
+        Called with bytes done, bytes in all, and a label while files are fetched or converted; perhaps from a thread.
+
+    Raises
+    ------
+    InputError
+        If ``dtype`` or ``device_map`` cannot be used here.
+    ModelNotFoundError
+        If the name leads nowhere, or to a folder that lacks something.
+    UnsupportedModelError
+        If kcache cannot serve the model, or transformers cannot load it; the message says why.
+    DownloadError
+        If fetching fails.
+    DoesNotFitError
+        If the weights do not fit the device.
+    """
+    torch_dtype = parse_dtype(dtype)
+    _check_device_map(device_map)
+    source = find_source(name, revision=revision, gguf_file=gguf_file)
+    load_config(name, revision=revision, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    folder = source.fetch(progress or ignore_progress, code=trust_remote_code)
+    if source.kind == "demo" and torch_dtype == "auto" and not _is_bf16_fast(device_map):
+        torch_dtype = torch.float32
+    extra = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    tokenizer = _load_tokenizer(source, folder, trust_remote_code, extra)
+    if quantization_config is not None:
+        extra["quantization_config"] = quantization_config
+    with _explained(source), quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch_dtype, device_map=device_map, trust_remote_code=trust_remote_code, **extra
+        )
+    return LoadedModel(source.name, model.eval(), tokenizer)
+
+
+def load_config(
+    name: Name,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+) -> PretrainedConfig:
+    """Return a model's config without its weights, having checked that kcache can serve it.
+
+    The demo model's config is built in, so nothing is fetched for it; of a hub model only its small files are.
+
+    Raises
+    ------
+    ModelNotFoundError, UnsupportedModelError, DownloadError, InputError
+        As in :func:`load`.
+    """
+    source = find_source(name, revision=revision, gguf_file=gguf_file)
+    if source.kind == "demo":
+        return SMOLLM2.config()
+    folder = source.fetch(weights=False, code=trust_remote_code)
+    extra = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    with _explained(source), quiet_transformers():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
+    check_supported(config, source.name, trust_remote_code=trust_remote_code)
+    return config
+
+
+def parse_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """Return ``"auto"`` or the torch dtype of a name such as ``bfloat16``, ``torch.float16`` or ``fp32``.
+
+    Raises
+    ------
+    InputError
+        If it is not a floating-point dtype.
+    """
+    if isinstance(dtype, str) and dtype != "auto":
+        short = dtype.strip().lower().removeprefix("torch.")
+        found = getattr(torch, _DTYPE_ALIASES.get(short, short), None)
+    else:
+        found = dtype
+    if found == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise InputError(f"not a floating-point dtype: {dtype!r}; use auto, bfloat16, float16 or float32")
+
+
+def _check_device_map(device_map: DeviceMap) -> None:
+    if device_map is None or isinstance(device_map, dict) or device_map in _SPREADS:
+        return
+    try:
+        device = torch.device(device_map)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"not a device: {device_map!r}; use auto, cpu, cuda or cuda:0") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise InputError(f"device {device} asked for, and torch sees {count} CUDA devices here; use auto or cpu")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device mps asked for, and torch has none here; use auto or cpu")
+
+
+def _is_bf16_fast(device_map: DeviceMap) -> bool:
+    """Whether bfloat16 is the faster choice; a CPU without instructions for it is several times slower in it."""
+    on_cpu = str(device_map) == "cpu" or not torch.accelerator.is_available()
+    if not on_cpu:
+        return True
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _load_tokenizer(source: Source, folder: Path, trust: bool, extra: dict[str, Any]) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust, padding_side="left", **extra)
+    except ImportError as error:
+        raise UnsupportedModelError(f"the tokenizer of {source.name} needs another package: {_short(error)}") from error
+    except Exception as error:  # transformers raises nearly anything when files are missing or malformed
+        raise ModelNotFoundError(
+            f"{source.name} has no usable tokenizer ({_short(error)}); put its tokenizer files beside config.json"
+        ) from error
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextmanager
+def _explained(source: Source) -> Iterator[None]:
+    """Turn what transformers raises while it loads into a kcache error of one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFitError(
+            f"the weights of {source.name} do not fit the device; use device_map='auto', a smaller dtype, or "
+            "quantization"
+        ) from error
+    except ImportError as error:
+        raise UnsupportedModelError(f"loading {source.name} needs another package: {_short(error)}") from error
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"the files of {source.name} cannot be used: {_short(error)}; fetch them again"
+        ) from error
+    except Exception as error:
+        if "remote_code" in str(error):
+            raise UnsupportedModelError(
+                f"{source.name} brings its own Python code; read it, and if you trust it, set trust_remote_code"
+            ) from error
+        if type(error).__name__ == "SafetensorError":
+            raise ModelNotFoundError(
+                f"the weights of {source.name} are damaged or incomplete ({_short(error)}); fetch them again"
+            ) from error
+        raise UnsupportedModelError(f"transformers cannot load {source.name}: {_short(error)}") from error
+
+
+def _short(error: Exception) -> str:
+    """Return an error's text as one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= 200 else f"{text[:199]}…").rstrip(".")

@@ -1,0 +1,143 @@
+"""The policy: every choice that trades memory, speed and fidelity, in one frozen dataclass.
+
+A policy is data. It validates itself on construction, compares by value and can be written to a TOML profile.
+Nothing in it names a constant fitted on a particular model.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from kcache.errors import PolicyError
+
+Select = Literal["group", "head"]
+Tail = Literal["block", "renormalise", "none"]
+Offload = Literal["auto", "all", "none"]
+BackendName = Literal["auto", "reference", "cpu", "triton"]
+
+_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _UNITS |= {_letter: 1024**_power, f"{_letter}ib": 1024**_power, f"{_letter}b": 1000**_power}
+
+
+def parse_bytes(size: int | str) -> int:
+    """Turn ``20GiB``, ``512MB``, ``1.5g`` or a plain number into bytes.
+
+    ``KiB/MiB/GiB/TiB`` and the bare letters are powers of 1024, ``KB/MB/GB/TB`` powers of 1000.
+
+    Raises
+    ------
+    PolicyError
+        If the text is not a size, or the size is negative.
+    """
+    if isinstance(size, bool):
+        raise PolicyError(f"a size in bytes was expected, got {size!r}; write it as 20GiB, 512MiB or a number of bytes")
+    if isinstance(size, int):
+        if size < 0:
+            raise PolicyError(f"a size in bytes cannot be negative, got {size}")
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", str(size))
+    if match is None or match[2].lower() not in _UNITS:
+        raise PolicyError(f"not a size: {size!r}; write it as 20GiB, 512MiB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a :class:`~kcache.KCache` splits memory between device and host, and what a decode step reads.
+
+    Attributes
+    ----------
+    topn : int
+        V rows fetched per KV head and decode step (per query head with ``select="head"``).
+    dense_layers : int
+        The first layers keep V on the device and attend exactly; their attention is too diffuse for TopN.
+    dense_below : int
+        Contexts shorter than this many tokens stay on the device and attend exactly; V leaves once it is reached.
+    select : {"group", "head"}
+        ``"group"`` takes the TopN of the summed probabilities of the query heads that share a KV head, once per KV
+        head; ``"head"`` picks per query head, as the paper does, and moves up to group-size times more rows.
+    tail : {"block", "renormalise", "none"}
+        What stands in for the rows that were not picked: the mean V of each block of ``tail_block`` rows, weighted by
+        the probability its unpicked rows hold; nothing, with the picked weights rescaled to one; or nothing at all
+        (the paper).
+    tail_block : int
+        Rows per block of the tail. The means cost ``1 / tail_block`` of V in device memory.
+    offload : {"auto", "all", "none"}
+        ``"auto"`` keeps V of as many layers on the device as ``kv_budget`` allows and offloads the rest (on a
+        CPU-only machine it means ``"all"``); ``"all"`` offloads every layer but the dense ones; ``"none"`` keeps all
+        V on the device, which is exact full attention.
+    kv_budget : int, str or None
+        Device memory for the cache: K, resident V and policy overhead (``"20GiB"``, or bytes). ``None`` means what
+        the device has free.
+    resident_layers : int or None
+        Keep V of exactly this many leading layers on the device, whatever the budget. ``None`` leaves it to
+        ``offload`` and ``kv_budget``. ``dense_layers`` are resident in any case.
+    prefill_chunk : int
+        Longest piece of a prompt run through the model in one forward by kcache's own generation loops.
+    backend : {"auto", "reference", "cpu", "triton"}
+        Who computes a decode step; ``"auto"`` takes the fastest that the layer's device can run.
+    """
+
+    topn: int = 128
+    dense_layers: int = 2
+    dense_below: int = 1024
+    select: Select = "group"
+    tail: Tail = "block"
+    tail_block: int = 16
+    offload: Offload = "auto"
+    kv_budget: int | str | None = None
+    resident_layers: int | None = None
+    prefill_chunk: int = 4096
+    backend: BackendName = "auto"
+
+    def __post_init__(self) -> None:
+        _check_int("topn", self.topn, 1, "it is the number of V rows fetched per KV head and step; try 64 or 128")
+        _check_int("dense_layers", self.dense_layers, 0, "0 tiers every layer")
+        _check_int("dense_below", self.dense_below, 0, "0 uses TopN at every length")
+        _check_int("tail_block", self.tail_block, 1, "16 is a good value")
+        _check_int("prefill_chunk", self.prefill_chunk, 1, "4096 is a good value")
+        if self.resident_layers is not None:
+            _check_int("resident_layers", self.resident_layers, 0, "leave it out to let the memory budget decide")
+        _check_choice("select", self.select, get_args(Select))
+        _check_choice("tail", self.tail, get_args(Tail))
+        _check_choice("offload", self.offload, get_args(Offload))
+        _check_choice("backend", self.backend, get_args(BackendName))
+        if self.kv_budget is not None:
+            object.__setattr__(self, "kv_budget", parse_bytes(self.kv_budget))
+        if self.offload == "none" and self.resident_layers is not None:
+            raise PolicyError("offload='none' keeps every layer resident; leave resident_layers out, or offload='all'")
+
+    @classmethod
+    def paper(cls, topn: int = 128, **changes: Any) -> Policy:
+        """The scheme of He & Wu (2024) as told: TopN per query head, no renormalisation, no tail, no dense layers."""
+        return cls(topn=topn, **{"dense_layers": 0, "select": "head", "tail": "none", **changes})
+
+    def replace(self, **changes: Any) -> Policy:
+        """Return a copy with some fields changed; it is validated like a new one."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, in order, without those that are ``None``."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Policy:
+        """Build a policy from plain values; unknown names raise :class:`~kcache.errors.PolicyError`."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(data) - set(known))
+        if unknown:
+            raise PolicyError(f"unknown policy field {unknown[0]!r}; the fields are {', '.join(known)}")
+        return cls(**data)
+
+
+def _check_int(name: str, value: object, least: int, hint: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise PolicyError(f"{name} must be a whole number of at least {least}, got {value!r}; {hint}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise PolicyError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,95 @@
+"""Prompts in, token ids out: strings, token ids, and chat messages through the model's template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from kcache.errors import ContextLengthError, InputError
+
+if TYPE_CHECKING:
+    from kcache.loading import LoadedModel
+
+Message: TypeAlias = dict[str, str]
+Prompt: TypeAlias = str | list[int] | list[Message]
+
+
+def encode(lm: LoadedModel, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+    """Turn one prompt or several into token ids, one list per sequence.
+
+    Raises
+    ------
+    InputError
+        For no prompts, an empty one, or messages without a chat template.
+    """
+    many = _as_list(prompts)
+    if not many:
+        raise InputError("no prompt given")
+    batch = [_encode_one(lm, prompt) for prompt in many]
+    for number, ids in enumerate(batch, start=1):
+        if not ids:
+            raise InputError(f"prompt {number} is empty; it needs at least one token")
+    return batch
+
+
+def encode_messages(lm: LoadedModel, messages: list[Message]) -> list[int]:
+    """Render messages with the chat template, ready for the assistant's answer.
+
+    Raises
+    ------
+    InputError
+        If the tokenizer has no chat template, or the template refuses the messages.
+    """
+    if not getattr(lm.tokenizer, "chat_template", None):
+        raise InputError(f"{lm.name} has no chat template; use `kcache generate` with plain prompts")
+    try:
+        encoded = lm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    except Exception as error:
+        raise InputError(f"the chat template of {lm.name} does not take these messages: {error}") from error
+    return [int(token) for token in cast(Any, encoded)["input_ids"]]
+
+
+def check_length(lm: LoadedModel, tokens: int, max_new_tokens: int, allow_overflow: bool) -> int:
+    """Return how many new tokens there is room for after ``tokens``.
+
+    Raises
+    ------
+    ContextLengthError
+        If ``tokens`` leave no room in the model's context.
+    InputError
+        If ``max_new_tokens`` is below 1.
+    """
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    context = lm.context_length
+    if context is None or allow_overflow:
+        return max_new_tokens
+    if tokens >= context:
+        raise ContextLengthError(
+            f"the prompt is {tokens:,} tokens and the context of {lm.name} is {context:,}; "
+            "shorten it, or allow overflow (--allow-overflow) and expect the answer to degrade"
+        )
+    return min(max_new_tokens, context - tokens)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    items = list(cast(Sequence[Any], prompts))
+    if items and all(isinstance(item, int) for item in items):
+        return [cast(list[int], items)]
+    if items and all(isinstance(item, dict) for item in items):
+        return [cast(list[Message], items)]
+    return items
+
+
+def _encode_one(lm: LoadedModel, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        if not prompt:
+            return []
+        return [int(token) for token in cast(Any, lm.tokenizer(prompt))["input_ids"]]
+    if isinstance(prompt, list) and all(isinstance(item, int) for item in prompt):
+        return cast(list[int], prompt)
+    if isinstance(prompt, list) and all(isinstance(item, dict) for item in prompt):
+        return encode_messages(lm, cast(list[Message], prompt))
+    raise InputError(f"a prompt is a string, token ids, or a list of messages; got {type(prompt).__name__}")

@@ -1,0 +1,101 @@
+"""Choosing the next token: the caller's settings over the model's own generation config, with transformers' warpers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from kcache.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; ``None`` leaves a setting to the model's generation config.
+
+    Attributes
+    ----------
+    temperature : float or None
+        0 is greedy.
+    top_p, top_k, repetition_penalty : float, int, float or None
+    seed : int or None
+        Makes a run repeatable; None draws a fresh one.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, 0, None, "0 is greedy, 0.7 a common choice")
+        _check("top_p", self.top_p, 0, 1, "1 switches it off")
+        _check("top_k", self.top_k, 0, None, "0 switches it off")
+        _check("repetition_penalty", self.repetition_penalty, 0, None, "1 switches it off")
+        if self.top_p == 0 or self.repetition_penalty == 0:
+            raise InputError("top_p and repetition_penalty must be above 0")
+
+
+def _check(name: str, value: float | None, low: float, high: float | None, hint: str) -> None:
+    if value is None:
+        return
+    if not math.isfinite(value) or value < low or (high is not None and value > high):
+        limits = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise InputError(f"{name} must be {limits}, got {value}; {hint}")
+
+
+class Sampler:
+    """Picks one token per sequence from logits ``[B, vocabulary]``."""
+
+    def __init__(self, sampling: Sampling, config: GenerationConfig, device: torch.device) -> None:
+        self.greedy = not (config.do_sample or sampling.temperature) or sampling.temperature == 0
+        self._processors = LogitsProcessorList()
+        self._generator: torch.Generator | None = None
+        penalty = _first(sampling.repetition_penalty, config.repetition_penalty, 1.0)
+        if penalty != 1.0:
+            self._processors.append(RepetitionPenaltyLogitsProcessor(float(penalty)))
+        if self.greedy:
+            return
+        temperature = _first(sampling.temperature, config.temperature, 1.0)
+        top_k, top_p = _first(sampling.top_k, config.top_k, 0), _first(sampling.top_p, config.top_p, 1.0)
+        if temperature != 1.0:
+            self._processors.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k:
+            self._processors.append(TopKLogitsWarper(int(top_k)))
+        if top_p < 1.0:
+            self._processors.append(TopPLogitsWarper(float(top_p)))
+        self._generator = torch.Generator(device)
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether :meth:`pick` reads the tokens so far."""
+        return any(isinstance(item, RepetitionPenaltyLogitsProcessor) for item in self._processors)
+
+    def pick(self, logits: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
+        """Choose the next token of each sequence, ``[B]``; ``history`` ``[B, T]`` are the tokens so far."""
+        scores = logits
+        if self._processors:
+            scores = self._processors(cast(torch.LongTensor, history), cast(torch.FloatTensor, logits.float()))
+        if self.greedy:
+            return scores.argmax(-1)
+        probs = torch.softmax(scores.float(), -1)
+        return torch.multinomial(probs, 1, generator=self._generator)[:, 0]
+
+
+def _first(*values: float | None) -> float:
+    return next(value for value in values if value is not None)

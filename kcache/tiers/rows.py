@@ -1,0 +1,95 @@
+"""Growable storage for K or V rows, ``[B, H, capacity, D]``, in device memory or in (pinned) host memory.
+
+A row ``[D]`` is contiguous and rows of one head follow each other, so a kernel reads a picked row with wide loads and
+a matrix product over one head's rows copies nothing. Buffers grow one layer at a time, to the length the cache plans
+for; appending never copies what is already there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from kcache.tiers.pinned import pinned_empty
+
+
+class RowBuffer:
+    """Rows of one layer in one memory.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the rows live; ``cpu`` for the host tier.
+    room : callable, optional
+        Tells how many rows to make room for when the buffer has to grow; by default they double.
+    pinned : bool
+        Register host memory with the CUDA driver so kernels and copies reach it directly.
+    """
+
+    def __init__(self, device: torch.device, room: Callable[[], int] | None = None, pinned: bool = False) -> None:
+        self.device = device
+        self.pinned = pinned
+        self._room = room
+        self.data: torch.Tensor | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Rows there is room for."""
+        return 0 if self.data is None else self.data.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return 0 if self.data is None else self.data.numel() * self.data.element_size()
+
+    @property
+    def heads(self) -> int:
+        """Heads per sequence."""
+        return 0 if self.data is None else self.data.shape[1]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row ``[D]``."""
+        return 0 if self.data is None else self.data.shape[3] * self.data.element_size()
+
+    def view(self, length: int) -> torch.Tensor:
+        """The first ``length`` rows, ``[B, H, length, D]``, without a copy."""
+        if self.data is None:
+            raise ValueError("the buffer holds no rows yet")
+        return self.data[:, :, :length]
+
+    def reserve(self, like: torch.Tensor, length: int) -> None:
+        """Make room for ``length`` rows shaped and typed like ``like`` ``[B, H, T, D]``, keeping what is there."""
+        if length <= self.capacity:
+            return
+        batch, heads, _, dim = like.shape
+        grown = grown_length(length, self.capacity) if self._room is None else max(length, self._room())
+        data = self._empty((batch, heads, grown, dim), like.dtype)
+        if self.data is not None:
+            data[:, :, : self.capacity].copy_(self.data)
+        self.data = data
+
+    def select(self, index: torch.Tensor) -> None:
+        """Keep the batch rows ``index`` ``[B']``, in that order; a row may be named several times."""
+        if self.data is None:
+            return
+        picked = self._empty((len(index), *self.data.shape[1:]), self.data.dtype)
+        self.data = torch.index_select(self.data, 0, index.to(self.data.device), out=picked)
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Allocate; a buffer made in inference mode must still be writable outside of it."""
+        with torch.inference_mode(False):
+            if self.pinned:
+                return pinned_empty(shape, dtype)
+            return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self.data = None
+
+
+def grown_length(length: int, capacity: int) -> int:
+    """Double, in whole multiples of 64 rows; the first allocation is exact up to that rounding."""
+    wanted = length if capacity == 0 else max(length, 2 * capacity)
+    return -(-wanted // 64) * 64

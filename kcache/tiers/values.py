@@ -1,0 +1,207 @@
+"""V of one layer: on the device while it is young or resident, in the host tier once it is not.
+
+Rows leave by an asynchronous copy as they arrive and their device memory is released. An exact pass brings all of
+them back into a tensor that lives for one layer's attention, the next layer's already under way. What stays on the
+device of an offloaded layer is the tail: block means of V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from kcache.policy import Policy
+from kcache.tail import BlockTail
+from kcache.tiers.link import Link
+from kcache.tiers.rows import RowBuffer
+from kcache.tiers.validity import Validity
+
+
+class ValueStore:
+    """V rows ``[B, Hkv, T, Dv]`` of one layer in whichever tier holds them.
+
+    Parameters
+    ----------
+    device : torch.device
+        The layer's device.
+    policy : Policy
+    validity : Validity
+        Which rows are real, shared by all layers of the cache.
+    room : callable
+        Tells how many rows to make room for when a buffer has to grow.
+    """
+
+    def __init__(
+        self, device: torch.device, policy: Policy, validity: Validity, room: Callable[[], int] | None = None
+    ) -> None:
+        self.device = device
+        self.length = 0
+        self.bytes_h2d = self.bytes_d2h = 0
+        self.resident: RowBuffer | None = RowBuffer(device, room)
+        self.host: RowBuffer | None = None
+        self.tail: BlockTail | None = None
+        self.link = Link(device)
+        self._policy = policy
+        self._validity = validity
+        self._room = room
+        self._untailed: torch.Tensor | None = None
+        self._sent: torch.cuda.Event | None = None
+        self._ahead: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
+
+    # -- filling ---------------------------------------------------------------------------------------------------
+
+    def append(self, rows: torch.Tensor, offload: bool) -> None:
+        """Store new rows; with ``offload`` they, and any the device still holds, go to the host tier."""
+        end = self.length + rows.shape[2]
+        if offload and self.host is None:
+            self.spill()
+        if self.host is None:
+            assert self.resident is not None
+            self.resident.reserve(rows, end)
+            self.resident.view(end)[:, :, self.length :].copy_(rows)
+        else:
+            self._send(rows, end)
+        self.length = end
+
+    def spill(self) -> None:
+        """Move what the device holds to the host tier; the device memory is given back."""
+        young, self.resident = self.resident, None
+        self.host = RowBuffer(torch.device("cpu"), self._room, pinned=self.device.type == "cuda")
+        if self._policy.tail == "block":
+            self.tail = BlockTail(self._policy.tail_block, self.device, self._room)
+        if young is not None and young.data is not None and self.length:
+            self._send(young.view(self.length), self.length, start=0)
+            if self._validity.length >= self.length:
+                self.settle()
+            self.release()
+
+    def _send(self, rows: torch.Tensor, end: int, start: int | None = None) -> None:
+        assert self.host is not None
+        if end > self.host.capacity:
+            self.finish_sending()
+        self.host.reserve(rows, end)
+        self._sent = self.link.to_host(rows, self.host.view(end)[:, :, self.length if start is None else start :])
+        self.bytes_d2h += rows.numel() * rows.element_size()
+        if self.tail is not None:
+            self._untailed = rows
+
+    def settle(self) -> None:
+        """Take the rows that are new into the tail, now that it is known which of them are valid.
+
+        Those are the rows of the latest append, still on the device; if several appends came without attention in
+        between, they are brought back.
+        """
+        if self.tail is None or self.tail.length == self.length:
+            return
+        start, end = self.tail.length, self.length
+        rows, self._untailed = self._untailed, None
+        if rows is None or rows.shape[2] != end - start:
+            rows = self._bring_back(start, end)
+        valid = self._validity.rows(start, end, self.device)
+        counts = None if valid is None else self._validity.counts(self.tail.block, end, self.device)
+        self.tail.append(rows, valid, counts)
+
+    def release(self) -> None:
+        """Let go of the latest rows' device memory, though the tail has not seen them."""
+        self._untailed = None
+
+    def _bring_back(self, start: int, end: int) -> torch.Tensor:
+        """Rows ``start:end`` from the host tier, on the device."""
+        assert self.host is not None
+        rows = self.host.view(end)[:, :, start:]
+        self.bytes_h2d += rows.numel() * rows.element_size()
+        if self.device.type == "cpu":
+            return rows
+        rows, arrived = self.link.to_device(rows, end - start)
+        self.link.wait(arrived)
+        return rows
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def view(self) -> torch.Tensor:
+        """All rows where they are, for the host to read if that is the host tier."""
+        if self.host is None:
+            assert self.resident is not None
+            return self.resident.view(self.length)
+        self.finish_sending()
+        return self.host.view(self.length)
+
+    def fetch(self, length: int, room: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """The first ``length`` rows on the device, in a tensor of ``room`` rows; the event ends the copy."""
+        if self.host is None:
+            assert self.resident is not None
+            return self.resident.view(room), None
+        rows = self.host.view(length)
+        self.bytes_h2d += rows.numel() * rows.element_size()
+        if self.device.type == "cpu":
+            return self.host.view(room), None
+        return self.link.to_device(rows, room)
+
+    def prefetch(self, chunk: int) -> None:
+        """Start bringing all rows to the device for the exact pass over ``chunk`` more that is about to come."""
+        if self.host is not None and self.length and self._ahead is None and self.device.type != "cpu":
+            self._ahead = self.fetch(self.length, self.length + chunk)
+
+    def whole(self, chunk: torch.Tensor) -> torch.Tensor:
+        """All rows on the device for an exact pass, the latest of which are ``chunk``."""
+        if self.host is None:
+            assert self.resident is not None
+            return self.resident.view(self.length)
+        past = self.length - chunk.shape[2]
+        if past == 0:
+            return chunk
+        rows, arrived = self._ahead or self.fetch(past, self.length)
+        self._ahead = None
+        self.link.wait(arrived)
+        if self.device.type != "cpu":
+            rows[:, :, past:].copy_(chunk)
+        return rows
+
+    def ready_for_kernels(self) -> None:
+        """Order the device's reads of host rows after the copies that wrote them; the host does not wait."""
+        self.link.wait(self._sent)
+
+    def finish_sending(self) -> None:
+        """Wait on the host for the last copy out: only before the host itself reads or moves the rows."""
+        if self._sent is not None:
+            self._sent.synchronize()
+            self._sent = None
+
+    # -- changing --------------------------------------------------------------------------------------------------
+
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` rows; only the tail's last block is computed anew."""
+        self.release()
+        self._ahead = None
+        self.length = length
+        if self.tail is not None and self.tail.length > length:
+            first = length - length % self.tail.block
+            rows = self._bring_back(first, length)
+            self.tail.crop(length, rows, self._validity.rows(first, length, self.device))
+
+    def select(self, index: torch.Tensor) -> None:
+        """Keep the sequences ``index`` ``[B']``, in that order; host rows are copied on the host."""
+        self.finish_sending()
+        self.release()
+        self._ahead = None
+        for buffer in (self.resident, self.host, self.tail):
+            if buffer is not None:
+                buffer.select(index)
+
+    # -- counting --------------------------------------------------------------------------------------------------
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of V on the device."""
+        return 0 if self.resident is None else self.resident.nbytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of V in the host tier."""
+        return 0 if self.host is None else self.host.nbytes
+
+    @property
+    def overhead_bytes(self) -> int:
+        """Bytes the tail takes on the device."""
+        return 0 if self.tail is None else self.tail.nbytes

@@ -1,0 +1,129 @@
+"""The ``kcache`` program: its commands, and how errors leave it.
+
+Nothing here imports torch; commands do when they run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from kcache import __version__
+from kcache_cli import exits
+from kcache_cli.commands import chat, config, docs, generate, models, pull
+
+
+class Program(TyperGroup):
+    """A command group that turns every error into one line and an exit code."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run, report, exit."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+        try:
+            result = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+            sys.stdout.flush()
+            code = result if isinstance(result, int) else 0
+        except BrokenPipeError:
+            _silence_output()
+            code = exits.FAILED
+        except KeyboardInterrupt:
+            code = exits.INTERRUPTED
+        except Exception as error:
+            if exits.debugging() and not isinstance(error, typer.TyperException):
+                raise
+            code = _report(error)
+        raise SystemExit(code)
+
+
+def _report(error: Exception) -> int:
+    context = getattr(error, "ctx", None)
+    program = context.command_path if context is not None else "kcache"
+    code = exits.report(error, program)
+    if context is not None:
+        print(f"try: {program} --help", file=sys.stderr)
+    return code
+
+
+def _silence_output() -> None:
+    """Let the interpreter shut down without complaint when the reader of our output is gone."""
+    import os
+
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        return
+
+
+app = typer.Typer(
+    name="kcache",
+    cls=Program,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"kcache {__version__}")
+        raise typer.Exit
+
+
+_EXAMPLES = """\
+Examples:
+
+kcache chat  [dim]talk to the demo model, fetched on first use[/dim]
+
+kcache chat -f report.txt  [dim]... about a long document[/dim]
+
+kcache generate -i in.jsonl -o out.jsonl  [dim]many prompts, safe to kill[/dim]
+"""
+
+
+@app.callback(epilog=_EXAMPLES)
+def kcache(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Long-context inference for Hugging Face models: K stays in device memory, V waits in host RAM."""
+
+
+def _add(name: str, function: Callable[..., None], *, hidden: bool = False) -> None:
+    """Add a command; its docstring is its help text, of which only the examples keep their lines."""
+    text, _, examples = inspect.cleandoc(function.__doc__ or "").partition("\n\nExamples\n--------\n")
+    paragraphs = [part.replace("\n", " ") for part in text.split("\n\n")]
+    if examples:
+        paragraphs.append(f"Examples:\n{examples}")
+    app.command(name, help="\n\n".join(paragraphs), hidden=hidden)(function)
+
+
+_add("chat", chat.chat)
+_add("generate", generate.generate)
+_add("models", models.models)
+_add("pull", pull.pull)
+_add("config", config.config)
+_add("docs", docs.docs, hidden=True)
+
+
+def main() -> None:
+    """Run the program (the console script)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    app(prog_name="kcache")

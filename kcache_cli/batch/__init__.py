@@ -1,0 +1,1 @@
+"""The parts of ``kcache generate``: reading prompts, planning batches, the journal, running."""

@@ -1,0 +1,135 @@
+"""Running a batch job: what to run, in which batches, and what became of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from kcache.errors import InputError
+from kcache.policy import Policy
+from kcache_cli.batch.inputs import BadLine, Entry
+from kcache_cli.batch.journal import Journal, Result
+from kcache_cli.batch.output import OrderedOutput
+from kcache_cli.batch.plan import batch_seed, make_batches
+from kcache_cli.engine import Engine
+from kcache_cli.options import ModelOptions
+
+if TYPE_CHECKING:
+    from kcache import Sampling, TokenEvent
+
+Watch = Callable[["TokenEvent"], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One prompt that will be run: its line and id, and its tokens."""
+
+    entry: Entry
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is run, and how."""
+
+    engine: Engine
+    model: ModelOptions
+    policy: Policy
+    sampling: Sampling
+    seed: int
+    max_tokens: int
+    allow_overflow: bool
+
+    def decode(self, lm: Any, work: Sequence[Work], number: int, watch: Watch) -> list[Result]:
+        """Run one batch."""
+        texts: list[list[str]] = [[] for _ in work]
+        results: list[Result] = [{} for _ in work]
+        events = self.engine.generate(
+            lm,
+            [item.ids for item in work],
+            self.policy,
+            sampling=replace(self.sampling, seed=batch_seed(self.seed, number)),
+            max_new_tokens=self.max_tokens,
+            allow_overflow=self.allow_overflow,
+        )
+        for event in events:
+            texts[event.index].append(event.text)
+            if event.finish_reason is not None:
+                results[event.index] = {
+                    "id": work[event.index].entry.id,
+                    "text": "".join(texts[event.index]),
+                    "finish_reason": event.finish_reason,
+                    "prompt_tokens": event.prompt_tokens,
+                    "completion_tokens": event.completion_tokens,
+                }
+            watch(event)
+        return results
+
+
+def prepare(job: Job, lm: Any, entries: Sequence[Entry]) -> tuple[list[Work], list[BadLine]]:
+    """Turn prompts into tokens, in input order; those the model cannot take become bad lines."""
+    work: list[Work] = []
+    bad: list[BadLine] = []
+    context = None if job.allow_overflow else lm.context_length
+    for entry in entries:
+        try:
+            ids = job.engine.encode(lm, entry.prompt)
+        except InputError as error:
+            bad.append(BadLine(entry.line, str(error)))
+            continue
+        if context is not None and len(ids) >= context:
+            reason = f"the prompt is {len(ids):,} tokens and the context of {lm.name} is {context:,}"
+            bad.append(BadLine(entry.line, f"{reason}; shorten it, or use --allow-overflow"))
+            continue
+        work.append(Work(entry, ids))
+    return work, bad
+
+
+@dataclass
+class Todo:
+    """The batches of a job, the results it already has, and the batches still to run."""
+
+    batches: list[list[int]]
+    done: dict[int, list[Result]]
+    remaining: list[int]
+
+
+def plan_work(work: Sequence[Work], batch_size: int, finished: dict[int, list[Result]], written: int) -> Todo:
+    """Say which batches must still run: those that are not in the journal and not wholly written."""
+    batches = make_batches([len(item.ids) for item in work], batch_size)
+    done = {number: results for number, results in finished.items() if _belongs(work, batches, number, results)}
+    remaining = [
+        number
+        for number, batch in enumerate(batches)
+        if number not in done and any(position >= written for position in batch)
+    ]
+    return Todo(batches, done, remaining)
+
+
+def _belongs(work: Sequence[Work], batches: list[list[int]], number: int, results: list[Result]) -> bool:
+    if not 0 <= number < len(batches) or len(results) != len(batches[number]):
+        return False
+    return all(
+        work[position].entry.id == result.get("id") for position, result in zip(batches[number], results, strict=True)
+    )
+
+
+def run_batches(
+    job: Job,
+    lm: Any,
+    work: Sequence[Work],
+    todo: Todo,
+    output: OrderedOutput,
+    journal: Journal | None,
+    watch: Watch,
+) -> None:
+    """Run what remains; results reach the journal first and the output when their turn comes."""
+    for number, results in todo.done.items():
+        output.add(zip(todo.batches[number], results, strict=True))
+    for number in todo.remaining:
+        batch = todo.batches[number]
+        results = job.decode(lm, [work[position] for position in batch], number, watch)
+        if journal is not None:
+            journal.record(number, results)
+        output.add(zip(batch, results, strict=True))

@@ -1,0 +1,1 @@
+"""The parts of ``kcache chat``: one reply, the read-eval loop, slash commands, saved conversations."""

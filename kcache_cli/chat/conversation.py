@@ -1,0 +1,153 @@
+"""A chat as the command line sees it: the session, what to tell it, and what to print after each answer.
+
+The answer goes to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from kcache.errors import InputError
+from kcache_cli.chat.figures import Figures
+from kcache_cli.console import working
+from kcache_cli.text import printable
+
+if TYPE_CHECKING:
+    from kcache import Session
+
+Write = Callable[[str], None]
+_LONG_PROMPT = 1024
+
+
+@dataclass
+class Reply:
+    """What became of one message."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    interrupted: bool = False
+    figures: Figures | None = None
+
+
+@dataclass
+class Conversation:
+    """A session with the document that waits for the first question, and the longest answer wanted."""
+
+    session: Session
+    model: str
+    max_tokens: int
+    host_only: bool
+    document: str | None = None
+
+    def compose(self, message: str) -> str:
+        """Put the document before the first question, in the same message."""
+        if self.document is None or self.session.messages:
+            return message
+        return f"{self.document.rstrip()}\n\n{message}"
+
+    def check_document(self) -> None:
+        """Refuse a document that leaves no room for a question.
+
+        Raises
+        ------
+        InputError
+            Saying both sizes.
+        """
+        context = self.session.lm.context_length
+        if self.document is None or context is None or self.session.allow_overflow:
+            return
+        tokens = self.session.prompt_tokens(self.document)
+        if tokens >= context:
+            raise InputError(
+                f"the document is {tokens:,} tokens and the context of {self.model} is {context:,}; "
+                "give a shorter one, or use --allow-overflow"
+            )
+
+    def ask(self, message: str, write: Write) -> Reply:
+        """Send a message and stream the answer to ``write``.
+
+        Ctrl-C is left to the caller; what was said until then stays in the conversation.
+        """
+        if not message.strip():
+            raise InputError("the message is empty")
+        text = self.compose(message)
+        reply = Reply()
+        said: list[str] = []
+        label = self._label(text)
+        events: Any = self.session.send(text, max_new_tokens=self.max_tokens)
+        with ExitStack() as waiting:
+            waiting.callback(events.close)
+            spinner = waiting.enter_context(ExitStack())
+            spinner.enter_context(working(label))
+            for event in events:
+                spinner.close()
+                said.append(event.text)
+                write(event.text)
+                reply.finish_reason = event.finish_reason
+        reply.text = "".join(said)
+        reply.interrupted = reply.finish_reason is None
+        if said:
+            reply.figures = Figures.of(self.session)
+        return reply
+
+    def _label(self, text: str) -> str:
+        """What to say while the prompt is read; long prompts are named on standard error in any case."""
+        tokens = self.session.prompt_tokens(text)
+        label = f"reading {tokens:,} tokens" if tokens >= _LONG_PROMPT else "thinking"
+        if tokens >= _LONG_PROMPT and not sys.stderr.isatty():
+            print(f"kcache: {label}", file=sys.stderr, flush=True)
+        return label
+
+
+def write_text(piece: str) -> None:
+    """Print a piece of an answer as text, at once."""
+    sys.stdout.write(printable(piece))
+    sys.stdout.flush()
+
+
+@contextmanager
+def stop_on_ctrl_c(session: Session) -> Iterator[None]:
+    """Let Ctrl-C stop the reply alone: at the next token or piece of the prompt, or at once when pressed again."""
+    pressed = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        session.interrupt()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        with _no_echo():
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _no_echo() -> Iterator[None]:
+    """Keep keys that are pressed meanwhile out of the answer; they are read at the next prompt."""
+    try:
+        import termios
+    except ImportError:  # no such thing on this platform
+        yield
+        return
+    if sys.stdin is None or not sys.stdin.isatty():
+        yield
+        return
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    quiet = list(before)
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)

@@ -1,0 +1,130 @@
+"""The chat loop: read a line or a slash command, answer, print the footer, again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from kcache_cli.chat import slash
+from kcache_cli.chat.conversation import Conversation, stop_on_ctrl_c, write_text
+from kcache_cli.console import console
+from kcache_cli.exits import debugging, describe
+from kcache_cli.text import json_line, printable
+
+Read = Callable[[], str]
+
+
+class Repl:
+    """A chat at a terminal.
+
+    Parameters
+    ----------
+    conversation : Conversation
+    read : callable
+        Returns what the user typed; raises ``EOFError`` to leave and ``KeyboardInterrupt`` to start the line anew.
+    as_json : bool
+        Print an object per answer instead of text.
+    """
+
+    def __init__(self, conversation: Conversation, read: Read, as_json: bool = False) -> None:
+        self.conversation = conversation
+        self.as_json = as_json
+        self._read = read
+        self._console = console()
+
+    def run(self) -> None:
+        """Loop until the user leaves."""
+        self._greet()
+        while True:
+            try:
+                self._turn(self._read())
+            except KeyboardInterrupt:
+                self.say("Ctrl-D or /bye leaves")
+            except (EOFError, slash.Leave):
+                return
+            except BrokenPipeError:  # nobody reads the answers any more
+                raise
+            except Exception as error:  # whatever it is, the conversation goes on
+                if debugging():
+                    raise
+                self._console.print(printable(describe(error)), style="red")
+
+    def say(self, text: str) -> None:
+        """Print a remark; it is no part of any answer."""
+        self._console.print(printable(text), style="dim")
+
+    def _greet(self) -> None:
+        context = self.conversation.session.lm.context_length
+        about = [self.conversation.model]
+        if context is not None:
+            about.append(f"context {context:,} tokens")
+        if self.conversation.host_only:
+            about.append("host-only run: both tiers are RAM")
+        self.say(" · ".join([*about, "/help"]))
+        if self.conversation.document is not None:
+            self.say("the document is read with your first question")
+
+    def _turn(self, line: str) -> None:
+        if not line.strip():
+            return
+        command = slash.parse(line)
+        if command is not None:
+            slash.run(self.conversation, *command, self.say)
+            return
+        self._answer(unquote(line))
+
+    def _answer(self, message: str) -> None:
+        pieces: list[str] = []
+
+        def write(piece: str) -> None:
+            pieces.append(piece)
+            if not self.as_json:
+                write_text(piece)
+
+        stopped = False
+        reply = None
+        try:
+            with stop_on_ctrl_c(self.conversation.session):
+                reply = self.conversation.ask(message, write)
+                stopped = reply.interrupted
+        except KeyboardInterrupt:
+            stopped = True
+        finally:
+            if pieces and not self.as_json and not "".join(pieces).endswith("\n"):
+                print(flush=True)
+        if stopped:
+            self.say("stopped")
+        if reply is None or reply.figures is None:
+            return
+        if self.as_json:
+            print(json_line(reply.figures.to_json(reply.text)), flush=True)
+        else:
+            self.say(reply.figures.footer(self.conversation.host_only))
+
+
+def unquote(line: str) -> str:
+    '''Take the ``"""`` off a message of several lines.'''
+    text = line.strip()
+    if text.startswith('"""'):
+        return text[3:].removesuffix('"""').strip("\n")
+    return line
+
+
+def is_open(text: str) -> bool:
+    '''Whether a message began with ``"""`` and has not ended.'''
+    stripped = text.strip()
+    return stripped.startswith('"""') and not (len(stripped) >= 6 and stripped.endswith('"""'))
+
+
+def answer_once(conversation: Conversation, message: str, as_json: bool) -> None:
+    """Answer one message on standard output, for a script or a pipe."""
+    if as_json:
+        reply = conversation.ask(message, lambda piece: None)
+        if reply.figures is not None:
+            print(json_line(reply.figures.to_json(reply.text)), flush=True)
+        return
+    reply = conversation.ask(message, write_text)
+    if not reply.text.endswith("\n"):
+        print(flush=True)
+    if reply.figures is not None:
+        print(reply.figures.footer(conversation.host_only), file=sys.stderr)

@@ -1,0 +1,1 @@
+"""One file per command; anything slow to import is imported inside the command."""

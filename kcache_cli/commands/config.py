@@ -1,0 +1,83 @@
+"""``kcache config``: show what the settings are and where they come from."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from kcache.errors import InputError
+from kcache_cli.exits import note
+
+
+def config(
+    init: Annotated[bool, typer.Option("--init", help="Write a settings file to fill in, if there is none.")] = False,
+    path: Annotated[bool, typer.Option("--path", help="Print the settings file's path only.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the settings as JSON.")] = False,
+) -> None:
+    """Show the settings, and where each comes from.
+
+    A flag goes before an environment variable (KCACHE_TOPN=64), a variable before the settings file, the file before
+    what is built in. KCACHE_CONFIG names another settings file.
+
+    Examples
+    --------
+      kcache config
+      kcache config --init
+      KCACHE_TOPN=64 kcache config --json
+    """
+    from kcache_cli import paths, settings
+
+    file = paths.config_file()
+    if path:
+        print(file)
+        return
+    if init:
+        _write_template(file)
+        note(f"wrote {file}")
+        return
+    values = settings.load_settings()
+    _, in_file = settings.read_file(file)
+    rows = [(name, getattr(values, name), settings.source_of(name, in_file)) for name in settings.Settings.model_fields]
+    if as_json:
+        found = {name: {"value": value, "source": source} for name, value, source in rows}
+        print(json.dumps({"file": str(file), "settings": found}, indent=2))
+        return
+    _print_table(file, rows)
+
+
+def _print_table(file: Any, rows: list[tuple[str, Any, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from kcache_cli.settings import Settings
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("setting", "value", "from", "what it is"):
+        table.add_column(heading, overflow="fold")
+    for name, value, source in rows:
+        shown = "-" if value is None else str(value)
+        style = "dim" if source == "built-in" else None
+        table.add_row(name, shown, source, Settings.model_fields[name].description or "", style=style)
+    console = Console(markup=False, emoji=False, highlight=False)
+    console.print(f"{file}{'' if file.exists() else ' (does not exist)'}", soft_wrap=True)
+    console.print()
+    console.print(table)
+
+
+def _write_template(file: Any) -> None:
+    from kcache_cli.settings import Settings
+
+    lines = ["# Settings of kcache. Flags and KCACHE_* variables go before these.", ""]
+    for name, field in Settings.model_fields.items():
+        example = json.dumps(field.default) if field.default is not None else '""'
+        lines.append(f"# {name} = {example:<12} # {field.description}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("x", encoding="utf-8") as new:
+            new.write("\n".join(lines) + "\n")
+    except FileExistsError:
+        raise InputError(f"{file} exists already; edit it, or remove it first") from None
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror or error}") from None

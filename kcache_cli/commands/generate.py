@@ -1,0 +1,187 @@
+"""``kcache generate``: run many prompts, safe to kill and to continue."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kcache.errors import InputError
+from kcache_cli.exits import note, warn
+from kcache_cli.options import ModelOptions, PolicyOptions, SamplingOptions, with_options
+
+if TYPE_CHECKING:
+    from kcache_cli.batch.inputs import BadLine, Inputs
+    from kcache_cli.batch.journal import Journal
+    from kcache_cli.batch.run import Job
+
+DEFAULT_MAX_TOKENS = 256
+_SHOWN_BAD_LINES = 20
+
+
+@with_options
+def generate(
+    context: typer.Context,
+    model_options: ModelOptions,
+    source: Annotated[
+        str,
+        typer.Option("-i", "--input", metavar="FILE", help="Prompts, a line each; - is standard input."),
+    ] = "-",
+    target: Annotated[
+        str,
+        typer.Option("-o", "--output", metavar="FILE", help="Results, in input order; - is standard output."),
+    ] = "-",
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("-n", "--max-tokens", min=1, metavar="INTEGER", help="Longest answer.", show_default="256"),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size", min=1, metavar="INTEGER", help="Prompts decoded together.", show_default="what fits"
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away an output that is there.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at a bad line instead of leaving it out.")] = False,
+    *,
+    sampling_options: SamplingOptions,
+    policy_options: PolicyOptions,
+) -> None:
+    """Generate from a file of prompts, several at a time.
+
+    A line is {"id", "prompt"} (continued as it stands), {"id", "messages"} (through the chat template), or plain text
+    whose id is its line number. A result is {"id", "text", "finish_reason", "prompt_tokens", "completion_tokens"}.
+
+    Killed at any moment and run again with the same -o, it goes on where it was. FILE.kcache beside the output
+    remembers what it was made from; an output of another input or other settings is refused without --overwrite. A
+    bad line is reported by its number and left out. Sampling uses seed 0 unless --seed says otherwise, so a run can be
+    repeated.
+
+    Examples
+    --------
+      kcache generate -i prompts.jsonl -o out.jsonl
+      kcache generate Qwen/Qwen3-0.6B -i prompts.jsonl -o out.jsonl --topn 64 -n 512
+      cat questions.txt | kcache generate -i - -o - --temperature 0
+    """
+    from kcache_cli.batch.inputs import parse_inputs, read_source
+    from kcache_cli.batch.journal import Header, Journal
+    from kcache_cli.batch.output import check_target
+    from kcache_cli.batch.run import Job
+    from kcache_cli.console import working
+    from kcache_cli.engine import engine_of
+    from kcache_cli.policies import build_policy
+    from kcache_cli.settings import fill, load_settings
+
+    settings = load_settings()
+    model, sampling = fill(model_options, settings), fill(sampling_options, settings)
+    policy = build_policy(policy_options, settings)
+    max_tokens = max_tokens or settings.max_tokens or DEFAULT_MAX_TOKENS
+    batch_size = batch_size or settings.batch_size
+    if source == "-" and sys.stdin is not None and sys.stdin.isatty():
+        raise InputError("no prompts: name a file with -i, or pipe lines into standard input")
+    path = check_target(target, source)
+    inputs = parse_inputs(read_source(source))
+    _report_bad(inputs.bad, strict)
+    if not inputs.entries:
+        raise InputError(f"-i {source}: holds no prompts")
+
+    engine, overflow = engine_of(context), policy_options.allow_overflow
+    options = {**asdict(model), **asdict(sampling), "seed": sampling.seed or 0, "max_tokens": max_tokens}
+    options |= {"allow_overflow": overflow, "batch_size": batch_size or "auto"}
+    options |= {f"policy.{name}": value for name, value in policy.to_dict().items()}
+    with contextlib.ExitStack() as stack:
+        journal: Journal | None = None
+        if path is not None and (path.is_file() or not path.exists()):
+            journal = stack.enter_context(Journal(path, Header(inputs.sha256, options), overwrite))
+            if journal.skipped is not None and _is_whole(path, inputs, journal.skipped):
+                note(f"{path} is complete; nothing to do (--overwrite runs it again)")
+                return
+            batch_size = journal.batch_size or batch_size
+        with working(f"loading {model.name}"):
+            job = Job(engine, model, policy, engine.sampling(sampling), sampling.seed or 0, max_tokens, overflow)
+            plan = engine.plan(
+                model,
+                policy,
+                ctx=policy_options.ctx or settings.ctx,
+                need=_longest_need(inputs, max_tokens),
+                batch_size=batch_size,
+                allow_overflow=overflow,
+            )
+        if journal is not None and journal.batch_size is None:
+            journal.begin(plan.batch_size)
+        _run(job, inputs, path, journal, plan.batch_size, strict)
+
+
+def _run(job: Job, inputs: Inputs, path: Path | None, journal: Journal | None, batch_size: int, strict: bool) -> None:
+    """Load the model, run what is left, and say what was done."""
+    from kcache_cli.batch.output import OrderedOutput, mend, standard_output
+    from kcache_cli.batch.progress import Meter, progress_bar
+    from kcache_cli.batch.run import plan_work, prepare, run_batches
+    from kcache_cli.console import download_bar
+
+    with download_bar(f"loading {job.model.name}") as progress:
+        lm = job.engine.load(job.model, progress)
+    work, bad = prepare(job, lm, inputs.entries)
+    _report_bad(bad, strict)
+    ids = [item.entry.id for item in work]
+    written = mend(path, ids) if path is not None and journal is not None else 0
+    todo = plan_work(work, batch_size, journal.finished if journal is not None else {}, written)
+    left = sum(len(todo.batches[number]) for number in todo.remaining)
+    if left < len(work):
+        note(f"continuing {path}: {len(work) - left:,} of {len(work):,} prompts are done")
+    meter = Meter(len(work), len(work) - left, job.max_tokens)
+    with contextlib.ExitStack() as stack:
+        file = standard_output() if path is None else stack.enter_context(path.open("ab"))
+        output = OrderedOutput(ids, file, written)
+        watch = stack.enter_context(progress_bar(meter))
+        try:
+            run_batches(job, lm, work, todo, output, journal, watch)
+        except KeyboardInterrupt:
+            if journal is not None:
+                note("stopped; the same command goes on from the last finished batch")
+            raise
+        if journal is not None:
+            output.sync()
+            journal.close_job([line.line for line in bad])
+    count = len(inputs.bad) + len(bad)
+    note(
+        f"{len(work):,} prompts, {meter.tokens:,} new tokens in {meter.elapsed_s:.1f} s ({meter.tok_s:.1f} tok/s)"
+        + (f"; {count:,} bad line{'s' if count > 1 else ''} left out" if count else "")
+    )
+
+
+def _report_bad(bad: Sequence[BadLine], strict: bool) -> None:
+    if bad and strict:
+        raise InputError(f"{bad[0]} (--strict stops here)")
+    for line in bad[:_SHOWN_BAD_LINES]:
+        warn(f"{line}; left out")
+    if len(bad) > _SHOWN_BAD_LINES:
+        warn(f"... and {len(bad) - _SHOWN_BAD_LINES} more bad lines: {_numbers(bad[_SHOWN_BAD_LINES:])}")
+
+
+def _numbers(bad: Sequence[BadLine]) -> str:
+    return ", ".join(str(line.line) for line in bad)
+
+
+def _longest_need(inputs: Inputs, max_tokens: int) -> int:
+    """Tokens the longest prompt and its answer can take at most: a token is at least a byte."""
+
+    def most(prompt: str | list[dict[str, str]]) -> int:
+        if isinstance(prompt, str):
+            return len(prompt.encode()) + 16
+        return 256 + sum(len(message["content"].encode()) + 64 for message in prompt)
+
+    return max(most(entry.prompt) for entry in inputs.entries) + max_tokens
+
+
+def _is_whole(path: Path, inputs: Inputs, skipped: list[int]) -> bool:
+    """Whether the output has a line for every prompt but those that were left out."""
+    from kcache_cli.batch.output import mend
+
+    ids = [entry.id for entry in inputs.entries if entry.line not in set(skipped)]
+    return mend(path, ids) == len(ids)

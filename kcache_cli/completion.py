@@ -1,0 +1,24 @@
+"""What the shell offers for an argument that is half typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Known and cached model names."""
+    try:
+        import kcache
+
+        names = [entry.name for entry in kcache.known_models()]
+    except Exception:
+        # A completion has nowhere to report an error to: offer nothing.
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_policy(incomplete: str) -> list[str]:
+    """Policy names, and TOML files in the folder that is being typed."""
+    folder = Path(incomplete).parent
+    files = [str(path) for path in folder.glob("*.toml")] if folder.is_dir() else []
+    return [name for name in ["default", "paper", *sorted(files)] if name.startswith(incomplete)]

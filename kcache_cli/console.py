@@ -1,0 +1,87 @@
+"""Drawing on standard error: status lines while something takes its time, and nothing when nobody watches."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from kcache_cli.text import one_line, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kcache_cli.engine import Progress
+
+
+def console() -> Console:
+    """A console on standard error that takes text as it is: no markup, no emoji names, no highlighting."""
+    from rich.console import Console
+
+    return Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def working(label: str) -> Iterator[None]:
+    """Show a spinner with the elapsed time for as long as the body runs, where standard error is a terminal."""
+    from rich.progress import Progress as Bars
+    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    if not sys.stderr.isatty():
+        yield
+        return
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    with Bars(*columns, console=console(), transient=True) as bars:
+        bars.add_task(one_line(label), total=None)
+        yield
+
+
+@contextmanager
+def download_bar(label: str) -> Iterator[Progress]:
+    """Yield a progress callback ``(done_bytes, total_bytes, label)`` that draws a bar on standard error.
+
+    Where standard error is not a terminal, each new label is one line instead.
+    """
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    if not sys.stderr.isatty():
+        yield _Lines().report
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=32),
+        TextColumn("{task.fields[amount]}"),
+        TimeElapsedColumn(),
+    )
+    with Bars(*columns, console=console(), transient=True) as bars:
+        task = bars.add_task(one_line(label), total=None, amount="")
+
+        def report(done_bytes: int, total_bytes: int, what: str) -> None:
+            amount = f"{size(done_bytes)} of {size(total_bytes)}" if total_bytes else ""
+            bars.update(
+                task,
+                completed=done_bytes,
+                total=total_bytes or None,
+                description=one_line(what or label),
+                amount=amount,
+            )
+
+        yield report
+
+
+class _Lines:
+    """Progress for a log: a line when something new begins."""
+
+    def __init__(self) -> None:
+        self._label = ""
+        self._lock = threading.Lock()
+
+    def report(self, done_bytes: int, total_bytes: int, label: str) -> None:
+        with self._lock:
+            if label and label != self._label:
+                self._label = label
+                print(f"kcache: {one_line(label)}", file=sys.stderr)

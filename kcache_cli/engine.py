@@ -1,0 +1,180 @@
+"""What the commands need of kcache, as one object they are given.
+
+Commands take it from typer's context (``ctx.obj``), so tests run them on an engine of their own; the real one imports
+torch when it is first asked for something.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import typer
+
+from kcache.errors import InputError
+from kcache.policy import Policy
+from kcache_cli.options import ModelOptions, SamplingOptions
+
+if TYPE_CHECKING:
+    from kcache import Sampling, TokenEvent
+    from kcache.prompts import Prompt
+
+Progress = Callable[[int, int, str], None]
+
+_UNKNOWN_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known before a model is loaded.
+
+    Attributes
+    ----------
+    context : int or None
+        The model's context in tokens.
+    ctx : int
+        The context memory was planned for.
+    batch_size : int
+        Prompts that can be decoded together.
+    host_only : bool
+        Whether both tiers are RAM.
+    """
+
+    context: int | None
+    ctx: int
+    batch_size: int
+    host_only: bool
+
+
+class Engine(Protocol):
+    """The part of kcache that chat and generate use."""
+
+    def plan(
+        self,
+        model: ModelOptions,
+        policy: Policy,
+        *,
+        ctx: int | None = None,
+        need: int | None = None,
+        batch_size: int | None = None,
+        allow_overflow: bool = False,
+    ) -> Plan:
+        """Check that the model exists and its cache fits, before anything is loaded.
+
+        ``ctx`` is what the user asked to plan for; ``need`` is the longest that will occur where that is known;
+        ``batch_size`` is found when it is None.
+        """
+
+    def sampling(self, options: SamplingOptions) -> Sampling:
+        """Turn flags into kcache's sampling settings."""
+
+    def load(self, model: ModelOptions, progress: Progress) -> Any:
+        """Load the model."""
+
+    def session(self, lm: Any, policy: Policy, **options: Any) -> Any:
+        """Begin a conversation (:class:`kcache.Session`)."""
+
+    def encode(self, lm: Any, prompt: Prompt) -> list[int]:
+        """Turn a prompt into token ids."""
+
+    def generate(self, lm: Any, prompts: list[list[int]], policy: Policy, **options: Any) -> Iterator[TokenEvent]:
+        """Decode a batch (:func:`kcache.generate`)."""
+
+
+class KCacheEngine:
+    """The real one."""
+
+    def plan(
+        self,
+        model: ModelOptions,
+        policy: Policy,
+        *,
+        ctx: int | None = None,
+        need: int | None = None,
+        batch_size: int | None = None,
+        allow_overflow: bool = False,
+    ) -> Plan:
+        """See :class:`Engine`."""
+        import kcache
+        from kcache import memory
+        from kcache.support import context_length
+
+        config = kcache.load_config(
+            model.name, revision=model.revision, gguf_file=model.gguf_file, trust_remote_code=model.trust_remote_code
+        )
+        device = _device(model.device or "auto")
+        context = context_length(config)
+        asked = ctx or context or _UNKNOWN_CONTEXT
+        if context is not None and asked > context and not allow_overflow:
+            raise InputError(
+                f"--ctx {asked}: the context of {model.name} is {context} tokens; ask for at most that, or use "
+                "--allow-overflow"
+            )
+        planned = asked if need is None else need if allow_overflow else min(asked, need)
+        batch = batch_size or memory.auto_batch_size(config, planned, policy, device)
+        memory.check_fits(config, planned, batch, policy, device=device)
+        return Plan(context, planned, batch, device.type == "cpu")
+
+    def sampling(self, options: SamplingOptions) -> Sampling:
+        """See :class:`Engine`."""
+        from kcache import Sampling
+
+        return Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed)
+
+    def load(self, model: ModelOptions, progress: Progress) -> Any:
+        """See :class:`Engine`."""
+        import kcache
+
+        return kcache.load(
+            model.name,
+            device_map=model.device or "auto",
+            dtype=model.dtype or "auto",
+            revision=model.revision,
+            gguf_file=model.gguf_file,
+            trust_remote_code=model.trust_remote_code,
+            progress=progress,
+        )
+
+    def session(self, lm: Any, policy: Policy, **options: Any) -> Any:
+        """See :class:`Engine`."""
+        from kcache import Session
+
+        return Session(lm, policy, **options)
+
+    def encode(self, lm: Any, prompt: Prompt) -> list[int]:
+        """See :class:`Engine`."""
+        from kcache.prompts import encode
+
+        return encode(lm, [prompt])[0]
+
+    def generate(self, lm: Any, prompts: list[list[int]], policy: Policy, **options: Any) -> Iterator[TokenEvent]:
+        """See :class:`Engine`."""
+        import kcache
+
+        return kcache.generate(lm, prompts, policy, **options)
+
+
+def engine_of(ctx: typer.Context) -> Engine:
+    """The engine a command was started with; the real one unless a test gave another."""
+    engine: Engine = ctx.obj if ctx.obj is not None else KCacheEngine()
+    return engine
+
+
+def _device(name: str) -> Any:
+    """The torch device a ``--device`` means, for planning."""
+    import torch
+
+    if name in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: not a device; use auto, cpu, cuda, cuda:0, ...") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if not count:
+            raise InputError(f"--device {name}: torch sees no CUDA device here; use --device cpu or auto")
+        if (device.index or 0) >= count:
+            raise InputError(f"--device {name}: there are {count} CUDA devices, cuda:0 to cuda:{count - 1}")
+    return device

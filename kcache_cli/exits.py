@@ -1,0 +1,75 @@
+"""Errors as a user sees them: one line on standard error, and an exit code.
+
+==== ==========================================================================
+0    done
+1    the model is unknown or cannot be served; any other failure
+2    wrong usage: a bad value, unreadable input, unwritable output
+3    does not fit in memory; the message says what would
+130  stopped with Ctrl-C
+==== ==========================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from kcache.errors import ContextLengthError, InputError, KCacheError, PolicyError
+from kcache_cli.text import one_line
+
+FAILED = 1
+USAGE = 2
+DOES_NOT_FIT = 3
+INTERRUPTED = 130
+
+
+def debugging() -> bool:
+    """Whether tracebacks are wanted (``KCACHE_DEBUG=1``)."""
+    return os.environ.get("KCACHE_DEBUG", "") not in ("", "0")
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that belongs to an error."""
+    if isinstance(error, typer.TyperException):
+        return error.exit_code
+    if isinstance(error, MemoryError) or _is_device_out_of_memory(error):
+        return DOES_NOT_FIT
+    if isinstance(error, (PolicyError, InputError, ContextLengthError, OSError)):
+        return USAGE
+    return FAILED
+
+
+def describe(error: BaseException) -> str:
+    """One line that says what went wrong and, where it is known, what to do."""
+    if isinstance(error, typer.TyperException):
+        return one_line(error.format_message())
+    if isinstance(error, KCacheError):
+        return one_line(str(error))
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return one_line(f"{where}{error.strerror or error}")
+    if isinstance(error, MemoryError) or _is_device_out_of_memory(error):
+        return "out of memory; use a smaller --batch-size, a shorter --ctx, or --offload all"
+    return one_line(f"unexpected {type(error).__name__}: {error} (KCACHE_DEBUG=1 shows where)")
+
+
+def report(error: BaseException, program: str = "kcache") -> int:
+    """Print an error on standard error and return its exit code."""
+    print(f"{program}: error: {describe(error)}", file=sys.stderr)
+    return exit_code(error)
+
+
+def warn(message: str) -> None:
+    """Print a one-line warning on standard error."""
+    print(f"kcache: warning: {one_line(message)}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    """Print a one-line remark on standard error."""
+    print(f"kcache: {one_line(message)}", file=sys.stderr)
+
+
+def _is_device_out_of_memory(error: BaseException) -> bool:
+    return type(error).__name__ == "OutOfMemoryError"

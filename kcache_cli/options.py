@@ -1,0 +1,162 @@
+"""Flags that several commands share, as dataclasses, and the decorator that puts them on a command.
+
+A flag that is not given is ``None``; :func:`kcache_cli.settings.fill` then takes the value from the environment, the
+settings file or the built-in default.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from kcache.policy import BackendName, Offload, Policy
+from kcache_cli.completion import complete_model, complete_policy
+
+DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+def _option(*names: str, help: str, panel: str, default: str = "", metavar: str | None = None, **more: Any) -> Any:
+    return typer.Option(
+        *names, help=help, rich_help_panel=panel, show_default=default or False, metavar=metavar, **more
+    )
+
+
+_model = functools.partial(_option, panel="Model")
+_sampling = functools.partial(_option, panel="Sampling (default: the model's own generation config)")
+_policy = functools.partial(_option, panel="Cache policy")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, from where, on what."""
+
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A known name, a Hugging Face hub id, or a local folder.",
+            show_default="smollm2, the demo model",
+            autocompletion=complete_model,
+        ),
+    ] = None
+    device: Annotated[
+        str | None, _model("--device", help="auto, cpu, cuda, cuda:1, ...", default="auto", metavar="DEVICE")
+    ] = None
+    dtype: Annotated[DtypeName | None, _model("--dtype", help="Number format of the weights.", default="auto")] = None
+    revision: Annotated[str | None, _model("--revision", help="Branch, tag or commit on the hub.", metavar="REV")] = (
+        None
+    )
+    gguf_file: Annotated[
+        str | None, _model("--gguf-file", help="A GGUF file in the model's repository or folder.", metavar="NAME")
+    ] = None
+    trust_remote_code: Annotated[
+        bool, _model("--trust-remote-code", help="Run Python code that comes with the model. Off by default.")
+    ] = False
+
+    @property
+    def name(self) -> str:
+        """The model's name, once the settings have been filled in."""
+        return self.model or "smollm2"
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen."""
+
+    temperature: Annotated[float | None, _sampling("--temperature", help="0 is greedy.")] = None
+    top_p: Annotated[float | None, _sampling("--top-p", help="Nucleus sampling; 1 is off.")] = None
+    top_k: Annotated[int | None, _sampling("--top-k", help="Keep the K likeliest tokens; 0 is off.")] = None
+    seed: Annotated[
+        int | None, _sampling("--seed", help="Makes sampling repeatable.", min=0, max=2**32 - 1, metavar="INTEGER")
+    ] = None
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """What is kept where, and what a decode step reads."""
+
+    topn: Annotated[
+        int | None, _policy("--topn", help="V rows fetched per KV head and step.", default=str(Policy.topn))
+    ] = None
+    policy: Annotated[
+        str | None,
+        _policy(
+            "--policy",
+            help="default, paper (the scheme as published), or a TOML file of policy fields. "
+            "Single policy flags change it further.",
+            default="default",
+            metavar="NAME|FILE",
+            autocompletion=complete_policy,
+        ),
+    ] = None
+    offload: Annotated[
+        Offload | None,
+        _policy(
+            "--offload",
+            help="V leaves the device: auto = what does not fit the budget, all, none (exact attention).",
+            default="auto",
+        ),
+    ] = None
+    kv_budget: Annotated[
+        str | None,
+        _policy(
+            "--kv-budget",
+            help="Device memory for the cache, at the context planned for: 20GiB, 512MiB, ...",
+            default="what is free",
+            metavar="SIZE",
+        ),
+    ] = None
+    resident_layers: Annotated[
+        int | None, _policy("--resident-layers", help="Keep V of exactly this many first layers on the device.")
+    ] = None
+    dense_layers: Annotated[
+        int | None,
+        _policy("--dense-layers", help="First layers that always attend exactly.", default=str(Policy.dense_layers)),
+    ] = None
+    backend: Annotated[BackendName | None, _policy("--backend", help="Who computes a decode step.", default="auto")] = (
+        None
+    )
+    ctx: Annotated[
+        int | None,
+        _policy(
+            "--ctx", help="Context to plan memory for, in tokens.", default="the model's", min=1, metavar="INTEGER"
+        ),
+    ] = None
+    allow_overflow: Annotated[
+        bool, _policy("--allow-overflow", help="Go on past the model's context; answers get worse there.")
+    ] = False
+
+
+def with_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Replace each parameter whose type is an options dataclass by that dataclass's flags."""
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind = hints[name]
+        if is_dataclass(kind):
+            groups[name] = kind
+            flags = get_type_hints(kind, include_extras=True)
+            parameters += [
+                inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=flags[field.name]
+                )
+                for field in fields(kind)
+            ]
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kind))
+
+    @functools.wraps(function)
+    def command(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+        function(**values)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command

@@ -1,0 +1,29 @@
+"""Where the command line keeps its own files: settings and chat history.
+
+``KCACHE_CONFIG`` names the settings file; ``KCACHE_HOME`` moves everything kcache keeps under one folder.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def config_file() -> Path:
+    """The settings file, which need not exist."""
+    named = os.environ.get("KCACHE_CONFIG")
+    if named:
+        return Path(named).expanduser()
+    from platformdirs import user_config_path
+
+    return user_config_path("kcache") / "config.toml"
+
+
+def history_file() -> Path:
+    """The chat history, readable by its owner alone."""
+    home = os.environ.get("KCACHE_HOME")
+    if home:
+        return Path(home).expanduser() / "chat_history"
+    from platformdirs import user_state_path
+
+    return user_state_path("kcache") / "chat_history"

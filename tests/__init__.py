@@ -1,0 +1,1 @@
+"""Tests of kcache and kcache_cli."""

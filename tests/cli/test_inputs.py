@@ -1,0 +1,97 @@
+"""Reading prompts, good and bad."""
+
+from __future__ import annotations
+
+import pytest
+
+from kcache.errors import InputError
+from kcache_cli.batch.inputs import Entry, parse_inputs
+
+
+def test_json_lines_and_plain_text() -> None:
+    text = (
+        '{"id": "a", "prompt": "one"}\n'
+        "plain text \n"
+        "\n"
+        '  {"id": 7, "messages": [{"role": "user", "content": "two"}], "extra": 1}\r\n'
+        "last"
+    )
+    inputs = parse_inputs(text.encode())
+    assert inputs.bad == []
+    assert inputs.entries == [
+        Entry(1, "a", "one"),
+        Entry(2, 2, "plain text "),
+        Entry(4, 7, [{"role": "user", "content": "two"}]),
+        Entry(5, 5, "last"),
+    ]
+
+
+def test_byte_order_mark_and_letters() -> None:
+    assert parse_inputs("\ufeff漢字\n".encode()).entries == [Entry(1, 1, "漢字")]
+
+
+@pytest.mark.parametrize(
+    ("line", "say"),
+    [
+        ('{"id": 1, "prompt": "x"', "not valid JSON"),
+        ("{not json}", "not valid JSON"),
+        ('{"prompt": "x"}', 'no "id"'),
+        ('{"id": 1}', "neither given"),
+        ('{"id": 1, "prompt": "x", "messages": []}', "both given"),
+        ('{"id": 1, "prompt": ""}', "empty"),
+        ('{"id": 1, "prompt": " \\n"}', "empty"),
+        ('{"id": 1, "prompt": null}', "must be a text"),
+        ('{"id": 1, "prompt": NaN}', "NaN"),
+        ('{"id": NaN, "prompt": "x"}', "NaN"),
+        ('{"id": 1, "prompt": -Infinity}', "Infinity"),
+        ('{"id": 1, "prompt": ["x"]}', "must be a text"),
+        ('{"id": null, "prompt": "x"}', '"id" must be'),
+        ('{"id": true, "prompt": "x"}', '"id" must be'),
+        ('{"id": 1.5, "prompt": "x"}', '"id" must be'),
+        ('{"id": [1], "prompt": "x"}', '"id" must be'),
+        ('{"id": 1, "messages": []}', "must be a list"),
+        ('{"id": 1, "messages": "x"}', "must be a list"),
+        ('{"id": 1, "messages": ["x"]}', "not an object"),
+        ('{"id": 1, "messages": [{"role": "user"}]}', "both text"),
+        ('{"id": 1, "messages": [{"role": "user", "content": NaN}]}', "NaN"),
+        ('{"id": 1, "messages": [{"role": "king", "content": "x"}]}', "king"),
+        ('{"id": 1, "messages": [{"role": "user", "content": " "}]}', "empty"),
+        ('{"id": 1, "prompt": "\\ud800"}', "surrogate"),
+        ('{"id": "\\ud800", "prompt": "x"}', "surrogate"),
+        ("{" * 5000, "not valid JSON"),
+        ('{"id": 1, "prompt": ' + "[" * 100000, "not valid JSON"),
+        ('{"id": ' + "9" * 5000 + ', "prompt": "x"}', "not valid JSON"),
+    ],
+)
+def test_bad_lines_are_named_and_the_rest_is_read(line: str, say: str) -> None:
+    inputs = parse_inputs(f"first\n{line}\nlast\n".encode())
+    assert [entry.prompt for entry in inputs.entries] == ["first", "last"]
+    assert [bad.line for bad in inputs.bad] == [2]
+    assert say in str(inputs.bad[0])
+    assert str(inputs.bad[0]).startswith("line 2: ")
+
+
+def test_line_that_is_not_text() -> None:
+    inputs = parse_inputs(b"one\n\xff\xfe\nthree")
+    assert [entry.line for entry in inputs.entries] == [1, 3]
+    assert "UTF-8" in inputs.bad[0].reason
+
+
+@pytest.mark.parametrize(
+    ("text", "say"),
+    [
+        ('{"id": "a", "prompt": "x"}\ny\n{"id": "a", "prompt": "z"}', 'lines 1 and 3 have the same id "a"'),
+        ('{"id": 2, "prompt": "x"}\nplain', "lines 1 and 2 have the same id 2"),
+    ],
+)
+def test_same_id_twice_names_both_lines(text: str, say: str) -> None:
+    with pytest.raises(InputError, match=say):
+        parse_inputs(text.encode())
+
+
+def test_number_and_text_are_different_ids() -> None:
+    assert len(parse_inputs(b'{"id": 1, "prompt": "x"}\n{"id": "1", "prompt": "y"}').entries) == 2
+
+
+def test_hash_is_of_the_bytes() -> None:
+    assert parse_inputs(b"a").sha256 != parse_inputs(b"a\n").sha256

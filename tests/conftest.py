@@ -1,0 +1,65 @@
+"""Fixtures shared by all tests, and the rule that GPU tests run only where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before transformers imports triton
+
+from transformers import PreTrainedModel
+
+import kcache
+from tests import models
+from tests.saved import save_tiny
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests marked ``gpu`` on a machine without CUDA."""
+    if torch.cuda.is_available():
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture
+def kcache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder of this test's own; the real one is neither read nor written."""
+    home = tmp_path / "kcache-home"
+    monkeypatch.setenv("KCACHE_HOME", str(home))
+    return home
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """``tiny_model(kind, **changes)``: a tiny random model, made once per set of arguments; do not change it."""
+    made: dict[str, PreTrainedModel] = {}
+
+    def make(kind: str, **changes: Any) -> PreTrainedModel:
+        key = f"{kind} {sorted(changes.items())}"
+        if key not in made:
+            made[key] = models.make(kind, **changes)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with a byte-level tokenizer and a chat template, saved to a folder."""
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def demo_lm() -> kcache.LoadedModel:
+    """The real demo model, in its default dtype; fetched into the user's cache folder the first time."""
+    return kcache.load("smollm2")

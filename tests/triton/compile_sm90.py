@@ -1,0 +1,96 @@
+"""Compile every kernel for sm_90 on a machine without a GPU, through the very host code that launches them.
+
+A stand-in driver names the target and no kernel is launched. Run as ``python -m tests.triton.compile_sm90`` in a
+process without ``TRITON_INTERPRET``; prints one JSON line per kernel: shared memory, registers, spills, and which wide
+loads and matrix instructions the machine code holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+LLAMA3 = {"batch": 8, "kv_heads": 8, "group": 4, "dim": 128, "topn": 128, "capacity": 32768}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": LLAMA3,
+    "llama-3.1-8b hot padded": {**LLAMA3, "hot": 512, "padded": True},
+    "llama-2-7b": {**LLAMA3, "kv_heads": 32, "group": 1, "capacity": 15360},
+    "gemma-like": {**LLAMA3, "group": 2, "dim": 256, "softcap": 50.0, "padded": True},
+    "gpt-oss-like": {**LLAMA3, "group": 8, "dim": 64, "sinks": True},
+    "group of 16": {**LLAMA3, "kv_heads": 2, "group": 16},
+    "batch 1, 128k": {**LLAMA3, "batch": 1, "capacity": 131072},
+    "fp16, head size 80, renormalised": {
+        **LLAMA3, "dim": 80, "group": 3, "dtype": torch.float16, "tail": "renormalise",
+    },
+    "paper": {**LLAMA3, "select": "head", "tail": "none"},
+    "fp32": {**LLAMA3, "dim": 64, "dtype": torch.float32, "topn": 64},
+}  # fmt: skip
+
+
+class StandInDriver:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def resources(kernel: Any) -> dict[str, Any]:
+    """What the assembler and the machine code say about a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        sass = subprocess.run([BIN / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
+    found = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    ops = Counter(
+        re.findall(r"\b((?:LDG|LDGSTS|HGMMA|HMMA|LDL|STL|UTMALDG)[.\w]*|STG\.E\.128|STG\.E\.64|STG\.E)\b", sass)
+    )
+    return {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps, **found, "ops": dict(ops)}
+
+
+def main(names: list[str]) -> None:
+    """Compile the named configurations, or all."""
+    triton.runtime.driver.set_active(StandInDriver())
+    launch = JITFunction.run
+    seen: list[tuple[str, Any]] = []
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        seen.append((self.fn.__name__, kernel))
+        return kernel
+
+    JITFunction.run = compile_only
+    from tests.triton import launch_all
+
+    for name in names or list(CONFIGS):
+        seen.clear()
+        launch_all.launch_all(**CONFIGS[name])
+        for kernel_name, kernel in seen:
+            print(json.dumps({"config": name, "kernel": kernel_name, **resources(kernel)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

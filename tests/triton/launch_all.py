@@ -1,0 +1,49 @@
+"""Launch every kernel once at given sizes, on stand-in tensors that are never read when nothing really runs."""
+
+from __future__ import annotations
+
+import torch
+
+from kcache.backends.triton import DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode, triton_decode
+
+
+def launch_all(
+    batch: int,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    topn: int,
+    capacity: int,
+    dtype: torch.dtype = torch.bfloat16,
+    select: str = "group",
+    tail: str = "block",
+    softcap: float | None = None,
+    sinks: bool = False,
+    padded: bool = False,
+    hot: int = 0,
+    tuning: Tuning | None = None,
+) -> None:
+    """Run append, one TopN step and one dense step."""
+    tuning = tuning or Tuning(processors=132, slices=1)
+    cpu = torch.device("cpu")
+    query = torch.empty(batch, kv_heads * group, dim, dtype=dtype)
+    new = torch.empty(batch, kv_heads, dim, dtype=dtype)
+    keys = torch.empty(batch, kv_heads, capacity, dim, dtype=dtype)
+    means = torch.empty(batch, kv_heads, capacity // 16, dim, dtype=dtype) if tail == "block" else None
+    open_sum = torch.empty(batch, kv_heads, dim)
+    mask = torch.ones(batch, capacity, dtype=torch.bool) if padded else None
+    length = torch.full((1,), capacity, dtype=torch.int32)
+    heads = kv_heads if select == "group" else kv_heads * group
+    sink = torch.zeros(kv_heads * group) if sinks else None
+    append(new, new, keys, keys, length, offset=-1, means=means, open_sum=open_sum, mask=mask)
+    triton_decode(
+        query, keys, keys, length, scaling=dim**-0.5, means=means, mask=mask, softcap=softcap, sinks=sink,
+        hot=HotRows(batch, heads, hot, dim, dtype, cpu) if hot else None,
+        workspace=Workspace(
+            batch, kv_heads, group, dim, dim, capacity, topn, cpu, select=select, tail=tail, tuning=tuning
+        ),
+    )  # fmt: skip
+    dense_decode(
+        query, keys, keys, length, scaling=dim**-0.5, mask=mask, softcap=softcap, sinks=sink,
+        workspace=DenseWorkspace(batch, kv_heads, group, dim, dim, capacity, cpu, tuning=tuning),
+    )  # fmt: skip

@@ -1,0 +1,46 @@
+"""The Triton backend behind the backend interface, against the reference backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kcache.backends.base import DecodeStep
+from kcache.backends.reference import ReferenceBackend
+from kcache.backends.triton.backend import TritonBackend
+from kcache.backends.triton.common import interpreted
+from kcache.errors import PolicyError
+from kcache.policy import Policy
+from tests.triton.problem import make_problem
+
+
+def make_step(policy: Policy, device: torch.device, **sizes: object) -> DecodeStep:
+    problem = make_problem(topn=policy.topn, tail_block=policy.tail_block, **sizes).to(device)  # type: ignore[arg-type]
+    assert problem.means is not None
+    return DecodeStep(
+        problem.query, problem.keys, problem.values, problem.length, problem.scaling, policy,
+        means=problem.means[:, :, : -(-problem.length // policy.tail_block)], mask=problem.mask,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [Policy(topn=12), Policy.paper(12), Policy(topn=12, tail="renormalise"), Policy(topn=5000), Policy(tail_block=12)],
+    ids=["default", "paper", "renormalised", "all rows", "a tail block the kernels do not take"],
+)
+def test_triton_backend_equals_reference(policy: Policy, device: torch.device) -> None:
+    step = make_step(policy, device, length=90, capacity=128, padded=True)
+    backend, reference = TritonBackend(device), ReferenceBackend()
+    for _ in range(2):
+        got, want = backend.decode(step), reference.decode(step)
+        torch.testing.assert_close(got.out, want.out, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.mass, want.mass, rtol=1e-5, atol=1e-6)
+        assert got.picks.shape == want.picks.shape
+    assert len(backend._workspaces) <= 1
+
+
+def test_triton_backend_needs_a_device_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert interpreted() or torch.cuda.is_available()
+    monkeypatch.setattr("kcache.backends.triton.backend.interpreted", lambda: False)
+    with pytest.raises(PolicyError, match="TRITON_INTERPRET=1"):
+        TritonBackend(torch.device("cpu"))

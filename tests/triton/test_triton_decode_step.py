@@ -1,0 +1,172 @@
+"""The TopN decode step by Triton kernels against fp64 torch: shapes, types, masks, tails, edges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kcache.backends.triton import Tuning, Workspace, triton_decode
+from tests.triton.problem import Problem, assert_near, check_picks, expected, make_problem
+
+SMALL = Tuning(score_block=64, score_stages=2, weight_chunk=64, gather_rows=16, tail_tile=16, processors=8, slices=1)
+
+
+def make_workspace(problem: Problem, tuning: Tuning = SMALL) -> Workspace:
+    batch, kv_heads, capacity, dim = problem.keys.shape
+    made = Workspace(
+        batch, kv_heads, problem.group, dim, problem.values.shape[-1], capacity, problem.topn, problem.query.device,
+        select=problem.select, tail=problem.tail, tail_block=problem.tail_block, tuning=tuning,
+    )  # fmt: skip
+    for name in ("scores", "lse", "mass", "block_top", "tail_weight", "coefficients", "partial"):
+        getattr(made, name).fill_(float("nan"))
+    return made
+
+
+def run(problem: Problem, workspace: Workspace, length: int | torch.Tensor | None = None) -> Any:
+    out = torch.full_like(problem.query[..., :1].expand(-1, -1, problem.values.shape[-1]), float("nan"))
+    return triton_decode(
+        problem.query, problem.keys, problem.values, problem.length if length is None else length,
+        scaling=problem.scaling, workspace=workspace, means=problem.means, mask=problem.mask,
+        softcap=problem.softcap, sinks=problem.sinks, out=out,
+    )  # fmt: skip
+
+
+def check(problem: Problem, tuning: Tuning = SMALL) -> None:
+    out, picks, mass = run(problem, make_workspace(problem, tuning))
+    count = min(problem.topn, problem.length)
+    check_picks(problem, picks)
+    assert (picks[..., count:] == -1).all()
+    want, want_mass = expected(problem, picks[..., :count])
+    assert_near(out, want, problem.query.dtype)
+    torch.testing.assert_close(mass.double(), want_mass, rtol=1e-5, atol=1e-7)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "multi-head": {"group": 1, "kv_heads": 3},
+    "group of 3": {"group": 3, "dim": 64},
+    "group of 16": {"group": 16, "kv_heads": 1},
+    "head size 128": {"dim": 128},
+    "head size 256": {"dim": 256, "batch": 1},
+    "head size 80": {"dim": 80},
+    "head size 96": {"dim": 96, "dim_v": 64},
+    "padded": {"padded": True},
+    "softcap": {"softcap": 5.0},
+    "sinks": {"sinks": True},
+    "all at once": {"padded": True, "softcap": 4.0, "sinks": True, "group": 4},
+    "no tail": {"tail": "none"},
+    "renormalised": {"tail": "renormalise"},
+    "renormalised padded": {"tail": "renormalise", "padded": True},
+    "tail of 4-row blocks": {"tail_block": 4, "padded": True},
+    "tail of single rows": {"tail_block": 1},
+    "tail of 32-row blocks": {"tail_block": 32},
+    "picked per query head": {"select": "head", "group": 4},
+    "per head padded, no tail": {"select": "head", "tail": "none", "padded": True},
+    "one pick": {"topn": 1},
+    "picks not a power of two": {"topn": 13},
+    "more picks than rows": {"topn": 32, "length": 20},
+    "as many picks as rows": {"topn": 32, "length": 32},
+    "first step": {"length": 1, "topn": 4},
+    "second step": {"length": 2, "topn": 4},
+    "long": {"length": 777, "topn": 20, "batch": 1},
+    "a block exactly": {"length": 64, "capacity": 64},
+    "flat": {"sharpness": 1e-3},
+    "sharp": {"sharpness": 30.0},
+    "bf16": {"dtype": torch.bfloat16},
+    "bf16 all at once": {"dtype": torch.bfloat16, "padded": True, "softcap": 4.0, "sinks": True, "dim": 128},
+    "fp16": {"dtype": torch.float16},
+    "large capacity": {"length": 130, "capacity": 600},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_triton_step_equals_fp64(case: str, device: torch.device) -> None:
+    check(make_problem(seed=len(case), **CASES[case]).to(device))
+
+
+def test_triton_step_does_not_depend_on_tuning(device: torch.device) -> None:
+    problem = make_problem(length=300, topn=40, padded=True).to(device)
+    check(problem, Tuning(score_block=128, weight_chunk=256, gather_rows=64, tail_tile=32, processors=2))
+    check(problem, Tuning(score_block=64, weight_chunk=16, gather_rows=16, tail_tile=16, processors=64, slices=2))
+
+
+def test_triton_constant_rows_and_ties(device: torch.device) -> None:
+    problem = make_problem(length=200, topn=24)
+    problem.keys[:, :, :] = problem.keys[:, :, :1]
+    check(problem.to(device))
+    problem = make_problem(length=200, topn=24)
+    problem.keys[:, :, 50:120] = problem.keys[:, :, 50:51] * 3
+    problem.keys[:, :, 130:180] = problem.keys[:, :, 50:51]
+    check(problem.to(device))
+
+
+def test_triton_underflow_ties_at_zero(device: torch.device) -> None:
+    problem = make_problem(length=100, topn=24)
+    problem.query[:] = 0
+    problem.query[:, :, 0] = 1
+    problem.keys[:, :, :100, 0] = -1e4
+    problem.keys[:, :, 7:10, 0] = 1e4
+    check(problem.to(device))
+
+
+def test_triton_all_rows_masked_gives_zeros(device: torch.device) -> None:
+    problem = make_problem(padded=True)
+    assert problem.mask is not None
+    problem.mask[1] = False
+    problem = problem.to(device)
+    out, _, mass = run(problem, make_workspace(problem))
+    assert (out[1] == 0).all()
+    assert (mass[1] == 0).all()
+    assert out[0].isfinite().all()
+
+
+def test_triton_masked_garbage_is_not_read(device: torch.device) -> None:
+    problem = make_problem(padded=True, topn=64)
+    assert problem.mask is not None
+    holes = ~problem.mask
+    problem.values[:, :, : problem.length][holes[:, None].expand(-1, 2, -1)] = float("nan")
+    problem.keys[:, :, : problem.length][holes[:, None].expand(-1, 2, -1)] = float("nan")
+    check(problem.to(device))
+
+
+def test_triton_length_on_the_device_grows_in_one_workspace(device: torch.device) -> None:
+    full = make_problem(length=150, capacity=192, padded=True).to(device)
+    assert full.mask is not None
+    workspace = make_workspace(full)
+    length = torch.zeros(1, dtype=torch.int32, device=device)
+    for rows in (1, 5, 64, 65, 150):
+        problem = make_problem(length=150, capacity=192, padded=True).to(device)
+        assert problem.mask is not None
+        problem.length, problem.mask = rows, problem.mask[:, :rows].contiguous()
+        problem.mask[:, -1] = True
+        from tests.triton.problem import block_means
+
+        problem.means = block_means(make_cpu(problem), 192).to(device)
+        length.fill_(rows)
+        out, picks, _ = run(problem, workspace, length)
+        count = min(problem.topn, rows)
+        check_picks(problem, picks)
+        assert_near(out, expected(problem, picks[..., :count])[0], torch.float32)
+    assert (workspace.counters == 0).all()
+
+
+def make_cpu(problem: Problem) -> Problem:
+    return problem.to(torch.device("cpu"))
+
+
+def test_triton_strided_inputs(device: torch.device) -> None:
+    problem = make_problem().to(device)
+    wide = problem.keys.new_zeros(2, 4, *problem.keys.shape[2:])
+    wide[:, ::2] = problem.keys
+    problem.keys = wide[:, ::2]
+    problem.query = torch.cat([problem.query, problem.query], 1)[:, :4]
+    check(problem)
+
+
+def test_triton_unsupported_sizes_say_why(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="17 query heads"):
+        Workspace(1, 1, 17, 64, 64, 128, 8, device)
+    with pytest.raises(ValueError, match="tail_block=12"):
+        Workspace(1, 1, 1, 64, 64, 128, 8, device, tail_block=12)
