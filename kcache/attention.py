@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from kcache.layer import AttentionCall
 
 NAME = "kcache"
 _EAGER = "kcache_eager"
+_SCOPES = "_kcache_scopes"
 _HANDLED = ("softcap", "s_aux")
 
 
@@ -149,39 +151,64 @@ def mask_function(
     return mask
 
 
+@dataclass
+class _Scopes:
+    """The open :func:`attach` blocks of a model, and what to restore when the last of them ends."""
+
+    before: list[tuple[PreTrainedConfig, str | None]]
+    count: int = 0
+
+
 @contextmanager
 def attach(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Let ``model`` use a :class:`~kcache.KCache` for the duration of a ``with`` block.
 
-    The model's attention is switched through transformers' registries and restored on exit. Calls nest; several
-    models may be attached at once; with any other cache an attached model computes what it always did.
+    The model's attention is switched through transformers' registries and restored on exit. Calls nest and may
+    overlap, the last to end restores; several models may be attached at once; with any other cache an attached model
+    computes what it always did.
 
     Raises
     ------
     UnsupportedModelError
         If the model's attention does not go through transformers' attention registry.
     """
-    configs = _configs(model)
-    before = [(config, config._attn_implementation) for config in configs]
-    if is_attached(model):
+    scopes = vars(model).get(_SCOPES)
+    if scopes is None:
+        scopes = vars(model)[_SCOPES] = _Scopes(_switch_on(model))
+    scopes.count += 1
+    try:
         yield model
-        return
+    finally:
+        scopes.count -= 1
+        if scopes.count == 0:
+            del vars(model)[_SCOPES]
+            _restore(scopes.before)
+
+
+def _switch_on(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | None]]:
+    """Make the model run kcache's attention; returns what its configs said before."""
+    before = [(config, config._attn_implementation) for config in _configs(model)]
+    if is_attached(model):
+        return before
     _register()
     name = _EAGER if _text_config(model)._attn_implementation == "eager" else NAME
     try:
-        try:
-            model.set_attn_implementation(name)
-        except (ValueError, NotImplementedError) as error:
-            raise UnsupportedModelError(f"{type(model).__name__} cannot be attached: {error}") from error
-        if not is_attached(model):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} does not take its attention from transformers' registry, so kcache cannot "
-                "serve it; use it with its own cache"
-            )
-        yield model
-    finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
+        model.set_attn_implementation(name)
+    except (ValueError, NotImplementedError) as error:
+        _restore(before)
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be attached: {error}") from error
+    if not is_attached(model):
+        _restore(before)
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not take its attention from transformers' registry, so kcache cannot "
+            "serve it; use it with its own cache"
+        )
+    return before
+
+
+def _restore(before: list[tuple[PreTrainedConfig, str | None]]) -> None:
+    for config, implementation in before:
+        config._attn_implementation_internal = implementation
 
 
 def is_attached(model: PreTrainedModel) -> bool:

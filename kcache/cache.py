@@ -6,6 +6,7 @@ share one :class:`Shared`: the policy, the backends, which rows are valid, and w
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,6 +94,8 @@ class KCache(Cache):
             raise InputError(f"max_length must be at least 1 token, got {max_length}")
         self.policy = policy or Policy()
         self.shared = Shared(model, self.policy, max_length)
+        if model.device.type != "meta":
+            self.shared.backend(model.device)
         verdict = probe(model)
         layers: list[Any] = stock_layers(model)
         for index in verdict.tiered:
@@ -119,7 +122,17 @@ class KCache(Cache):
         """Store K and V ``[B, Hkv, T, D]`` of new tokens for a layer.
 
         Called by the model in a forward. Called alone it fills the cache as a prefill would.
+
+        Raises
+        ------
+        CacheStateError
+            If another model's attention calls it.
         """
+        # Only the call stack tells whose forward this is: a model that is not attached never comes to our attention
+        # function, and would go on with this chunk's rows as if they were all.
+        caller = sys._getframe(1).f_locals.get("self")
+        if isinstance(caller, torch.nn.Module):
+            self.shared.check_owner(caller)
         layer = self.layers[layer_idx]
         if self._latest is not None and self._latest is not layer:
             self._latest.release()
@@ -145,24 +158,29 @@ class KCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence ``repeats`` times."""
-        batch = max((layer.batch_size for layer in self.tiered_layers), default=-1)
-        if batch > 0:
-            self.shared.validity.select(torch.arange(batch).repeat_interleave(repeats))
+        self.shared.validity.select(torch.arange(self._batch).repeat_interleave(repeats))
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences ``indices`` ``[B']``, in that order; a bool mask ``[B]`` works too."""
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero()[:, 0]
+        indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices % max(1, self._batch)
         self.shared.validity.select(indices)
         super().batch_select_indices(indices)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the sequences for beam search; nothing moves when the order stays."""
-        if torch.equal(beam_idx.cpu(), torch.arange(len(beam_idx))):
+        if beam_idx.tolist() == list(range(self._batch)):
             return
         self.shared.validity.select(beam_idx)
         super().reorder_cache(cast(torch.LongTensor, beam_idx))
+
+    @property
+    def _batch(self) -> int:
+        """Sequences held; 0 while empty."""
+        sizes = [layer.batch_size for layer in self.tiered_layers]
+        stock = [getattr(layer, "keys", None) for layer in self.layers if not isinstance(layer, TieredLayer)]
+        sizes += [keys.shape[0] for keys in stock if keys is not None and keys.dim() == 4]
+        return max([0, *sizes])
 
     @property
     def stats(self) -> Stats:
@@ -173,8 +191,7 @@ class KCache(Cache):
         """The state after the latest forward, with the picked positions; copies those to the host."""
         layers = self._layer_snapshots(picks=True)
         stats = total([layer.stats for layer in layers])
-        batch = max((layer.batch_size for layer in self.tiered_layers), default=-1)
-        return StepSnapshot(step=stats.steps, tokens=stats.tokens, batch=max(batch, 0), stats=stats, layers=layers)
+        return StepSnapshot(step=stats.steps, tokens=stats.tokens, batch=self._batch, stats=stats, layers=layers)
 
     def _layer_snapshots(self, picks: bool) -> tuple[Any, ...]:
         return tuple(layer_snapshot(index, layer, picks) for index, layer in enumerate(self.layers))

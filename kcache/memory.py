@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from kcache.errors import DoesNotFitError
@@ -170,6 +171,17 @@ def auto_batch_size(
     return 1
 
 
+def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype | None = None, **options: Any) -> int:
+    """Bytes of the model's weights in ``dtype`` (default: the config's own), counted on the meta device.
+
+    Tied weights count once; ``options`` go to transformers (``trust_remote_code``). A quantised checkpoint takes less; its config is not asked how much.
+    """
+    wanted = dtype or config.dtype or torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted, **options)
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
 def _shape(config: PreTrainedConfig, ctx: int, dtype_bytes: int) -> _Shape:
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
@@ -198,7 +210,7 @@ def _largest(
 ) -> int:
     """The longest context below ``ctx`` for which ``fits`` holds, by bisection."""
     low, high = 0, ctx
-    while high - low > 64:
+    while high - low > 1:
         middle = (low + high) // 2
         if fits(cache_bytes(config, middle, batch, policy, dtype_bytes)):
             low = middle

@@ -44,6 +44,21 @@ def parse_bytes(size: int | str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
+def parse_tokens(count: int | str) -> int:
+    """Turn ``32k``, ``1m`` or a plain number into a number of tokens; ``k`` is 1,024.
+
+    Raises
+    ------
+    PolicyError
+        If the text is not a whole number of at least one token.
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*([kKmM]?)\s*", str(count))
+    tokens = int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()] if match else 0
+    if tokens < 1:
+        raise PolicyError(f"not a number of tokens: {count!r}; write it as 8192, 32k or 1m")
+    return tokens
+
+
 @dataclass(frozen=True)
 class Policy:
     """How a :class:`~kcache.KCache` splits memory between device and host, and what a decode step reads.
@@ -83,7 +98,7 @@ class Policy:
 
     topn: int = 128
     dense_layers: int = 2
-    dense_below: int = 1024
+    dense_below: int = 2048
     select: Select = "group"
     tail: Tail = "block"
     tail_block: int = 16

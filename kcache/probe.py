@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from kcache import dense
 from kcache.attention import attach
@@ -26,6 +26,10 @@ class _Seen:
     key: torch.Tensor
 
     def attend(self, module: torch.nn.Module, call: AttentionCall) -> torch.Tensor:
+        if getattr(module, "is_causal", True) is False:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} attends in both directions; kcache serves decoder-only causal models"
+            )
         same = call.key.data_ptr() == self.key.data_ptr() and call.key.shape == self.key.shape
         heads = call.query.shape[1] % call.key.shape[1] == 0
         self.layer.reached = same and heads and call.query.shape[-1] == call.key.shape[-1]
@@ -95,6 +99,10 @@ def probe(model: PreTrainedModel) -> Verdict:
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not run with a KV cache of its own layers: {error}"
             ) from error
+    if not any(layer.get_seq_length() for layer in probes if isinstance(layer, CacheLayerMixin)):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} ran without its KV cache, so it is no causal decoder and there is nothing to tier"
+        )
     tiered = frozenset(i for i, layer in enumerate(probes) if getattr(layer, "reached", False))
     verdict = Verdict(tiered, len(probes))
     vars(model)["_kcache_verdict"] = verdict

@@ -98,6 +98,7 @@ class KCacheEngine:
         """See :class:`Engine`."""
         import kcache
         from kcache import memory
+        from kcache.loading import parse_dtype
         from kcache.support import context_length
 
         config = kcache.load_config(
@@ -112,8 +113,12 @@ class KCacheEngine:
                 "--allow-overflow"
             )
         planned = asked if need is None else need if allow_overflow else min(asked, need)
-        batch = batch_size or memory.auto_batch_size(config, planned, policy, device)
-        memory.check_fits(config, planned, batch, policy, device=device)
+        asked_dtype = parse_dtype(model.dtype or "auto")
+        dtype = config.dtype if isinstance(asked_dtype, str) else asked_dtype
+        weights = memory.weight_bytes(config, dtype, trust_remote_code=model.trust_remote_code)
+        sizes = {"weights_bytes": weights, "dtype_bytes": 2 if dtype is None else dtype.itemsize}
+        batch = batch_size or memory.auto_batch_size(config, planned, policy, device, **sizes)
+        memory.check_fits(config, planned, batch, policy, device=device, **sizes)
         return Plan(context, planned, batch, device.type == "cpu")
 
     def sampling(self, options: SamplingOptions) -> Sampling:

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from kcache.policy import BackendName, Offload, Policy
+from kcache.errors import PolicyError
+from kcache.policy import BackendName, Offload, Policy, parse_tokens
 from kcache_cli.completion import complete_model, complete_policy
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
@@ -24,6 +25,13 @@ def _option(*names: str, help: str, panel: str, default: str = "", metavar: str 
     return typer.Option(
         *names, help=help, rich_help_panel=panel, show_default=default or False, metavar=metavar, **more
     )
+
+
+def _tokens(text: str) -> int:
+    try:
+        return parse_tokens(text)
+    except PolicyError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 _model = functools.partial(_option, panel="Model")
@@ -124,7 +132,11 @@ class PolicyOptions:
     ctx: Annotated[
         int | None,
         _policy(
-            "--ctx", help="Context to plan memory for, in tokens.", default="the model's", min=1, metavar="INTEGER"
+            "--ctx",
+            help="Context to plan memory for, in tokens: 8192, 32k, ...",
+            default="the model's",
+            metavar="TOKENS",
+            parser=_tokens,
         ),
     ] = None
     allow_overflow: Annotated[

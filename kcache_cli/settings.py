@@ -12,13 +12,13 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kcache.errors import InputError
-from kcache.policy import BackendName, Offload
+from kcache.policy import BackendName, Offload, parse_tokens
 from kcache_cli import paths
 from kcache_cli.options import DtypeName
 
@@ -47,7 +47,9 @@ class Settings(BaseSettings):
     resident_layers: int | None = Field(None, ge=0, description="first layers whose V stays on the device")
     dense_layers: int | None = Field(None, ge=0, description="first layers that always attend exactly")
     backend: BackendName | None = Field(None, description="auto, reference, cpu, triton")
-    ctx: int | None = Field(None, ge=1, description="context to plan memory for, in tokens")
+    ctx: Annotated[int, BeforeValidator(parse_tokens)] | None = Field(
+        None, description="context to plan memory for, in tokens"
+    )
     batch_size: int | None = Field(None, ge=1, description="prompts that generate decodes together")
 
     @classmethod

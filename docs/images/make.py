@@ -1,7 +1,8 @@
-"""Make the pictures of the README from real runs of the demo model: python docs/images/make.py"""
+"""Make the pictures of the README from real runs of the demo model: ``python docs/images/make.py``."""
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ def main() -> None:
         document.write_text(handbook())
         command = [sys.executable, "-m", "kcache_cli", "chat", "-f", str(document), "--temperature", "0", "-n", "17"]
         run = subprocess.run(command, input=QUESTION, capture_output=True, text=True, check=True)
-    console = Console(record=True, width=112, file=Path("/dev/null").open("w"))
+    console = Console(record=True, width=112, file=io.StringIO())
     console.print(Text("$ ", "green") + Text("kcache chat -f handbook.txt --temperature 0", "bold"))
     console.print(Text(">>> ", "cyan") + Text(QUESTION))
     console.print(Text(run.stdout.strip()))

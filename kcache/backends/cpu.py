@@ -1,7 +1,7 @@
 """The CPU backend: the reference's arithmetic with the copies taken out.
 
-A 4-D product over a slice of a larger buffer copies K first; per head, the rows are contiguous and the product reads
-them in place. Scores and probabilities live in scratch memory that layers and steps share. In 16-bit types the scores
+A product over a slice of a larger buffer copies K first; over the whole buffer, or per head, the product reads the
+rows in place. Scores and probabilities live in scratch memory that layers and steps share. In 16-bit types the scores
 are rounded to K's dtype, which moves the logits of a whole model no more than stock bf16 attention does
 (docs/log.md).
 """
@@ -15,7 +15,7 @@ from kcache.backends.reference import ReferenceBackend, probabilities
 
 
 class CpuBackend(ReferenceBackend):
-    """The four verbs with one matrix product per KV head on contiguous rows."""
+    """The four verbs with products that read K and V where they are."""
 
     name = "cpu"
 
@@ -27,15 +27,28 @@ class CpuBackend(ReferenceBackend):
         """Attention probabilities of every row, ``[B, Hkv, G, L]`` fp32, in scratch memory."""
         batch, heads = step.keys.shape[:2]
         query = (step.query * step.scaling).view(batch, heads, -1, step.query.shape[2])
-        shape = (batch, heads, query.shape[2], step.length)
-        scores = self._scores.take(shape, step.keys.dtype)
-        for sequence in range(batch):
-            for head in range(heads):
-                rows = step.keys[sequence, head, : step.length]
-                torch.mm(query[sequence, head], rows.T, out=scores[sequence, head])
+        scores = self._products(query, step.keys, step.length)
         if step.softcap is not None or step.mask is not None or step.sinks is not None:
             return probabilities(scores.float(), step)
-        return torch.softmax(scores, -1, dtype=torch.float32, out=self._probs.take(shape, torch.float32))
+        return torch.softmax(scores, -1, dtype=torch.float32, out=self._probs.take(scores.shape, torch.float32))
+
+    def _products(self, query: torch.Tensor, keys: torch.Tensor, length: int) -> torch.Tensor:
+        """Products of ``query`` ``[B, Hkv, G, D]`` with the first ``length`` keys, ``[B, Hkv, G, length]``.
+
+        One batched product over whole buffers, the rows not yet filled included, is faster than one per head, as long
+        as few rows are wasted on it; their products are cut off.
+        """
+        batch, heads, group, dim = query.shape
+        capacity = keys.shape[2]
+        if keys.is_contiguous() and capacity * 4 <= length * 5:
+            scores = self._scores.take((batch * heads, group, capacity), keys.dtype)
+            torch.bmm(query.flatten(0, 1), keys.view(-1, capacity, dim).transpose(1, 2), out=scores)
+            return scores.view(batch, heads, group, capacity)[..., :length]
+        scores = self._scores.take((batch, heads, group, length), keys.dtype)
+        for sequence in range(batch):
+            for head in range(heads):
+                torch.mm(query[sequence, head], keys[sequence, head, :length].T, out=scores[sequence, head])
+        return scores
 
     def fetch(self, picks: torch.Tensor, step: DecodeStep) -> torch.Tensor:
         """The picked V rows, ``[B, Hkv, N, Dv]`` or ``[B, Hkv, G, N, Dv]``: whole rows, by their place in memory."""

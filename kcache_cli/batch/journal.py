@@ -138,6 +138,8 @@ class Journal:
     def begin(self, batch_size: int) -> None:
         """Start a new job: what the output and the journal hold is thrown away."""
         if self._file is None:
+            if self.path.exists():
+                raise InputError(f"another kcache generate has begun to write {self.output}; use another -o")
             self._file = _open(self.path, self.output)
         if self.output.exists():
             os.truncate(self.output, 0)

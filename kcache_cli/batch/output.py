@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import BinaryIO
 
 from kcache.errors import InputError
@@ -67,9 +68,13 @@ def check_target(name: str, source: str) -> Path | None:
         raise InputError(f"-o {name}: the folder {path.parent} does not exist")
     if source != "-" and path.exists() and path.samefile(Path(source).expanduser()):
         raise InputError(f"-o {name}: is the input itself; name another file")
-    for target in (path, path.parent):
-        if target.exists() and not os.access(target, os.W_OK):
-            raise InputError(f"-o {name}: {'the file' if target == path else target} is not writable")
+    try:
+        if path.is_file():
+            path.open("ab").close()
+        elif not path.exists():
+            TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InputError(f"-o {name}: cannot be written: {error.strerror or error}") from None
     return path
 
 

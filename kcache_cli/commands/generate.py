@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ from kcache_cli.exits import note, warn
 from kcache_cli.options import ModelOptions, PolicyOptions, SamplingOptions, with_options
 
 if TYPE_CHECKING:
+    from kcache.policy import Policy
     from kcache_cli.batch.inputs import BadLine, Inputs
     from kcache_cli.batch.journal import Journal
     from kcache_cli.batch.run import Job
@@ -91,13 +92,11 @@ def generate(
         raise InputError(f"-i {source}: holds no prompts")
 
     engine, overflow = engine_of(context), policy_options.allow_overflow
-    options = {**asdict(model), **asdict(sampling), "seed": sampling.seed or 0, "max_tokens": max_tokens}
-    options |= {"allow_overflow": overflow, "batch_size": batch_size or "auto"}
-    options |= {f"policy.{name}": value for name, value in policy.to_dict().items()}
+    header = Header(inputs.sha256, _settings_of(model, sampling, policy, max_tokens, overflow, batch_size))
     with contextlib.ExitStack() as stack:
         journal: Journal | None = None
         if path is not None and (path.is_file() or not path.exists()):
-            journal = stack.enter_context(Journal(path, Header(inputs.sha256, options), overwrite))
+            journal = stack.enter_context(Journal(path, header, overwrite))
             if journal.skipped is not None and _is_whole(path, inputs, journal.skipped):
                 note(f"{path} is complete; nothing to do (--overwrite runs it again)")
                 return
@@ -112,8 +111,6 @@ def generate(
                 batch_size=batch_size,
                 allow_overflow=overflow,
             )
-        if journal is not None and journal.batch_size is None:
-            journal.begin(plan.batch_size)
         _run(job, inputs, path, journal, plan.batch_size, strict)
 
 
@@ -129,6 +126,8 @@ def _run(job: Job, inputs: Inputs, path: Path | None, journal: Journal | None, b
     work, bad = prepare(job, lm, inputs.entries)
     _report_bad(bad, strict)
     ids = [item.entry.id for item in work]
+    if journal is not None and journal.batch_size is None:
+        journal.begin(batch_size)
     written = mend(path, ids) if path is not None and journal is not None else 0
     todo = plan_work(work, batch_size, journal.finished if journal is not None else {}, written)
     left = sum(len(todo.batches[number]) for number in todo.remaining)
@@ -153,6 +152,26 @@ def _run(job: Job, inputs: Inputs, path: Path | None, journal: Journal | None, b
         f"{len(work):,} prompts, {meter.tokens:,} new tokens in {meter.elapsed_s:.1f} s ({meter.tok_s:.1f} tok/s)"
         + (f"; {count:,} bad line{'s' if count > 1 else ''} left out" if count else "")
     )
+
+
+def _settings_of(
+    model: ModelOptions,
+    sampling: SamplingOptions,
+    policy: Policy,
+    max_tokens: int,
+    overflow: bool,
+    batch_size: int | None,
+) -> dict[str, Any]:
+    """Everything the results depend on, as plain values."""
+    return {
+        **asdict(model),
+        **asdict(sampling),
+        "seed": sampling.seed or 0,
+        "max_tokens": max_tokens,
+        "allow_overflow": overflow,
+        "batch_size": batch_size or "auto",
+        **{f"policy.{name}": value for name, value in policy.to_dict().items()},
+    }
 
 
 def _report_bad(bad: Sequence[BadLine], strict: bool) -> None:

@@ -143,6 +143,7 @@ def test_strict_stops_at_a_prompt_too_long_before_generating(run: Run, tmp_path:
         ("in.jsonl", "nowhere/out.jsonl", "does not exist"),
         ("in.jsonl", ".", "is a folder"),
         ("in.jsonl", "in.jsonl", "is the input itself"),
+        ("in.jsonl", "/proc/out.jsonl", "cannot be written"),
         ("empty.jsonl", "out.jsonl", "holds no prompts"),
         ("twice.jsonl", "out.jsonl", "lines 1 and 2 have the same id"),
     ],
@@ -349,6 +350,8 @@ def test_what_is_there_survives_a_run_that_cannot_start(run: Run, prompts: Path)
 
 def test_a_run_that_cannot_start_leaves_nothing(run: Run, prompts: Path) -> None:
     assert job(run, prompts, engine=FakeEngine(fails=DoesNotFitError("too big"))).exit_code == 3
+    prompts.write_text(prompts.read_text() + "word " * 600)
+    assert job(run, prompts, "--strict").exit_code == 2
     assert [path.name for path in prompts.parent.iterdir() if path.is_file()] == ["in.jsonl"]
 
 

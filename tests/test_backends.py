@@ -1,0 +1,241 @@
+"""Every backend that runs on the CPU computes the reference's decode step, on random shapes, types, masks and ties."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kcache.backends import DecodeStep, choose_backend
+from kcache.backends.base import DecodeResult
+from kcache.backends.cpu import CpuBackend
+from kcache.backends.reference import ReferenceBackend
+from kcache.errors import PolicyError
+from kcache.policy import Policy
+from kcache.tail import BlockTail
+from tests.oracle import topn_attention
+
+CPU = torch.device("cpu")
+FAST = settings(max_examples=60, derandomize=True, deadline=None, database=None)
+
+
+def problem(
+    seed: int = 0,
+    batch: int = 2,
+    kv_heads: int = 2,
+    group: int = 3,
+    length: int = 70,
+    dim: int = 16,
+    value_dim: int = 16,
+    spare: int = 0,
+    dtype: torch.dtype = torch.float32,
+    policy: Policy | None = None,
+    masked: bool = False,
+    softcap: float | None = None,
+    sinks: bool = False,
+    ties: bool = False,
+    strided: bool = False,
+) -> DecodeStep:
+    """A random decode step; rows beyond ``length`` are NaN, as unwritten memory may be."""
+    policy = policy or Policy(topn=9)
+    draw = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw).to(dtype)
+
+    capacity = length + spare
+    keys, values = randn(batch, kv_heads, capacity, dim), randn(batch, kv_heads, capacity, value_dim)
+    if ties:
+        keys = keys[:, :, :1].expand_as(keys).clone()
+    if strided:
+        keys = keys.transpose(0, 1).contiguous().transpose(0, 1)
+        values = torch.cat([values, values], 1)[:, :kv_heads]
+    keys[:, :, length:] = float("nan")
+    values[:, :, length:] = float("nan")
+    mask = None
+    if masked:
+        mask = torch.rand(batch, length, generator=draw) < 0.6
+        mask[:, -1] = True
+        mask[0, : length // 2] = False
+    means = None
+    if policy.tail == "block":
+        tail = BlockTail(policy.tail_block, CPU)
+        counts = None
+        if mask is not None:
+            padded = torch.nn.functional.pad(mask, (0, -length % policy.tail_block))
+            counts = padded.view(batch, -1, policy.tail_block).sum(-1, dtype=torch.int32)
+        tail.append(values[:, :, :length], mask, counts)
+        means = tail.means()
+    return DecodeStep(
+        query=randn(batch, kv_heads * group, dim),
+        keys=keys,
+        values=values,
+        length=length,
+        scaling=dim**-0.5,
+        policy=policy,
+        means=means,
+        mask=mask,
+        softcap=softcap,
+        sinks=torch.randn(kv_heads * group, generator=draw) if sinks else None,
+    )
+
+
+def oracle(step: DecodeStep) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and the mass by the brute-force definition."""
+    batch, heads = step.keys.shape[:2]
+    group = step.query.shape[1] // heads
+    valid = torch.ones(batch, step.length, dtype=torch.bool) if step.mask is None else step.mask
+    outs, masses = [], []
+    for b in range(batch):
+        for h in range(heads):
+            own = slice(h * group, (h + 1) * group)
+            sinks = None if step.sinks is None else step.sinks[own]
+            rows = step.keys[b, h, : step.length], step.values[b, h, : step.length]
+            out, _, mass = topn_attention(
+                step.query[b, own], *rows, valid[b], step.policy, step.scaling, step.softcap, sinks
+            )
+            outs.append(out)
+            masses.append(mass)
+    return torch.stack(outs).view(batch, heads * group, -1), torch.stack(masses).view(batch, heads, group)
+
+
+def check(result: DecodeResult, step: DecodeStep, want: torch.Tensor, mass: torch.Tensor, tolerance: float) -> None:
+    group = step.query.shape[1] // step.keys.shape[1]
+    count = min(step.policy.topn, step.length)
+    heads = (group,) if step.policy.select == "head" else ()
+    assert result.picks.shape == (*step.keys.shape[:2], *heads, count)
+    assert result.out.dtype == step.query.dtype
+    assert result.mass.dtype == torch.float32
+    assert ((result.picks >= 0) & (result.picks < step.length)).all()
+    assert all(len(set(row)) == count for row in result.picks.flatten(0, -2).tolist())
+    torch.testing.assert_close(result.out.double(), want.double(), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(result.mass.double(), mass.double(), atol=tolerance, rtol=tolerance)
+
+
+policies = st.builds(
+    Policy,
+    topn=st.sampled_from([1, 5, 16, 1000]),
+    select=st.sampled_from(["group", "head"]),
+    tail=st.sampled_from(["block", "renormalise", "none"]),
+    tail_block=st.sampled_from([1, 7, 16]),
+)
+problems = st.builds(
+    problem,
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 4]),
+    length=st.sampled_from([1, 2, 15, 16, 17, 63, 130]),
+    dim=st.sampled_from([8, 20]),
+    value_dim=st.sampled_from([8, 12]),
+    spare=st.sampled_from([0, 1, 30, 500]),
+    policy=policies,
+    masked=st.booleans(),
+    softcap=st.sampled_from([None, 2.0]),
+    sinks=st.booleans(),
+    strided=st.booleans(),
+)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_backend_equals_the_oracle(backend: str) -> None:
+    made = choose_backend(backend, CPU)
+
+    @FAST
+    @given(problems)
+    def run(step: DecodeStep) -> None:
+        check(made.decode(step), step, *oracle(step), 1e-4)
+
+    run()
+
+
+def test_cpu_equals_the_reference_bitwise_picks() -> None:
+    """One backend object for all shapes: its scratch memory is shared by whatever comes."""
+    cpu, reference = CpuBackend(), ReferenceBackend()
+
+    @FAST
+    @given(problems)
+    def run(step: DecodeStep) -> None:
+        want, got = reference.decode(step), cpu.decode(step)
+        assert torch.equal(want.picks.sort(-1).values, got.picks.sort(-1).values)
+        check(got, step, want.out, want.mass, 1e-5)
+
+    run()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("policy", [Policy(topn=9), Policy.paper(9), Policy(topn=9, tail="renormalise")])
+def test_half_precision_is_near_the_reference(dtype: torch.dtype, masked: bool, policy: Policy) -> None:
+    """Near ties may be picked otherwise, so the outputs are compared on average."""
+    errors = []
+    for seed in range(10):
+        step = problem(seed, dtype=dtype, masked=masked, policy=policy, spare=seed * 10)
+        want = ReferenceBackend().decode(step)
+        got = CpuBackend().decode(step)
+        assert got.out.dtype == dtype
+        errors.append(float((got.out.float() - want.out.float()).abs().mean() / want.out.float().abs().mean()))
+        torch.testing.assert_close(got.mass, want.mass, atol=0.03, rtol=0)
+    assert max(errors) < 0.05
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("select", ["group", "head"])
+def test_ties_are_broken_somehow_but_soundly(backend: str, masked: bool, select: str) -> None:
+    """All rows score alike: any choice is right, and its mass and weights belong to it."""
+    step = problem(ties=True, masked=masked, policy=Policy(topn=9, select=select, tail="none"))
+    result = choose_backend(backend, CPU).decode(step)
+    valid = torch.ones(2, step.length, dtype=torch.bool) if step.mask is None else step.mask
+    per_row = 1 / valid.sum(-1).float()
+    picks = result.picks if select == "head" else result.picks.unsqueeze(2).expand(-1, -1, 3, -1)
+    real = valid[:, None, None].expand(*picks.shape[:3], -1).gather(3, picks)
+    torch.testing.assert_close(result.mass, real.sum(-1) * per_row[:, None, None])
+    rows = step.values[:, :, None, : step.length].expand(-1, -1, 3, -1, -1)
+    rows = rows.gather(3, picks[..., None].expand(*picks.shape, rows.shape[-1]))
+    want = (rows * (real * per_row[:, None, None, None])[..., None]).sum(3).flatten(1, 2)
+    torch.testing.assert_close(result.out, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("tail", ["block", "renormalise", "none"])
+def test_a_sequence_with_nothing_to_attend_gives_zeros(backend: str, tail: str) -> None:
+    step = problem(masked=True, policy=Policy(topn=5, tail=tail))
+    mask = step.mask.clone()
+    mask[0] = False
+    result = choose_backend(backend, CPU).decode(replace(step, mask=mask))
+    assert result.out.isfinite().all()
+    assert (result.out[0] == 0).all()
+    assert (result.mass[0] == 0).all()
+    assert result.out[1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_inputs_are_left_as_they_were_and_results_stay(backend: str) -> None:
+    """Scratch memory is reused: what an earlier step returned must not change under its owner."""
+    made = choose_backend(backend, CPU)
+    for policy in (Policy(topn=4), Policy.paper(4)):
+        step = problem(policy=policy, masked=True)
+        before = {
+            name: getattr(step, name).clone()
+            for name in ("query", "keys", "values", "means", "mask")
+            if getattr(step, name) is not None
+        }
+        first = made.decode(step)
+        kept = first.out.clone(), first.picks.clone(), first.mass.clone()
+        for seed in range(3):
+            made.decode(problem(seed + 1, policy=policy, length=90))
+        for name, value in before.items():
+            assert torch.equal(getattr(step, name).nan_to_num(7), value.nan_to_num(7)), name
+        assert all(torch.equal(a, b) for a, b in zip(kept, (first.out, first.picks, first.mass), strict=True))
+
+
+def test_choosing() -> None:
+    assert choose_backend("auto", CPU).name == "cpu"
+    assert choose_backend("reference", CPU).name == "reference"
+    assert choose_backend("reference", torch.device("meta")).name == "reference"
+    with pytest.raises(PolicyError, match="backend='auto'"):
+        choose_backend("cpu", torch.device("cuda", 0))

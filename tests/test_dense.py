@@ -1,0 +1,122 @@
+"""Exact attention equals attention written out in fp64, with masks, sinks, soft-capping and a past."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kcache import dense
+
+
+def straight(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention by its definition; a query that may attend nothing gives zeros."""
+    batch, heads, count, _ = query.shape
+    length = keys.shape[2]
+    keys, values = (rows.double().repeat_interleave(heads // rows.shape[1], 1) for rows in (keys, values))
+    scores = query.double() @ keys.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if mask is None:
+        mask = torch.ones(count, length, dtype=torch.bool).tril(length - count)
+    if mask.dtype != torch.bool:
+        scores = scores + mask.double()
+        mask = mask > -1e30
+    exp = torch.where(mask, (scores - scores.amax()).exp(), 0.0)
+    total = exp.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks.double().view(1, -1, 1, 1) - scores.amax()).exp()
+    return (exp / total).nan_to_num(0) @ values
+
+
+@settings(max_examples=120, derandomize=True, deadline=None, database=None)
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 4]),
+    count=st.sampled_from([1, 2, 7, 33]),
+    past=st.sampled_from([0, 1, 16, 50]),
+    dims=st.sampled_from([(8, 8), (16, 16), (8, 12)]),
+    masking=st.sampled_from(["causal", "bool", "additive"]),
+    softcap=st.sampled_from([None, None, 1.5]),
+    sinks=st.booleans(),
+    spare=st.sampled_from([0, 9]),
+)
+def test_attend(
+    seed: int,
+    batch: int,
+    kv_heads: int,
+    group: int,
+    count: int,
+    past: int,
+    dims: tuple[int, int],
+    masking: str,
+    softcap: float | None,
+    sinks: bool,
+    spare: int,
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw)
+
+    length = past + count
+    query = randn(batch, count, kv_heads * group, dims[0]).transpose(1, 2)
+    keys = randn(batch, kv_heads, length + spare, dims[0])[:, :, :length]
+    values = randn(batch, kv_heads, length + spare, dims[1])[:, :, :length]
+    mask = None
+    if masking != "causal":
+        mask = torch.ones(count, length, dtype=torch.bool).tril(past).expand(batch, 1, -1, -1).clone()
+        mask[0, :, :, : length // 2] = False
+        if masking == "additive":
+            mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+            mask[..., 0, :] = 0.0
+    sink = randn(kv_heads * group) if sinks else None
+    got = dense.attend(query, keys, values, mask, 0.3, softcap, sink)
+    want = straight(query, keys, values, mask, 0.3, softcap, sink)
+    assert got.shape == want.shape
+    torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 20])
+@pytest.mark.parametrize("past", [0, 40])
+@pytest.mark.parametrize("masked", [False, True])
+def test_half_precision(dtype: torch.dtype, count: int, past: int, masked: bool) -> None:
+    query, keys, values = (
+        torch.randn(2, heads, n, 16).to(dtype) for heads, n in ((4, count), (2, past + count), (2, past + count))
+    )
+    mask = torch.ones(count, past + count, dtype=torch.bool).tril(past).expand(2, 1, -1, -1) if masked else None
+    got = dense.attend(query, keys, values, mask, 0.25)
+    assert got.dtype == dtype
+    torch.testing.assert_close(
+        got.double(), straight(query, keys, values, mask, 0.25, None, None), atol=0.03, rtol=0.03
+    )
+
+
+def test_a_mask_of_its_own_per_head() -> None:
+    query, keys, values = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    mask = torch.rand(2, 4, 1, 9) < 0.7
+    mask[..., -1] = True
+    for softcap in (None, 2.0):
+        got = dense.attend(query, keys, values, mask, 0.3, softcap)
+        torch.testing.assert_close(
+            got.double(), straight(query, keys, values, mask, 0.3, softcap, None), atol=1e-5, rtol=1e-4
+        )
+
+
+def test_slices_of_queries_when_scores_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, keys, values = torch.randn(2, 4, 30, 8), torch.randn(2, 2, 50, 8), torch.randn(2, 2, 50, 8)
+    whole = dense.attend(query, keys, values, None, 0.3, 2.0)
+    monkeypatch.setattr(dense, "_SCORE_BYTES", 2 * 4 * 50 * 4 * 7)
+    torch.testing.assert_close(dense.attend(query, keys, values, None, 0.3, 2.0), whole)
