@@ -48,8 +48,9 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(ARGS)
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu tests/triton/test_triton_device.py
+	PYTHONPATH=. $(PYTHON) benchmarks/first_look.py --output docs/benchmarks/first_look.json
+	PYTHONPATH=. $(PYTHON) -m benchmarks.kernels --json docs/benchmarks/kernels.json $(ARGS)
 
 docs: $(STAMP)
 	$(BIN)/python -m kcache_cli docs --output docs/cli.md

@@ -158,24 +158,24 @@ class KCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence ``repeats`` times."""
-        self.shared.validity.select(torch.arange(self._batch).repeat_interleave(repeats))
+        self.shared.validity.select(torch.arange(self.batch_size).repeat_interleave(repeats))
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences ``indices`` ``[B']``, in that order; a bool mask ``[B]`` works too."""
-        indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices % max(1, self._batch)
+        indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices % max(1, self.batch_size)
         self.shared.validity.select(indices)
         super().batch_select_indices(indices)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the sequences for beam search; nothing moves when the order stays."""
-        if beam_idx.tolist() == list(range(self._batch)):
+        if beam_idx.tolist() == list(range(self.batch_size)):
             return
         self.shared.validity.select(beam_idx)
         super().reorder_cache(cast(torch.LongTensor, beam_idx))
 
     @property
-    def _batch(self) -> int:
+    def batch_size(self) -> int:
         """Sequences held; 0 while empty."""
         sizes = [layer.batch_size for layer in self.tiered_layers]
         stock = [getattr(layer, "keys", None) for layer in self.layers if not isinstance(layer, TieredLayer)]
@@ -191,7 +191,7 @@ class KCache(Cache):
         """The state after the latest forward, with the picked positions; copies those to the host."""
         layers = self._layer_snapshots(picks=True)
         stats = total([layer.stats for layer in layers])
-        return StepSnapshot(step=stats.steps, tokens=stats.tokens, batch=self._batch, stats=stats, layers=layers)
+        return StepSnapshot(step=stats.steps, tokens=stats.tokens, batch=self.batch_size, stats=stats, layers=layers)
 
     def _layer_snapshots(self, picks: bool) -> tuple[Any, ...]:
         return tuple(layer_snapshot(index, layer, picks) for index, layer in enumerate(self.layers))

@@ -41,6 +41,8 @@ def attend(
     past = keys.shape[2] - query.shape[2]
     if past == 0:
         return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
+    if query.device.type == "cpu" and keys.shape[3] != values.shape[3]:
+        return _plain(query, keys, values, mask, scaling, softcap, sinks)
     if query.device.type == "cpu":
         return _past_and_chunk(query, keys, values, past, scaling)
     bias = causal_lower_right(query.shape[2], keys.shape[2])

@@ -1,7 +1,7 @@
 """The decode loop: prefill in chunks, then one token per sequence and step, streamed as events.
 
 Prompts of a batch are left-padded to one length ``T``; ids and masks are ``[B, T]``. Sequences that have ended are fed
-padding until all have, so nothing held for the others has to move.
+on until all have, so nothing held for the others has to move; in a cache that will be used again, with padding.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from kcache.attention import attach
 from kcache.cache import KCache
-from kcache.errors import InputError
+from kcache.errors import CacheStateError, InputError
 from kcache.policy import Policy
 from kcache.prompts import Prompt, check_length, encode
 from kcache.sampling import Sampler, Sampling
@@ -65,7 +66,7 @@ def generate(
     *,
     sampling: Sampling | None = None,
     max_new_tokens: int = 256,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     cache: KCache | None = None,
     allow_overflow: bool = False,
 ) -> Iterator[TokenEvent]:
@@ -82,10 +83,11 @@ def generate(
         Default: the model's own generation config.
     max_new_tokens : int
         At most so many per sequence, and never past the model's context unless ``allow_overflow``.
-    stop : sequence of str
+    stop : str or sequence of str
         Texts that end a sequence; they are not part of its text.
     cache : KCache, optional
-        Continue after what this cache holds; by default a new one is made, of exactly the size needed.
+        Continue after what this cache holds; by default a new one is made, of exactly the size needed. The last token
+        of a sequence is not in the cache yet: begin the next prompt with it.
     allow_overflow : bool
         Let prompt and answer exceed the model's context.
 
@@ -102,8 +104,11 @@ def generate(
         If a prompt does not fit the model's context.
     DoesNotFitError
         If the cache does not fit in memory.
+    CacheStateError
+        If ``cache`` holds another number of sequences.
     """
     batch = encode(lm, prompts)
+    keep = cache is not None
     past = 0 if cache is None else cache.get_seq_length()
     longest = past + max(len(ids) for ids in batch)
     room = check_length(lm, longest, max_new_tokens, allow_overflow)
@@ -111,7 +116,12 @@ def generate(
         cache = KCache(lm.model, policy, max_length=longest + room)
     elif policy is not None and policy != cache.policy:
         raise InputError("the cache was made with another policy; leave policy out to go on with the cache's own")
-    return stream(lm, batch, cache, sampling or Sampling(), room, stop)
+    elif past and cache.batch_size != len(batch):
+        raise CacheStateError(
+            f"this cache holds {cache.batch_size} sequences and was given {len(batch)} prompts; "
+            "give one for each, or make a new cache"
+        )
+    return stream(lm, batch, cache, sampling or Sampling(), room, [stop] if isinstance(stop, str) else stop, keep=keep)
 
 
 @dataclass
@@ -133,47 +143,94 @@ def stream(
     stop: Sequence[str] = (),
     keep_going: Callable[[], bool] = lambda: True,
     fed: list[int] | None = None,
+    keep: bool = False,
 ) -> Iterator[TokenEvent]:
     """Decode token id prompts with a cache that may already hold tokens; see :func:`generate`.
 
     ``keep_going`` is asked between prefill chunks and between tokens; ``fed`` collects the ids the cache has taken in
-    (first sequence).
+    (first sequence); ``keep`` says that the cache will be used again, so that nothing may enter it which is of no
+    sequence.
     """
     began = time.perf_counter()
     device = lm.device
     sampler = Sampler(sampling, lm.model.generation_config, device)
     ends = _end_ids(lm)
     sequences = [_Sequence(len(ids), Detokenizer(lm.tokenizer, stop)) for ids in batch]
-    ids, mask = _pad(batch, lm.tokenizer.pad_token_id or 0, cache, device)
-    history = ids
-    ttft_ms = 0.0
+    pad_id = lm.tokenizer.pad_token_id or 0
+    ids, mask = _pad(batch, pad_id, cache, device)
+    ended = [False] * len(batch) if keep else []
+    history = ids if not fed else torch.cat([torch.tensor([fed], device=device), ids], 1)
+    ttft_ms, latest = 0.0, 0
     with attach(lm.model):
         logits: torch.Tensor | None = None
-        for newest, piece in _prefill(lm.model, cache, ids, mask):
+        for newest, piece in prefill(lm.model, cache, ids, mask):
             logits = newest
             if fed is not None:
                 fed.extend(piece)
             if not keep_going():
                 return
         assert logits is not None
-        for step in range(max_new_tokens):
-            tokens = sampler.pick(logits, history)
-            values = tokens.tolist()
+        for step, values in enumerate(decode(lm.model, cache, logits, sampler, history, mask, ended, pad_id)):
+            if fed is not None and step:
+                fed.append(latest)
+            latest = values[0]
             elapsed_ms = (time.perf_counter() - began) * 1e3
             ttft_ms = ttft_ms or elapsed_ms
             for index, (sequence, token) in enumerate(zip(sequences, values, strict=True)):
                 if not sequence.done:
                     last = step == max_new_tokens - 1
                     yield _event(index, sequence, token, token in ends, last, elapsed_ms, ttft_ms)
-            if all(sequence.done for sequence in sequences) or not keep_going():
+            if keep:
+                ended[:] = [sequence.done for sequence in sequences]
+            if step == max_new_tokens - 1 or all(sequence.done for sequence in sequences) or not keep_going():
                 return
-            if sampler.needs_history:
-                history = torch.cat([history, tokens[:, None]], 1)
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
-            logits = _forward(lm.model, cache, tokens[:, None], mask)
-            if fed is not None:
-                fed.append(values[0])
+
+
+def decode(
+    model: PreTrainedModel,
+    cache: Cache,
+    logits: torch.Tensor,
+    sampler: Sampler,
+    history: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    ended: Sequence[bool] = (),
+    pad_id: int = 0,
+) -> Iterator[list[int]]:
+    """Decode without end: yields the token of each sequence, and runs the model on them when asked for more.
+
+    This is the loop that chat and generate run and that the benchmark times: the time between two tokens is the
+    inter-token latency.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Attached, if the cache is a :class:`~kcache.KCache`.
+    cache : Cache
+        Any transformers cache that holds the past.
+    logits : Tensor ``[B, vocabulary]``
+        Of the past's last position.
+    sampler : Sampler
+    history : Tensor ``[B, T]``
+        The tokens so far, for samplers that read them.
+    mask : Tensor ``[B, T]`` or None
+        Which positions of the past are real.
+    ended : sequence of bool, optional
+        Sequences to feed padding from now on; the caller keeps it up to date.
+    pad_id : int
+    """
+    while True:
+        tokens = sampler.pick(logits, history)
+        yield tokens.tolist()
+        if sampler.needs_history:
+            history = torch.cat([history, tokens[:, None]], 1)
+        if any(ended):
+            going = ~torch.tensor(ended, device=tokens.device)
+            tokens = torch.where(going, tokens, pad_id)
+            mask = tokens.new_ones(len(tokens), cache.get_seq_length()) if mask is None else mask
+            mask = torch.cat([mask, going[:, None].to(mask.dtype)], 1)
+        elif mask is not None:
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
+        logits = step_logits(model, cache, tokens[:, None], mask)
 
 
 def _event(
@@ -194,7 +251,7 @@ def _event(
     )
 
 
-def _prefill(
+def prefill(
     model: PreTrainedModel, cache: KCache, ids: torch.Tensor, mask: torch.Tensor | None
 ) -> Iterator[tuple[torch.Tensor, list[int]]]:
     """Run the prompt through the model in even chunks; yields the last logits and the ids taken in (first row)."""
@@ -203,12 +260,14 @@ def _prefill(
     with cache.exact():
         for piece in ids.tensor_split(pieces, dim=1):
             past += piece.shape[1]
-            logits = _forward(model, cache, piece, None if mask is None else mask[:, :past])
+            logits = step_logits(model, cache, piece, None if mask is None else mask[:, :past])
             yield logits, piece[0].tolist()
 
 
 @torch.no_grad()
-def _forward(model: PreTrainedModel, cache: KCache, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def step_logits(
+    model: PreTrainedModel, cache: Cache, ids: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """One forward over ``ids`` ``[B, T]``; returns the last position's logits ``[B, vocabulary]``."""
     accepted = inspect.signature(model.forward).parameters
     extra: dict[str, object] = {}

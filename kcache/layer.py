@@ -227,6 +227,8 @@ class TieredLayer(CacheLayerMixin):
             return self._decode(call, mask)
         self.mode = "dense" if count == 1 else "prefill"
         self.picks = self.mass = None
+        if count == 1 and self._v.resident is not None and _is_row_mask(mask):
+            return self.shared.backend(self.device).dense(self._step(call, mask, self._v.resident)).unsqueeze(2)
         values = self._v.whole(call.value)
         if self.following is not None:
             self.following.prefetch_values(call.key.shape[2])
@@ -236,36 +238,36 @@ class TieredLayer(CacheLayerMixin):
     def _decodes_topn(self, mask: torch.Tensor | None) -> bool:
         if not self.offloaded or self.shared.force_exact or self.length < self.shared.policy.dense_below:
             return False
-        return mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
+        return _is_row_mask(mask)
 
     def _decode(self, call: AttentionCall, mask: torch.Tensor | None) -> torch.Tensor:
         """The TopN decode step: score, select, fetch, combine."""
-        assert self._k is not None and self._k.data is not None and self._v is not None
-        assert self._v.host is not None and self._v.host.data is not None
+        assert self._v is not None and self._v.host is not None
         backend = self.shared.backend(self.device)
         if backend.reads_host_by_kernel:
             self._v.ready_for_kernels()
         else:
             self._v.finish_sending()
-        tail = self._v.tail
-        result = backend.decode(
-            DecodeStep(
-                query=call.query[:, :, 0].detach(),
-                keys=self._k.data,
-                values=self._v.host.data,
-                length=self.length,
-                scaling=call.scaling,
-                policy=self.shared.policy,
-                means=None if tail is None else tail.means(),
-                mask=None if mask is None else mask[:, 0, 0].expand(call.query.shape[0], -1),
-                softcap=call.softcap,
-                sinks=call.sinks,
-            )
-        )
+        result = backend.decode(self._step(call, mask, self._v.host))
         self.mode, self.picks, self.mass = "topn", result.picks, result.mass
         self.rows_fetched += result.picks.numel()
         self.row_bytes_fetched += result.picks.numel() * self._v.host.row_bytes
         return result.out.unsqueeze(2)
+
+    def _step(self, call: AttentionCall, mask: torch.Tensor | None, values: RowBuffer) -> DecodeStep:
+        assert self._k is not None and self._k.data is not None and values.data is not None and self._v is not None
+        return DecodeStep(
+            query=call.query[:, :, 0].detach(),
+            keys=self._k.data,
+            values=values.data,
+            length=self.length,
+            scaling=call.scaling,
+            policy=self.shared.policy,
+            means=None if self._v.tail is None else self._v.tail.means(),
+            mask=None if mask is None else mask[:, 0, 0].expand(call.query.shape[0], -1),
+            softcap=call.softcap,
+            sinks=call.sinks,
+        )
 
     # -- telemetry -------------------------------------------------------------------------------------------------
 
@@ -290,6 +292,11 @@ class TieredLayer(CacheLayerMixin):
             steps=self.steps,
             tokens=self.length,
         )
+
+
+def _is_row_mask(mask: torch.Tensor | None) -> bool:
+    """Whether one query's mask says, for all heads alike, which rows it may attend, and nothing more."""
+    return mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
 
 
 def _as_bool(mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from kcache.errors import ContextLengthError, InputError
@@ -26,9 +27,13 @@ def encode(lm: LoadedModel, prompts: Prompt | Sequence[Prompt]) -> list[list[int
     if not many:
         raise InputError("no prompt given")
     batch = [_encode_one(lm, prompt) for prompt in many]
+    known = len(cast(Any, lm.model.get_input_embeddings()).weight)
     for number, ids in enumerate(batch, start=1):
         if not ids:
             raise InputError(f"prompt {number} is empty; it needs at least one token")
+        strange = next((token for token in ids if not 0 <= token < known), None)
+        if strange is not None:
+            raise InputError(f"prompt {number} holds the token id {strange}; those of {lm.name} are 0 to {known - 1}")
     return batch
 
 
@@ -42,11 +47,27 @@ def encode_messages(lm: LoadedModel, messages: list[Message]) -> list[int]:
     """
     if not getattr(lm.tokenizer, "chat_template", None):
         raise InputError(f"{lm.name} has no chat template; use `kcache generate` with plain prompts")
+    check_messages(messages)
     try:
         encoded = lm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     except Exception as error:
-        raise InputError(f"the chat template of {lm.name} does not take these messages: {error}") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"the chat template of {lm.name} does not take these messages: {reason}") from error
     return [int(token) for token in cast(Any, encoded)["input_ids"]]
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise unless each message is a role and a content, both text.
+
+    Raises
+    ------
+    InputError
+        Naming the first that is not, by number.
+    """
+    for number, message in enumerate(messages, start=1):
+        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise InputError(f'message {number} is not {{"role": text, "content": text}}: {message!r}')
+        _check_text(message["content"], f"message {number}")
 
 
 def check_length(lm: LoadedModel, tokens: int, max_new_tokens: int, allow_overflow: bool) -> int:
@@ -57,10 +78,10 @@ def check_length(lm: LoadedModel, tokens: int, max_new_tokens: int, allow_overfl
     ContextLengthError
         If ``tokens`` leave no room in the model's context.
     InputError
-        If ``max_new_tokens`` is below 1.
+        If ``max_new_tokens`` is not a whole number of at least 1.
     """
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not _is_whole(max_new_tokens) or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
     context = lm.context_length
     if context is None or allow_overflow:
         return max_new_tokens
@@ -75,8 +96,10 @@ def check_length(lm: LoadedModel, tokens: int, max_new_tokens: int, allow_overfl
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
+    if isinstance(prompts, (bytes, dict)) or not isinstance(prompts, Iterable):
+        raise _not_a_prompt(prompts)
     items = list(cast(Sequence[Any], prompts))
-    if items and all(isinstance(item, int) for item in items):
+    if items and all(_is_whole(item) for item in items):
         return [cast(list[int], items)]
     if items and all(isinstance(item, dict) for item in items):
         return [cast(list[Message], items)]
@@ -85,11 +108,25 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 def _encode_one(lm: LoadedModel, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
-        if not prompt:
-            return []
-        return [int(token) for token in cast(Any, lm.tokenizer(prompt))["input_ids"]]
-    if isinstance(prompt, list) and all(isinstance(item, int) for item in prompt):
-        return cast(list[int], prompt)
+        _check_text(prompt, "the prompt")
+        return [int(token) for token in cast(Any, lm.tokenizer(prompt))["input_ids"]] if prompt else []
+    if isinstance(prompt, list) and all(_is_whole(item) for item in prompt):
+        return [int(token) for token in cast(list[int], prompt)]
     if isinstance(prompt, list) and all(isinstance(item, dict) for item in prompt):
         return encode_messages(lm, cast(list[Message], prompt))
-    raise InputError(f"a prompt is a string, token ids, or a list of messages; got {type(prompt).__name__}")
+    raise _not_a_prompt(prompt)
+
+
+def _not_a_prompt(given: object) -> InputError:
+    return InputError(f"a prompt is a string, token ids, or a list of messages; got {type(given).__name__}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check_text(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} holds a lone surrogate at character {error.start + 1}, which is no text") from error

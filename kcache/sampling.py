@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import cast
 
 import torch
@@ -43,6 +44,9 @@ class Sampling:
         _check("top_p", self.top_p, 0, 1, "1 switches it off")
         _check("top_k", self.top_k, 0, None, "0 switches it off")
         _check("repetition_penalty", self.repetition_penalty, 0, None, "1 switches it off")
+        for name, value in (("top_k", self.top_k), ("seed", self.seed)):
+            if value is not None and not isinstance(value, Integral):
+                raise InputError(f"{name} must be a whole number, got {value!r}")
         if self.top_p == 0 or self.repetition_penalty == 0:
             raise InputError("top_p and repetition_penalty must be above 0")
 
@@ -50,9 +54,9 @@ class Sampling:
 def _check(name: str, value: float | None, low: float, high: float | None, hint: str) -> None:
     if value is None:
         return
-    if not math.isfinite(value) or value < low or (high is not None and value > high):
+    if not isinstance(value, Real) or not math.isfinite(value) or value < low or (high is not None and value > high):
         limits = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise InputError(f"{name} must be {limits}, got {value}; {hint}")
+        raise InputError(f"{name} must be {limits}, got {value!r}; {hint}")
 
 
 class Sampler:

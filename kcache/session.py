@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from kcache.cache import KCache
 from kcache.errors import InputError
 from kcache.generation import TokenEvent, stream
 from kcache.policy import Policy
-from kcache.prompts import Message, check_length, encode_messages
+from kcache.prompts import Message, check_length, check_messages, encode_messages
 from kcache.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Session:
         self._system = system
         self._fed: list[int] = []
         self._stop_asked = False
+        self._open: weakref.ref[Generator[TokenEvent]] | None = None  # a reply nobody holds any more ends by itself
 
     @property
     def system(self) -> str | None:
@@ -85,11 +87,13 @@ class Session:
 
     @system.setter
     def system(self, text: str | None) -> None:
+        self._close_reply()
         self._system = text
         self._drop_cache()
 
     def clear(self) -> None:
         """Forget the conversation and give the cache's memory back; the system message stays."""
+        self._close_reply()
         self.messages = []
         self.last_turn = None
         self._drop_cache()
@@ -102,9 +106,8 @@ class Session:
         InputError
             If a message is not a ``{"role", "content"}`` pair of strings.
         """
-        for number, message in enumerate(messages, start=1):
-            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
-                raise InputError(f'message {number} is not {{"role": text, "content": text}}: {message!r}')
+        check_messages(messages)
+        self._close_reply()
         rest = [dict(message) for message in messages]
         if rest and rest[0]["role"] == "system":
             self._system = rest.pop(0)["content"]
@@ -119,10 +122,10 @@ class Session:
         """How many tokens the prompt would be if ``text`` were sent now."""
         return len(encode_messages(self.lm, self._with_system(text)))
 
-    def send(self, text: str, *, max_new_tokens: int = 1024, stop: Sequence[str] = ()) -> Iterator[TokenEvent]:
+    def send(self, text: str, *, max_new_tokens: int = 1024, stop: str | Sequence[str] = ()) -> Iterator[TokenEvent]:
         """Send a user message and stream the answer.
 
-        Closing the iterator early, or :meth:`interrupt`, keeps what was said so far.
+        Closing the iterator early, or :meth:`interrupt`, keeps what was said so far; so does the next message.
 
         Raises
         ------
@@ -135,15 +138,18 @@ class Session:
         """
         if not text.strip():
             raise InputError("the message is empty")
+        self._close_reply()
         ids = encode_messages(self.lm, self._with_system(text))
         room = check_length(self.lm, len(ids), max_new_tokens, self.allow_overflow)
         new = ids[self._keep_prefix(ids) :]
         assert self.cache is not None
-        return self._reply(text, ids, new, self.cache, room, stop)
+        reply = self._reply(text, ids, new, self.cache, room, [stop] if isinstance(stop, str) else stop)
+        self._open = weakref.ref(reply)
+        return reply
 
     def _reply(
         self, text: str, ids: list[int], new: list[int], cache: KCache, room: int, stop: Sequence[str]
-    ) -> Iterator[TokenEvent]:
+    ) -> Generator[TokenEvent]:
         self._stop_asked = False
         self.messages.append({"role": "user", "content": text})
         said: list[str] = []
@@ -217,6 +223,12 @@ class Session:
             return 0
         self._fed = self._fed[:shared]
         return shared
+
+    def _close_reply(self) -> None:
+        """End a reply that was not read to its end."""
+        reply = None if self._open is None else self._open()
+        if reply is not None:
+            reply.close()
 
     def _drop_cache(self) -> None:
         self.cache = None

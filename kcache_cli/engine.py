@@ -96,6 +96,8 @@ class KCacheEngine:
         allow_overflow: bool = False,
     ) -> Plan:
         """See :class:`Engine`."""
+        import torch
+
         import kcache
         from kcache import memory
         from kcache.loading import parse_dtype
@@ -114,7 +116,8 @@ class KCacheEngine:
             )
         planned = asked if need is None else need if allow_overflow else min(asked, need)
         asked_dtype = parse_dtype(model.dtype or "auto")
-        dtype = config.dtype if isinstance(asked_dtype, str) else asked_dtype
+        wanted = config.dtype if asked_dtype == "auto" else asked_dtype
+        dtype = wanted if isinstance(wanted, torch.dtype) else None
         weights = memory.weight_bytes(config, dtype, trust_remote_code=model.trust_remote_code)
         sizes = {"weights_bytes": weights, "dtype_bytes": 2 if dtype is None else dtype.itemsize}
         batch = batch_size or memory.auto_batch_size(config, planned, policy, device, **sizes)

@@ -20,7 +20,7 @@ def straight(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention by its definition; a query that may attend nothing gives zeros."""
-    batch, heads, count, _ = query.shape
+    heads, count = query.shape[1:3]
     length = keys.shape[2]
     keys, values = (rows.double().repeat_interleave(heads // rows.shape[1], 1) for rows in (keys, values))
     scores = query.double() @ keys.transpose(2, 3) * scaling
@@ -79,8 +79,8 @@ def test_attend(
         mask = torch.ones(count, length, dtype=torch.bool).tril(past).expand(batch, 1, -1, -1).clone()
         mask[0, :, :, : length // 2] = False
         if masking == "additive":
+            mask[..., 0] = True  # where all is excluded, an additive mask attends evenly
             mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
-            mask[..., 0, :] = 0.0
     sink = randn(kv_heads * group) if sinks else None
     got = dense.attend(query, keys, values, mask, 0.3, softcap, sink)
     want = straight(query, keys, values, mask, 0.3, softcap, sink)

@@ -195,8 +195,10 @@ def test_prefill_in_inference_mode_and_decode_outside() -> None:
     with attach(model):
         with torch.inference_mode():
             forward(model, cache, tokens(1, 2, 20), left_padding([20, 6]))
+            forward(model, cache, tokens(3, 2, 1), left_padding([21, 7]))
         forward(model, other, tokens(1, 2, 20), left_padding([20, 6]))
-        mask = left_padding([21, 7])
+        forward(model, other, tokens(3, 2, 1), left_padding([21, 7]))
+        mask = left_padding([22, 8])
         got, want = (forward(model, each, tokens(2, 2, 1), mask) for each in (cache, other))
         torch.testing.assert_close(got, want)
         cache.crop(-2)

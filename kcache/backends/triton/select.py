@@ -99,7 +99,7 @@ def select_kernel(
     BLOCK: tl.constexpr, TAIL_BLOCK: tl.constexpr, TAIL: tl.constexpr,
     HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr,
 ):  # fmt: skip
-    """One program per row of work. ``NP`` and ``BP``: powers of two that hold N picks, all blocks; ``GS``: heads at once."""
+    """One program per row of work. ``NP``, ``BP``: powers of two holding N picks, all blocks; ``GS``: heads at once."""
     CANDIDATES: tl.constexpr = NP * BLOCK
     row = tl.program_id(0)
     length = tl.load(length_ptr)

@@ -7,6 +7,8 @@ next slice is scored: the link and the device's memory then work at the same tim
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import triton
 
@@ -21,7 +23,7 @@ from kcache.backends.triton.workspace import DenseWorkspace, Workspace
 _TAIL = {"none": 0, "renormalise": 1, "block": 2}
 
 
-class _Step:
+class SliceStep:
     """One slice of the batch: the tensors of ``triton_decode`` and the scratch rows that belong to it."""
 
     def __init__(
@@ -59,6 +61,17 @@ class _Step:
     def mask_or_dummy(self) -> tuple[torch.Tensor, int]:
         """The mask and its stride, or any tensor where there is none."""
         return (self.length, 0) if self.mask is None else (self.mask, self.mask.stride(0))
+
+    def run(self) -> None:
+        """All four verbs, one after the other."""
+        self.score()
+        self.finish()
+
+    def finish(self) -> None:
+        """What follows the read of K."""
+        self.weigh()
+        self.select()
+        self.gather()
 
     def score(self) -> None:
         """Stream K once; leave scores and partial sums of exponentials in the workspace."""
@@ -182,17 +195,14 @@ def triton_decode(
     lengths = ws.length_tensor(length)
     bounds = [round(ws.batch * piece / ws.slices) for piece in range(ws.slices + 1)]
     steps = [
-        _Step(ws, first, last, query, keys, values, lengths, scaling, means, mask, softcap, sinks, hot, out)
-        for first, last in zip(bounds, bounds[1:], strict=False)
+        SliceStep(ws, first, last, query, keys, values, lengths, scaling, means, mask, softcap, sinks, hot, out)
+        for first, last in pairwise(bounds)
         if last > first
     ]
     with on_device(query.device):
         if ws.side is None or len(steps) == 1:
             for step in steps:
-                step.score()
-                step.weigh()
-                step.select()
-                step.gather()
+                step.run()
         else:
             main = torch.cuda.current_stream(query.device)
             ws.side.wait_stream(main)
@@ -200,13 +210,8 @@ def triton_decode(
                 step.score()
                 ws.side.wait_stream(main)
                 with torch.cuda.stream(ws.side):
-                    step.weigh()
-                    step.select()
-                    step.gather()
-            steps[-1].score()
-            steps[-1].weigh()
-            steps[-1].select()
-            steps[-1].gather()
+                    step.finish()
+            steps[-1].run()
             main.wait_stream(ws.side)
     per_head = (ws.batch, ws.kv_heads, ws.query_group, ws.topn)
     picks = ws.picks.view(ws.batch, ws.kv_heads, ws.topn) if ws.select == "group" else ws.picks.view(per_head)

@@ -16,6 +16,7 @@ from kcache.policy import Select, Tail
 _MOST_CANDIDATES = 32768
 _MOST_BLOCKS = 8192
 _SHARED_BYTES = 227 * 1024
+_WORTH_SLICING = 256 * 2**20  # K that takes longer to read than the launches of a second slice
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,27 @@ def unsupported(capacity: int, group: int, dim: int, dim_v: int, topn: int, tail
     return None
 
 
-class Workspace:
+class DeviceLength:
+    """The length of a step as a tensor on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.length = torch.zeros(1, dtype=torch.int32, device=device)
+        self._written = 0
+
+    def length_tensor(self, length: int | torch.Tensor) -> torch.Tensor:
+        """``length`` as an int32 tensor on the device; a Python number is copied there once per value.
+
+        A captured graph needs a tensor: a number would be copied at capture only.
+        """
+        if isinstance(length, torch.Tensor):
+            return length
+        if length != self._written:
+            self.length.fill_(length)
+            self._written = length
+        return self.length
+
+
+class Workspace(DeviceLength):
     """Scratch of :func:`~kcache.backends.triton.step.triton_decode`.
 
     Parameters
@@ -137,6 +158,7 @@ class Workspace:
         reason = unsupported(capacity, group, dim, dim_v, topn, tail, tail_block)
         if reason is not None:
             raise ValueError(f"the Triton decode step does not support {reason}")
+        super().__init__(device)
         self.tuning = tune = tuning or Tuning()
         self.device, self.batch, self.kv_heads, self.query_group = device, batch, kv_heads, group
         self.dim, self.dim_v, self.topn = dim, dim_v, topn
@@ -150,12 +172,13 @@ class Workspace:
         self.block = select_block(self.capacity, tail, tail_block)
         self.blocks = -(-self.capacity // self.block)
         self.tail_blocks = -(-self.capacity // self.tail_block) if tail == "block" else 1
-        self.chunk = max(tune.weight_chunk, self.block)
+        self.chunk = max(self.block, min(tune.weight_chunk, 8192 // power_of_two(self.group)))
         # Probabilities of the candidates are held 32 to a thread at most.
         candidates = power_of_two(topn) * self.block
         self.select_warps = min(16, max(tune.select_warps, candidates // 256))
         self.heads_at_once = max(1, min(power_of_two(self.group), 1024 * self.select_warps // candidates))
-        self.slices = tune.slices or (2 if device.type == "cuda" and batch >= 2 else 1)
+        k_bytes = batch * kv_heads * self.capacity * dim * 2
+        self.slices = tune.slices or (2 if device.type == "cuda" and batch >= 2 and k_bytes >= _WORTH_SLICING else 1)
 
         per_slice = -(-batch // self.slices) * self.heads
         processors = tune.processors or multiprocessors(device)
@@ -192,8 +215,6 @@ class Workspace:
         self.partial = floats(rows, parts, heads, dim_v)
         self.counters = integers(rows)
         self.hot_slots, self.hot_inserts = integers(rows, topn), integers(rows, topn)
-        self.length = integers(1)
-        self._length = 0
         self.side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" and self.slices > 1 else None
 
     @property
@@ -201,17 +222,8 @@ class Workspace:
         """Bytes of scratch on the device."""
         return sum(item.numel() * item.element_size() for item in vars(self).values() if torch.is_tensor(item))
 
-    def length_tensor(self, length: int | torch.Tensor) -> torch.Tensor:
-        """``length`` as an int32 tensor on the device; a Python number is copied there once per value."""
-        if isinstance(length, torch.Tensor):
-            return length
-        if length != self._length:
-            self.length.fill_(length)
-            self._length = length
-        return self.length
 
-
-class DenseWorkspace:
+class DenseWorkspace(DeviceLength):
     """Scratch of :func:`~kcache.backends.triton.step.dense_decode`; parameters as for :class:`Workspace`."""
 
     def __init__(
@@ -226,6 +238,7 @@ class DenseWorkspace:
         *,
         tuning: Tuning | None = None,
     ) -> None:
+        super().__init__(device)
         self.tuning = tune = tuning or Tuning()
         rows = batch * kv_heads
         processors = tune.processors or multiprocessors(device)
@@ -238,7 +251,3 @@ class DenseWorkspace:
         self.part_sum = torch.empty_like(self.part_max)
         self.partial = torch.empty(rows, self.splits, group, dim_v, dtype=torch.float32, device=device)
         self.counters = torch.zeros(rows, dtype=torch.int32, device=device)
-        self.length = torch.zeros(1, dtype=torch.int32, device=device)
-        self._length = 0
-
-    length_tensor = Workspace.length_tensor

@@ -1,0 +1,181 @@
+"""Shapes and tensors of the kernel benchmark, and the compilation of its kernels in parallel processes.
+
+A shape's tensors come filled, to be timed, or unwritten on the CPU, to be compiled for: the host code that launches is
+the same for both, so what was compiled ahead is found in Triton's cache.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks.precompile import compile_only
+from kcache.backends.triton import DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode, triton_decode
+from kcache.backends.triton.step import SliceStep
+
+SHARDS = 12
+BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape to time."""
+
+    name: str
+    batch: int
+    kv_heads: int
+    group: int
+    length: int
+    dim: int = 128
+    topn: int = 128
+
+    @property
+    def rows(self) -> int:
+        """Rows of work, ``B * Hkv``."""
+        return self.batch * self.kv_heads
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K, and of V, in bf16."""
+        return self.rows * self.length * self.dim * 2
+
+
+CASES = [
+    Case("llama-3.1-8b, batch 8, 32k", 8, 8, 4, 32768),
+    Case("llama-3.1-8b, batch 1, 128k", 1, 8, 4, 131072),
+    Case("llama-2-7b, batch 4, 15k", 4, 32, 1, 15360),
+]
+# What a sweep changes, by the stage that is timed again.
+SWEEP: list[tuple[str, dict[str, int]]] = [
+    *(("score", {"score_stages": stages, "score_residency": resident}) for stages in (2, 3, 4) for resident in (3, 4)),
+    ("score", {"score_block": 128, "score_stages": 2, "score_residency": 3}),
+    ("score", {"score_block": 128, "score_stages": 3, "score_residency": 2, "score_warps": 8}),
+    ("weigh", {"weight_chunk": 512}),
+    ("weigh", {"weight_chunk": 2048, "weight_warps": 8}),
+    ("select", {"select_warps": 4}),
+    ("select", {"select_warps": 16}),
+    ("gather", {"gather_rows": 16}),
+    ("gather", {"gather_rows": 64}),
+    ("gather", {"tail_tile": 64}),
+    ("gather", {"tail_tile": 64, "tail_stages": 4, "tail_residency": 4}),
+    *(("dense", {"dense_stages": stages, "dense_residency": resident}) for stages in (2, 4) for resident in (2, 3)),
+    ("dense", {"dense_block": 128, "dense_stages": 2, "dense_residency": 2}),
+    ("dense", {"dense_block": 128, "dense_stages": 3, "dense_residency": 1, "dense_warps": 8}),
+    ("dense", {"dense_block": 32, "dense_stages": 4, "dense_residency": 4}),
+]
+
+
+class Inputs:
+    """The tensors of a case. ``fill=False`` leaves them unwritten: for compiling only."""
+
+    def __init__(self, case: Case, device: torch.device, host: torch.Tensor, fill: bool = True, queries: int = 8):
+        shape = (case.batch, case.kv_heads, case.length, case.dim)
+        make = torch.randn if fill else torch.empty
+        options: Any = {"dtype": torch.bfloat16, "device": device}
+        heads = case.kv_heads * case.group
+        self.case, self.device = case, device
+        self.queries = [make(case.batch, heads, case.dim, **options) for _ in range(queries if fill else 1)]
+        if fill:
+            self.queries = [query * 2 for query in self.queries]
+        self.keys, self.near = make(shape, **options), make(shape, **options)
+        self.values = host[: case.rows * case.length * case.dim].view(shape)
+        if fill:
+            self.values.copy_(self.near)
+        blocks = self.near.unflatten(2, (-1, BLOCK))
+        self.means = blocks.mean(3) if fill else torch.empty(*blocks.shape[:3], case.dim, **options)
+        self.open_sum = torch.zeros(case.batch, case.kv_heads, case.dim, device=device)
+        self.length = torch.full((1,), case.length, dtype=torch.int32, device=device)
+        self.token = make(case.batch, case.kv_heads, case.dim, **options)
+        self.scaling = case.dim**-0.5
+
+    def workspace(self, tuning: Tuning) -> Workspace:
+        """Scratch for the TopN step."""
+        case = self.case
+        return Workspace(
+            case.batch, case.kv_heads, case.group, case.dim, case.dim, case.length, case.topn, self.device,
+            tail_block=BLOCK, tuning=tuning,
+        )  # fmt: skip
+
+    def step(self, workspace: Workspace, query: torch.Tensor, hot: HotRows | None = None) -> SliceStep:
+        """The whole batch as one slice."""
+        return SliceStep(
+            workspace, 0, self.case.batch, query, self.keys, self.values, self.length, self.scaling, self.means,
+            None, None, None, hot, torch.empty_like(query),
+        )  # fmt: skip
+
+    def hot(self) -> HotRows:
+        """A store of hot rows."""
+        return HotRows(self.case.batch, self.case.kv_heads, 512, self.case.dim, torch.bfloat16, self.device)
+
+    def decode(self, workspace: Workspace, query: torch.Tensor, hot: HotRows | None = None) -> torch.Tensor:
+        """One TopN step."""
+        return triton_decode(
+            query, self.keys, self.values, self.length, scaling=self.scaling, workspace=workspace, means=self.means,
+            hot=hot,
+        )[0]  # fmt: skip
+
+    def dense(self, tuning: Tuning) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A dense step over K and V in device memory."""
+        case = self.case
+        workspace = DenseWorkspace(
+            case.batch, case.kv_heads, case.group, case.dim, case.dim, case.length, self.device, tuning=tuning
+        )
+        return lambda query: dense_decode(
+            query, self.keys, self.near, self.length, scaling=self.scaling, workspace=workspace
+        )
+
+    def append(self) -> None:
+        """Store a token in the last place."""
+        append(
+            self.token, self.token, self.keys, self.values, self.length, offset=-1, means=self.means,
+            open_sum=self.open_sum, tail_block=BLOCK,
+        )  # fmt: skip
+
+
+def compile_shard(shard: int, cases: list[Case], processors: int, sweep: bool) -> None:
+    """Compile this shard's share of all kernels into Triton's cache, without touching the device."""
+    cpu, host = torch.device("cpu"), torch.empty(max(case.kv_bytes for case in cases) // 2, dtype=torch.bfloat16)
+    base = Tuning(processors=processors, slices=1)
+    jobs: list[tuple[Case, str, Tuning]] = []
+    for case in cases:
+        jobs += [(case, stage, base) for stage in ("score", "weigh", "select", "gather", "dense", "append", "hot")]
+        jobs += [(case, "step", replace(base, slices=pieces)) for pieces in (2, 4) if case.batch >= pieces]
+    if sweep:
+        jobs += [(cases[0], stage, replace(base, **change)) for stage, change in SWEEP]
+    with compile_only():
+        for case, stage, tuning in jobs[shard::SHARDS]:
+            inputs = Inputs(case, cpu, host, fill=False)
+            query = inputs.queries[0]
+            if stage == "dense":
+                inputs.dense(tuning)(query)
+            elif stage == "append":
+                inputs.append()
+            elif stage == "hot":
+                step = inputs.step(inputs.workspace(tuning), query, inputs.hot())
+                step.select()
+                step.gather()
+            elif stage == "step":
+                inputs.decode(inputs.workspace(tuning), query)
+            else:
+                getattr(inputs.step(inputs.workspace(tuning), query), stage)()
+
+
+def precompile(arguments: list[str]) -> float:
+    """Run all shards; a shard that fails only means that its kernels compile later. Returns seconds."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "benchmarks.kernels", *arguments, "--compile-shard"]
+    unseen = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    running = [
+        subprocess.Popen([*command, str(shard)], stderr=subprocess.DEVNULL, env=unseen) for shard in range(SHARDS)
+    ]
+    failed = sum(process.wait() != 0 for process in running)
+    if failed:
+        print(f"{failed} of {SHARDS} compile shards failed", flush=True)
+    return time.perf_counter() - began

@@ -1,0 +1,273 @@
+"""Time every Triton kernel of the decode step at real shapes on a CUDA device, beside the bytes it cannot avoid.
+
+    python3 -m benchmarks.kernels [--json FILE] [--cases A,B] [--sweep] [--budget-s 55]
+
+Each kernel is captured several times in a CUDA graph, over inputs that differ from launch to launch and exceed the
+L2 cache, and the median of the replays is given. Floors use ceilings measured in the same run: a device copy for HBM,
+a bulk copy from pinned memory for the link. Before anything is timed, every case is compared with the reference
+backend. Variants are compiled in parallel processes first. Prints a table and writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+
+from benchmarks.kernel_inputs import BLOCK, CASES, SWEEP, Case, Inputs, compile_shard, precompile
+from kcache.backends.base import DecodeStep
+from kcache.backends.reference import ReferenceBackend
+from kcache.backends.triton import HotRows, Tuning, Workspace, triton_decode
+from kcache.policy import Policy
+
+
+def graph_us(calls: Sequence[Callable[[], object]], replays: int = 15) -> tuple[float, float]:
+    """Microseconds per call (median over replays, and half the spread of the middle half), in one captured graph."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    low, middle, high = statistics.quantiles(times, n=4)
+    return middle, (high - low) / 2
+
+
+def ceilings(device: torch.device, host: torch.Tensor) -> dict[str, float]:
+    """GB/s of HBM (bytes read plus written by a copy) and of the link (a bulk copy to the device)."""
+    source = torch.randn(2**30, device=device, dtype=torch.float32).to(torch.float32)
+    target = torch.empty_like(source)
+    copy_us, _ = graph_us([lambda: target.copy_(source)], replays=7)
+    bulk = torch.empty(host.shape, dtype=host.dtype, device=device)
+    link_us, _ = graph_us([lambda: bulk.copy_(host, non_blocking=True)], replays=5)
+    return {"hbm_gb_s": 2 * source.nbytes / copy_us / 1e3, "link_gb_s": host.nbytes / link_us / 1e3}
+
+
+def pick_traces(case: Case, device: torch.device, count: int = 8) -> list[torch.Tensor]:
+    """Random distinct positions, ``count`` times ``[R, N]``: no trace finds the last one's rows in a cache."""
+    noise = (torch.rand(case.rows, case.length, device=device) for _ in range(count))
+    return [values.topk(case.topn, dim=-1).indices.int() for values in noise]
+
+
+@dataclass
+class Row:
+    """One measurement."""
+
+    case: str
+    kernel: str
+    variant: str
+    us: float
+    spread_us: float
+    hbm_bytes: int
+    link_bytes: int = 0
+    floor_us: float = 0.0
+
+    def with_floor(self, ceiling: dict[str, float]) -> Row:
+        """Add the time the bytes alone take, device memory and link at the same time."""
+        hbm, link = self.hbm_bytes / ceiling["hbm_gb_s"] / 1e3, self.link_bytes / ceiling["link_gb_s"] / 1e3
+        return replace(self, floor_us=max(hbm, link))
+
+    def line(self) -> str:
+        """One line of the table."""
+        ratio = f"{self.us / self.floor_us:6.2f}x" if self.floor_us else "      -"
+        return (
+            f"{self.case:28} {self.kernel:12} {self.variant:58} {self.us:8.1f} ±{self.spread_us:5.1f} us"
+            f"  floor {self.floor_us:7.1f} {ratio}"
+        )
+
+
+def measure(inputs: Inputs, base: Tuning) -> Iterator[Row]:
+    """Time all kernels of a case at the given launch parameters."""
+    case, queries = inputs.case, inputs.queries
+    score_bytes, mean_bytes = case.rows * case.group * case.length * 4, case.kv_bytes // BLOCK
+    pick_bytes = case.rows * case.topn * case.dim * 2
+    workspace = inputs.workspace(base)
+    steps = [inputs.step(workspace, query) for query in queries]
+    plan = f"splits {workspace.score_splits}+{workspace.tail_splits}"
+    steps[0].run()
+    yield Row(case.name, "append", "", *graph_us([inputs.append] * 8), 0)
+    yield Row(case.name, "score", plan, *graph_us([step.score for step in steps]), case.kv_bytes + score_bytes)
+    yield Row(case.name, "weigh", "", *graph_us([step.weigh for step in steps]), score_bytes)
+    yield Row(case.name, "select", "", *graph_us([step.select for step in steps]), 0)
+    weights = torch.rand(case.rows, case.length, device=inputs.device)
+    yield Row(case.name, "torch.topk", "for comparison", *graph_us([lambda: weights.topk(case.topn)] * 4), 0)
+    yield from measure_gather(inputs, workspace, "", mean_bytes, pick_bytes)
+    for pieces in (1, 2, 4):
+        if case.batch >= pieces:
+            sliced = inputs.workspace(replace(base, slices=pieces))
+            calls = [partial(inputs.decode, sliced, query) for query in queries]
+            total = case.kv_bytes + mean_bytes
+            yield Row(case.name, "step", f"slices {pieces}, no hot rows", *graph_us(calls), total, pick_bytes)
+    dense = inputs.dense(base)
+    calls = [partial(dense, query) for query in queries]
+    yield Row(case.name, "dense", "", *graph_us(calls), 2 * case.kv_bytes)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    calls = [
+        partial(attend, query.unsqueeze(2), inputs.keys, inputs.near, enable_gqa=case.group > 1) for query in queries
+    ]
+    yield Row(case.name, "torch sdpa", "for comparison", *graph_us(calls), 2 * case.kv_bytes)
+
+
+def measure_gather(
+    inputs: Inputs, workspace: Workspace, variant: str, mean_bytes: int, pick_bytes: int
+) -> Iterator[Row]:
+    """Time gather on random picks: all over the link, four fifths hot, and the tail alone."""
+    case, device = inputs.case, inputs.device
+    traces, own = pick_traces(case, device), workspace.picks
+
+    def traced(hot: HotRows | None, picks: list[torch.Tensor], slots: list[torch.Tensor] | None) -> tuple[float, float]:
+        step = inputs.step(workspace, inputs.queries[0], hot)
+
+        def call(index: int) -> None:
+            workspace.picks = picks[index]
+            if slots is not None:
+                workspace.hot_slots = slots[index]
+            step.gather()
+
+        workspace.coefficients.fill_(1.0 / case.topn)
+        times = graph_us([partial(call, index) for index in range(len(picks))])
+        workspace.picks = own
+        return times
+
+    yield Row(case.name, "gather", variant or "no hot rows", *traced(None, traces, None), mean_bytes, pick_bytes)
+    if variant:
+        return
+    nothing = [torch.full_like(own, -1)] * 8
+    yield Row(case.name, "gather", "tail alone", *traced(None, nothing, None), mean_bytes)
+    hot = inputs.hot()
+    slots = [torch.randint(0, hot.rows, own.shape, device=device, dtype=torch.int32) for _ in traces]
+    slots = [torch.where(torch.rand(own.shape, device=device) < 0.8, slot, -1).int() for slot in slots]
+    workspace.hot_inserts.fill_(-1)
+    yield Row(case.name, "gather", "80 % hot", *traced(hot, traces, slots), mean_bytes, pick_bytes // 5)
+
+
+def sweep_row(inputs: Inputs, stage: str, change: dict[str, int], base: Tuning) -> Iterator[Row]:
+    """Time one stage with some launch parameters changed."""
+    case, tuning = inputs.case, replace(base, **change)
+    variant = " ".join(f"{name}={value}" for name, value in change.items())
+    score_bytes = case.rows * case.group * case.length * 4
+    if stage == "dense":
+        dense = inputs.dense(tuning)
+        calls: list[Callable[[], object]] = [partial(dense, query) for query in inputs.queries]
+        yield Row(case.name, "dense", variant, *graph_us(calls), 2 * case.kv_bytes)
+        return
+    workspace = inputs.workspace(tuning)
+    steps = [inputs.step(workspace, query) for query in inputs.queries]
+    steps[0].run()
+    if stage == "gather":
+        pick_bytes = case.rows * case.topn * case.dim * 2
+        yield from measure_gather(inputs, workspace, variant, case.kv_bytes // BLOCK, pick_bytes)
+        return
+    moved = {"score": case.kv_bytes + score_bytes, "weigh": score_bytes, "select": 0}[stage]
+    yield Row(case.name, stage, variant, *graph_us([getattr(step, stage) for step in steps]), moved)
+
+
+def check(inputs: Inputs, base: Tuning) -> dict[str, float]:
+    """Relative errors against the reference backend and against fp32 attention, on fresh inputs."""
+    query, case = inputs.queries[0], inputs.case
+    policy = Policy(topn=case.topn, tail_block=BLOCK)
+    step = DecodeStep(query, inputs.keys, inputs.values, case.length, inputs.scaling, policy, means=inputs.means)
+    torch.cuda.synchronize()
+    want = ReferenceBackend().decode(step)
+    out, picks, mass = triton_decode(
+        query, inputs.keys, inputs.values, case.length, scaling=inputs.scaling, means=inputs.means,
+        workspace=inputs.workspace(replace(base, slices=min(2, case.batch))), out=torch.full_like(query, float("nan")),
+    )  # fmt: skip
+    same = (picks.unsqueeze(-1) == want.picks.unsqueeze(-2)).any(-1).float().mean().item()
+    dense_want = torch.nn.functional.scaled_dot_product_attention(
+        query[:1].float().unsqueeze(2), inputs.keys[:1].float(), inputs.near[:1].float(), enable_gqa=case.group > 1
+    ).squeeze(2)
+    return {
+        "out_error": relative(out, want.out),
+        "mass_error": relative(mass, want.mass),
+        "same_picks": same,
+        "dense_error": relative(inputs.dense(base)(query)[:1], dense_want),
+    }
+
+
+def relative(actual: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what was wanted."""
+    return ((actual.float() - wanted.float()).norm() / wanted.float().norm()).item()
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--cases", default="", help="numbers of cases, comma separated (default: all)")
+    parser.add_argument("--sweep", action="store_true", help="vary launch parameters on the first case")
+    parser.add_argument("--budget-s", type=float, default=55.0, help="start nothing new after this many seconds")
+    parser.add_argument("--compile-shard", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--processors", type=int, default=132, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    began = time.perf_counter()
+    cases = [CASES[int(number)] for number in options.cases.split(",") if number] or CASES
+    if options.compile_shard is not None:
+        compile_shard(options.compile_shard, cases, options.processors, options.sweep)
+        return
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device here: kernel times can only be taken on one")
+    device = torch.device("cuda", torch.cuda.current_device())
+    properties = torch.cuda.get_device_properties(device)
+    processors = properties.multi_processor_count
+    same = ["--processors", str(processors), "--cases", options.cases, *(["--sweep"] if options.sweep else [])]
+    compile_s = precompile(same)
+    base = Tuning(processors=processors, slices=1)
+    host = torch.empty(max(case.kv_bytes for case in cases) // 2, dtype=torch.bfloat16).pin_memory()
+    ceiling = ceilings(device, host)
+    report: dict[str, object] = {
+        "env": {
+            "device": properties.name, "processors": processors, "torch": torch.__version__,
+            "triton": triton.__version__, "cuda": torch.version.cuda, "compile_s": compile_s,
+        },
+        "ceilings": ceiling, "cases": [asdict(case) for case in cases],
+    }  # fmt: skip
+    print(f"{properties.name}: HBM {ceiling['hbm_gb_s']:.0f} GB/s, link {ceiling['link_gb_s']:.1f} GB/s; "
+          f"compiled in {compile_s:.1f} s", flush=True)  # fmt: skip
+    rows: list[Row] = []
+    checks: dict[str, dict[str, float]] = {}
+    for case in cases:
+        if time.perf_counter() - began > options.budget_s:
+            print(f"{case.name}: left out, the time is up")
+            continue
+        torch.cuda.empty_cache()
+        inputs = Inputs(case, device, host)
+        checks[case.name] = check(inputs, base)
+        print(case.name, " ".join(f"{key} {value:.2e}" for key, value in checks[case.name].items()), flush=True)
+        plans = [measure(inputs, base)]
+        if options.sweep and case is cases[0]:
+            plans += [sweep_row(inputs, stage, change, base) for stage, change in SWEEP]
+        for plan in plans:
+            if time.perf_counter() - began > options.budget_s:
+                break
+            for row in plan:
+                rows.append(row.with_floor(ceiling))
+                print(rows[-1].line(), flush=True)
+        del inputs, plans
+    report |= {"checks": checks, "rows": [asdict(row) for row in rows], "total_s": time.perf_counter() - began}
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"done in {time.perf_counter() - began:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

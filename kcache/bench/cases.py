@@ -1,0 +1,92 @@
+"""What a benchmark measures: the cross product of contexts, batches and engines, and how often.
+
+A case is one context and batch; its engines take turns. TopN multiplies only the kcache engine: the others do not
+read it, so one measurement of them serves every N of the case.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kcache.bench.engines import ENGINES, Engine, make_engine
+from kcache.errors import InputError
+from kcache.policy import Policy
+
+DEFAULT_ENGINES = ("kcache", "dense", "hf-static", "hf-dynamic")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to measure.
+
+    Attributes
+    ----------
+    ctxs, batches, topns : tuple of int
+        Contexts in tokens, sequences decoded together, rows fetched per KV head.
+    engines : tuple of str
+        Names out of :data:`~kcache.bench.engines.ENGINES`; the first that is not ours is what ratios refer to.
+    policy : Policy
+        Of the kcache engine; its ``topn`` is replaced by each of ``topns``.
+    repeats, steps, warmup : int
+        Turns per engine, decode steps timed per turn, and steps run before them that are not.
+    real_prefill : bool
+        Run a real text through the model instead of filling the caches with random rows.
+    fidelity : bool
+        Measure KL and top-1 agreement with full attention too.
+    """
+
+    ctxs: tuple[int, ...] = (2048, 8192)
+    batches: tuple[int, ...] = (1,)
+    topns: tuple[int, ...] = (Policy.topn,)
+    engines: tuple[str, ...] = DEFAULT_ENGINES
+    policy: Policy = field(default_factory=lambda: Policy(offload="all"))
+    repeats: int = 5
+    steps: int = 16
+    warmup: int = 2
+    real_prefill: bool = False
+    fidelity: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("ctxs", "batches", "topns", "engines"):
+            values = getattr(self, name)
+            if not values:
+                raise InputError(f"{name} is empty; give at least one")
+            object.__setattr__(self, name, tuple(dict.fromkeys(values)))
+        for name in ("ctxs", "batches", "topns"):
+            if any(value < 1 for value in getattr(self, name)):
+                raise InputError(f"{name} must be whole numbers of at least 1, got {getattr(self, name)}")
+        for name, least in (("repeats", 1), ("steps", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        unknown = [name for name in self.engines if name not in ENGINES]
+        if unknown:
+            raise InputError(f"no engine {unknown[0]!r}; the engines are {', '.join(ENGINES)}")
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens decoded after the context by each engine."""
+        return 2 + (self.repeats + 1) * (self.steps + self.warmup)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One context and batch, and the engines that meet there."""
+
+    ctx: int
+    batch: int
+    engines: tuple[Engine, ...]
+
+    @property
+    def label(self) -> str:
+        """The case in words."""
+        return f"context {self.ctx:,} · batch {self.batch}"
+
+
+def make_cases(spec: Spec) -> list[Case]:
+    """Return all cases, the cheap ones first."""
+    engines = tuple(
+        make_engine(name, spec.policy.replace(topn=topn))
+        for name in spec.engines
+        for topn in (spec.topns if name == "kcache" else spec.topns[:1])
+    )
+    return [Case(ctx, batch, engines) for ctx in sorted(spec.ctxs) for batch in sorted(spec.batches)]

@@ -1,0 +1,145 @@
+"""The floor of a decode step: the bytes it cannot do without, over the bandwidths this machine was measured to have.
+
+A step reads the weights and K once, writes and reads the scores once, reads what is resident of V and of the tail, and
+brings N rows per KV head over the link. Each engine is held to its own floor: full attention owes all of V, and a
+cache that lives in RAM owes the link all of K and V.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from kcache.layer import TieredLayer
+
+_SCORE_PASSES = 2
+_SCORE_BYTES = 4
+
+
+class Bandwidths(Protocol):
+    """What of :class:`kcache.machine.Machine` the floor needs; GB/s of 1e9 bytes, a copy counted as read + written."""
+
+    @property
+    def memory_gb_s(self) -> float:
+        """Device memory."""
+
+    @property
+    def h2d_gb_s(self) -> float | None:
+        """Large copies over the link; None where both tiers are RAM."""
+
+    @property
+    def gather_gb_s(self) -> float:
+        """Single rows out of the host tier."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes one decode step moves at least.
+
+    Attributes
+    ----------
+    weights_bytes, k_bytes, v_bytes, score_bytes, tail_bytes : int
+        Over the memory of the device.
+    link_bytes : float
+        Over the link, as counted.
+    link_in_bulk : bool
+        Whether those are large copies, and not single rows.
+    """
+
+    weights_bytes: int
+    k_bytes: int
+    v_bytes: int
+    score_bytes: int
+    tail_bytes: int
+    link_bytes: float
+    link_in_bulk: bool = False
+
+    @property
+    def memory_bytes(self) -> int:
+        """All that crosses the device's memory bus."""
+        return self.weights_bytes + self.k_bytes + self.v_bytes + self.score_bytes + self.tail_bytes
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What a step's bytes take on this machine.
+
+    Attributes
+    ----------
+    memory_ms, link_ms : float
+        The two parts; a fetch waits for its selection, so they add.
+    """
+
+    memory_ms: float
+    link_ms: float
+
+    @property
+    def ms(self) -> float:
+        """The whole step."""
+        return self.memory_ms + self.link_ms
+
+
+def floor_of(traffic: Traffic, machine: Bandwidths) -> Floor:
+    """Return the floor of a step."""
+    link = machine.gather_gb_s
+    if traffic.link_in_bulk and machine.h2d_gb_s is not None:
+        link = machine.h2d_gb_s
+    return Floor(traffic.memory_bytes / machine.memory_gb_s / 1e6, traffic.link_bytes / link / 1e6)
+
+
+def traffic_of(model: PreTrainedModel, cache: Cache, link_bytes: float) -> Traffic:
+    """Bytes of a decode step of ``model`` with ``cache`` as it now is, beside ``link_bytes`` that were counted.
+
+    What a cache offloads whole must still be read once it has arrived.
+    """
+    length, batch, k, v, score, tail = int(cache.get_seq_length()), 1, 0, 0, 0, 0
+    for layer in cache.layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
+            continue
+        batch = keys.shape[0]
+        used = min(1.0, length / keys.shape[2])
+        k += int(_nbytes(keys) * used)
+        if isinstance(layer, TieredLayer) and layer.mode == "topn":
+            assert layer.mass is not None
+            policy = layer.shared.policy
+            score += _SCORE_PASSES * _SCORE_BYTES * layer.mass.numel() * length
+            tail += _nbytes(values) // policy.tail_block if policy.tail == "block" else 0
+        else:
+            v += int(_nbytes(values) * used)
+    return Traffic(
+        weights_bytes=weights_read(model, batch),
+        k_bytes=k,
+        v_bytes=v,
+        score_bytes=score,
+        tail_bytes=tail,
+        link_bytes=link_bytes,
+        link_in_bulk=bool(getattr(cache, "offloading", False)),
+    )
+
+
+def weights_read(model: PreTrainedModel, batch: int) -> int:
+    """Bytes of weights a step reads: all, but of an embedding table that is not tied, and of experts, what is used."""
+    embedding = model.get_input_embeddings()
+    output = model.get_output_embeddings()
+    table: Any = getattr(embedding, "weight", None)
+    tied = output is not None and getattr(output, "weight", None) is table
+    config: Any = model.config.get_text_config(decoder=True)
+    active = getattr(config, "num_experts_per_tok", None)
+    counts = (getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    experts = next(filter(None, counts), None)
+    share = min(1.0, batch * active / experts) if active and experts else 1.0
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter is table and not tied:
+            continue
+        total += _nbytes(parameter) * (share if ".experts." in name else 1.0)
+    return int(total)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

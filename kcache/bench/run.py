@@ -1,0 +1,203 @@
+"""Running a benchmark: case after case, within a case the engines in turn, and whatever fails becomes a row.
+
+Engines take turns, in an order that moves on by one each time, so that a machine that slows down slows all of them and
+the ratio holds. Their caches are held side by side where they fit together; otherwise each is made anew for its turn.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import psutil
+import torch
+
+from kcache.bench.cases import Case, Spec
+from kcache.bench.context import LayerShape, layer_shapes
+from kcache.bench.engines import Engine
+from kcache.bench.fidelity import Fidelity, measure_fidelity
+from kcache.bench.floor import Bandwidths
+from kcache.bench.report import Problem, make_rows
+from kcache.bench.rows import Row
+from kcache.bench.runner import Runner
+from kcache.errors import KCacheError
+
+if TYPE_CHECKING:
+    from kcache.loading import LoadedModel
+
+
+class Watch(Protocol):
+    """Told what is under way; ``turns`` is 1 when a turn has ended, see :func:`turns_of`."""
+
+    def __call__(self, label: str, turns: int) -> None:
+        """Take note."""
+
+
+_SHARE_OF_FREE = 0.8
+_FAILURES = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError, MemoryError, KCacheError)
+
+
+def turns_of(case: Case, spec: Spec) -> int:
+    """How many turns a case has, fidelity counting as one of each engine's."""
+    return len(case.engines) * (spec.repeats + spec.fidelity)
+
+
+def run(
+    lm: LoadedModel,
+    spec: Spec,
+    cases: Sequence[Case],
+    machine: Bandwidths,
+    env: dict[str, Any] | None = None,
+    watch: Watch = lambda label, turns: None,
+) -> Iterator[Row]:
+    """Measure ``cases``, yielding the rows of each as soon as it is done.
+
+    Parameters
+    ----------
+    lm : LoadedModel
+    spec : Spec
+    cases : sequence of Case
+        All or some of :func:`~kcache.bench.cases.make_cases`.
+    machine : Machine
+        Measured bandwidths, for the floor.
+    env : dict, optional
+        Stamped on every row.
+    watch : callable, optional
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model's context can neither be filled in nor run.
+    """
+    shapes = layer_shapes(lm.model)
+    for case in cases:
+        yield from _Race(lm, spec, case, shapes, watch).rows(machine, env or {})
+
+
+class _Race:
+    """One case."""
+
+    def __init__(self, lm: LoadedModel, spec: Spec, case: Case, shapes: list[LayerShape], watch: Watch) -> None:
+        self.lm, self.spec, self.case, self.shapes, self.watch = lm, spec, case, shapes, watch
+        self.problems: dict[Engine, Problem] = {}
+        self.runners: dict[Engine, Runner] = {}
+
+    def rows(self, machine: Bandwidths, env: dict[str, Any]) -> list[Row]:
+        """Measure and report."""
+        for engine in self.case.engines:
+            problem = self._known_problem(engine)
+            if problem is not None:
+                self.problems[engine] = problem
+        together = self._fit_together()
+        self._race(together)
+        if together and any(problem.status == "does not fit" for problem in self._late_problems()):
+            self._race(together=False)
+        fidelity = self._fidelity() if self.spec.fidelity else {}
+        measured = {engine: runner.measured for engine, runner in self.runners.items()}
+        return make_rows(self.lm, self.spec, self.case, measured, self.problems, fidelity, machine, env)
+
+    def _late_problems(self) -> list[Problem]:
+        return [self.problems[engine] for engine in self.runners if engine in self.problems]
+
+    def _race(self, together: bool) -> None:
+        """Give every engine its turns."""
+        for engine in self.runners:
+            self.problems.pop(engine, None)
+        engines = [engine for engine in self.case.engines if engine not in self.problems]
+        self.runners = {engine: Runner(self.lm, engine, self.case, self.spec, self.shapes) for engine in engines}
+        try:
+            for repeat in range(self.spec.repeats):
+                shift = repeat % max(1, len(engines))
+                for engine in engines[shift:] + engines[:shift]:
+                    if engine not in self.problems:
+                        self._take_turn(engine, together)
+        finally:
+            for runner in self.runners.values():
+                runner.free()
+            _tidy()
+
+    def _take_turn(self, engine: Engine, together: bool) -> None:
+        runner, label = self.runners[engine], f"{self.case.label} · {engine.label}"
+        try:
+            if not runner.alive:
+                self.watch(f"{label}: context", 0)
+                runner.prepare()
+            self.watch(label, 0)
+            runner.turn()
+            self.watch(label, 1)
+        except _FAILURES as error:
+            self.problems[engine] = Problem.of(error)
+            together = False
+        if not together:
+            runner.free()
+            _tidy()
+
+    def _known_problem(self, engine: Engine) -> Problem | None:
+        """What keeps an engine from running at all."""
+        reason = engine.unavailable(self.lm.device)
+        if reason is not None:
+            return Problem("unavailable", reason)
+        device, host = self._need(engine)
+        on_cuda = self.lm.device.type == "cuda"
+        free, ram = self._free()
+        if device + (0 if on_cuda else host) > free:
+            where = "device memory" if on_cuda else "RAM"
+            return Problem(
+                "does not fit", f"needs {_gib(device + (0 if on_cuda else host))} of {where}; {_gib(free)} are free"
+            )
+        if on_cuda and host > ram:
+            return Problem("does not fit", f"needs {_gib(host)} of RAM; {_gib(ram)} are free")
+        return None
+
+    def _fit_together(self) -> bool:
+        """Whether the caches of all engines may be held at once.
+
+        Not on CUDA when a policy asks for what the card has free: that would depend on the others.
+        """
+        needs = [self._need(engine) for engine in self.case.engines if engine not in self.problems]
+        on_cuda = self.lm.device.type == "cuda"
+        if on_cuda and any(
+            engine.policy is not None and engine.policy.offload == "auto" for engine in self.case.engines
+        ):
+            return False
+        free, ram = self._free()
+        device, host = (sum(part) for part in zip(*needs, strict=True)) if needs else (0, 0)
+        if not on_cuda:
+            return device + host <= ram * _SHARE_OF_FREE
+        return device <= free * _SHARE_OF_FREE and host <= ram * _SHARE_OF_FREE
+
+    def _need(self, engine: Engine) -> tuple[int, int]:
+        return engine.need(self.shapes, self.case.ctx + self.spec.new_tokens, self.case.batch)
+
+    def _free(self) -> tuple[int, int]:
+        """Bytes free on the device and in RAM."""
+        ram = int(psutil.virtual_memory().available)
+        if self.lm.device.type != "cuda":
+            return ram, ram
+        devices = {shape.device for shape in self.shapes}
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return sum(torch.cuda.mem_get_info(device)[0] for device in devices) + cached, ram
+
+    def _fidelity(self) -> dict[Engine, Fidelity]:
+        """KL and top-1 of the engines that do not read every row."""
+        asked = [engine for engine in self.runners if engine.topn is not None and engine not in self.problems]
+        if self.lm.context_length is not None and self.case.ctx > self.lm.context_length:
+            return {}
+        try:
+            return measure_fidelity(self.lm, asked, self.case.ctx, partial(self.watch, turns=1))
+        except _FAILURES as error:
+            for engine in asked:
+                self.problems[engine] = Problem.of(error)
+            return {}
+
+
+def _tidy() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,1 @@
+"""What ``kcache bench`` does with rows: formats, files, resuming, comparing, plots."""
