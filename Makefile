@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv chat test lint format gpu docs clean
+.PHONY: help venv chat test lint format gpu bench docs clean
 
 help:
 	@echo 'make chat    talk to the demo model            (ARGS="--topn 64", MODEL=owner/name)'
@@ -17,6 +17,7 @@ help:
 	@echo 'make lint    ruff and mypy only'
 	@echo 'make format  let ruff rewrite what it can'
 	@echo 'make gpu     GPU tests and benchmark, on the Python and packages that are there'
+	@echo 'make bench   measure again what docs/benchmarks.md says of the CPU   (FRESH=1 to start over)'
 	@echo 'make docs    write docs/cli.md anew'
 	@echo 'make clean   remove what was built; the demo model in the cache folder stays'
 	@echo 'PYTHON=...   the Python to build with (now: $(PYTHON))'
@@ -51,6 +52,9 @@ gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu tests/triton/test_triton_device.py
 	PYTHONPATH=. $(PYTHON) benchmarks/first_look.py --output docs/benchmarks/first_look.json
 	PYTHONPATH=. $(PYTHON) -m benchmarks.kernels --json docs/benchmarks/kernels.json $(ARGS)
+
+bench: $(STAMP)
+	KCACHE=$(BIN)/kcache PYTHON=$(BIN)/python benchmarks/cpu.sh
 
 docs: $(STAMP)
 	$(BIN)/python -m kcache_cli docs --output docs/cli.md

@@ -6,6 +6,7 @@ share one :class:`Shared`: the policy, the backends, which rows are valid, and w
 
 from __future__ import annotations
 
+import copy
 import sys
 import weakref
 from collections.abc import Iterator
@@ -41,6 +42,13 @@ class Shared:
         self._model = weakref.ref(model)
         self._modules = frozenset(id(module) for module in model.modules())
         self._backends: dict[torch.device, Backend] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        """The copied cache makes backends of its own: theirs is scratch memory."""
+        memo[id(self)] = twin = object.__new__(Shared)
+        state = {**vars(self), "_backends": {}}
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in state.items()})
+        return twin
 
     @property
     def attached(self) -> bool:

@@ -145,6 +145,12 @@ class Fitter:
 
     def refusal(self, fit: Fit, ctx: int, batch: int) -> str:
         """Say what is short, by how much, and what would fit."""
+        pool = self.pools.host_bytes if self.pools.device_bytes is None else self.pools.device_bytes
+        if self.weights_bytes >= pool:
+            return (
+                f"the weights alone take {in_units(self.weights_bytes)} and there are {in_units(pool)} for them, so no "
+                "context would fit; use a larger device, a smaller model, or a smaller dtype"
+            )
         what = f"a context of {ctx:,} tokens" + (f" in a batch of {batch}" if batch > 1 else "")
         where = "device" if fit.short == "device" else "host"
         there = "allowed" if fit.short == "device" else "available"

@@ -263,7 +263,7 @@ class TieredLayer(CacheLayerMixin):
             length=self.length,
             scaling=call.scaling,
             policy=self.shared.policy,
-            means=None if self._v.tail is None else self._v.tail.means(),
+            means=None if self._v.tail is None else self._v.tail.buffer(),
             mask=None if mask is None else mask[:, 0, 0].expand(call.query.shape[0], -1),
             softcap=call.softcap,
             sinks=call.sinks,

@@ -136,14 +136,19 @@ def load_config(
 ) -> PretrainedConfig:
     """Return a model's config without its weights, having checked that kcache can serve it.
 
-    The demo model's config is built in, so nothing is fetched for it; of a hub model only its small files are.
+    The demo model's config is built in, so nothing is fetched for it; of a hub model only its small files are. A
+    ``config.json`` by itself will do, too.
 
     Raises
     ------
     ModelNotFoundError, UnsupportedModelError, DownloadError, InputError
         As in :func:`load`.
     """
-    source = find_source(name, revision=revision, gguf_file=gguf_file)
+    file = Path(name).expanduser()
+    is_config = file.suffix == ".json" and file.is_file() and revision is None and gguf_file is None
+    source = (
+        Source(str(file), "local", file) if is_config else find_source(name, revision=revision, gguf_file=gguf_file)
+    )
     if source.kind == "demo":
         return SMOLLM2.config()
     folder = source.fetch(weights=False, code=trust_remote_code)

@@ -20,7 +20,7 @@ from functools import partial
 import psutil
 import torch
 
-from kcache.errors import InputError
+from kcache.errors import DoesNotFitError, InputError
 from kcache.host import cpu_name, versions
 from kcache.tiers.pinned import pinned_empty
 
@@ -75,6 +75,8 @@ class Machine:
         Of Python, torch, transformers, triton, accelerate, CUDA and the driver; None for what is not there.
     links, gathers
         Speeds by size; empty after a quick measurement.
+    pinned : bool or None
+        Whether the driver agreed to pin host memory; None on a host-only machine.
     """
 
     device: str
@@ -94,6 +96,7 @@ class Machine:
     versions: dict[str, str | None] = field(default_factory=dict)
     links: tuple[LinkSpeed, ...] = ()
     gathers: tuple[GatherSpeed, ...] = ()
+    pinned: bool | None = None
 
     @property
     def host_only(self) -> bool:
@@ -120,20 +123,19 @@ def measure(device: torch.device | str = "auto", quick: bool = True) -> Machine:
     ------
     InputError
         If the device is not there.
-    DoesNotFitError
-        If the driver refuses to pin 64 MiB of host memory.
     """
     chosen = _device(device)
     memory = psutil.virtual_memory()
     least_s = 0.15 if quick else 0.6
     ram_copy, ram_read = _memory_gb_s(torch.device("cpu"), 2**28, least_s)
     host_only = chosen.type == "cpu"
-    gathers = tuple(_gathers(chosen, GATHER_ROWS[1:3] if quick else GATHER_ROWS, least_s))
+    table = _host_memory(chosen, 2**28)
+    gathers = tuple(_gathers(chosen, table, GATHER_ROWS[1:3] if quick else GATHER_ROWS, least_s))
     links: tuple[LinkSpeed, ...] = ()
     copy, read = ram_copy, ram_read
     if not host_only:
         copy, read = _memory_gb_s(chosen, 2**30, least_s)
-        links = tuple(_links(chosen, LINK_SIZES[-1:] if quick else LINK_SIZES, least_s))
+        links = tuple(_links(chosen, table, LINK_SIZES[-1:] if quick else LINK_SIZES, least_s))
     return Machine(
         device=str(chosen),
         name=cpu_name() if host_only else torch.cuda.get_device_name(chosen),
@@ -152,6 +154,7 @@ def measure(device: torch.device | str = "auto", quick: bool = True) -> Machine:
         versions=versions(),
         links=() if quick else links,
         gathers=() if quick else gathers,
+        pinned=None if host_only else table.is_pinned(),
     )
 
 
@@ -211,9 +214,18 @@ def _compute_tflops(device: torch.device, size: int, least_s: float) -> float:
     return best
 
 
-def _links(device: torch.device, sizes: tuple[int, ...], least_s: float) -> list[LinkSpeed]:
-    """Copies between pinned memory and the device, in order on one stream; small ones are timed many at a time."""
-    host = pinned_empty((max(sizes),), torch.uint8).zero_()
+def _host_memory(device: torch.device, size: int) -> torch.Tensor:
+    """Host memory ``[size]`` uint8; pinned for a CUDA device, if the driver agrees."""
+    if device.type == "cuda":
+        try:
+            return pinned_empty((size,), torch.uint8).fill_(1)
+        except DoesNotFitError:
+            pass
+    return torch.ones(size, dtype=torch.uint8)
+
+
+def _links(device: torch.device, host: torch.Tensor, sizes: tuple[int, ...], least_s: float) -> list[LinkSpeed]:
+    """Copies between host memory and the device, in order on one stream; small ones are timed many at a time."""
     there = torch.empty(max(sizes), dtype=torch.uint8, device=device)
 
     def gb_s(target: torch.Tensor, source: torch.Tensor, size: int) -> float:
@@ -228,15 +240,14 @@ def _links(device: torch.device, sizes: tuple[int, ...], least_s: float) -> list
     return [LinkSpeed(size, gb_s(there, host, size), gb_s(host, there, size)) for size in sizes]
 
 
-def _gathers(device: torch.device, counts: tuple[int, ...], least_s: float, table: int = 2**28) -> list[GatherSpeed]:
+def _gathers(device: torch.device, host: torch.Tensor, counts: tuple[int, ...], least_s: float) -> list[GatherSpeed]:
     """Gather rows that nobody has touched lately, out of a table larger than the caches."""
-    rows = table // ROW_BYTES
-    host = _host_table(device, rows)
-    places = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
-    gather = _gatherer(device, host)
+    table = host.view(torch.bfloat16).view(-1, ROW_BYTES // 2)
+    places = torch.randperm(len(table), generator=torch.Generator().manual_seed(0))
+    gather = _gatherer(device, table)
     speeds = []
     for count in counts:
-        batches = [places[first : first + count].to(device) for first in range(0, rows - count + 1, count)]
+        batches = [places[first : first + count].to(device) for first in range(0, len(table) - count + 1, count)]
         calls = min(len(batches), max(8, 2**23 // (count * ROW_BYTES))) if device.type == "cuda" else 1
         turn = partial(_gather_next, gather, itertools.cycle(batches), calls)
         took = fast_s(turn, device, least_s)
@@ -263,19 +274,13 @@ def _gather_next(gather: Callable[[torch.Tensor], object], batches: Iterator[tor
         gather(index)
 
 
-def _host_table(device: torch.device, rows: int) -> torch.Tensor:
-    """Host memory ``[rows, 128]`` bf16: pinned where a device reads it."""
-    shape = (rows, ROW_BYTES // 2)
-    if device.type == "cpu":
-        return torch.ones(shape, dtype=torch.bfloat16)
-    return pinned_empty(shape, torch.bfloat16).fill_(1)
-
-
 def _gatherer(device: torch.device, host: torch.Tensor) -> Callable[[torch.Tensor], object]:
-    """What fetches rows: torch on the CPU, a kernel that reads host memory on CUDA, the host's help without Triton."""
+    """What fetches rows: torch on the CPU, a kernel that reads pinned memory on CUDA, or else the host for it."""
     if device.type == "cpu":
         return partial(torch.index_select, host, 0)
     try:
+        if not host.is_pinned():
+            raise ImportError("a kernel reads pinned memory only")
         from kcache.rowcopy import gather_rows
     except ImportError:
         return lambda index: host.index_select(0, index.cpu()).to(device)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from kcache.errors import UnsupportedModelError
 from kcache.policy import Policy
 from kcache.sizes import TierSizes, resident_layers, tail_block
 
@@ -83,15 +84,26 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: PreTrainedConfig, dtype_bytes: int) -> ModelShape:
-        """Read a config."""
+        """Read a config.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If it does not say how many attention heads there are.
+        """
         text = config.get_text_config(decoder=True)
-        heads = text.num_attention_heads
+        heads = getattr(text, "num_attention_heads", None)
+        if not isinstance(heads, int) or heads < 1:
+            raise UnsupportedModelError(
+                f"the config of this {config.model_type} model gives num_attention_heads as {heads!r}; its cache "
+                "cannot be planned"
+            )
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         layers = DynamicCache(config=text).layers
         full = sum(1 for layer in layers if type(layer) is DynamicLayer)
-        latent, rotary = getattr(text, "kv_lora_rank", None), getattr(text, "qk_rope_head_dim", None)
-        is_latent = bool(latent and rotary)
+        latent, rotary = getattr(text, "kv_lora_rank", None) or 0, getattr(text, "qk_rope_head_dim", None) or 0
+        is_latent = latent > 0 and rotary > 0
         experts = getattr(text, "num_experts_per_tok", None) or 1
         inner = getattr(text, "moe_intermediate_size", None) if experts > 1 else None
         inner = inner or getattr(text, "intermediate_size", None) or 4 * text.hidden_size

@@ -39,6 +39,11 @@ class BlockTail:
         """The block means over the rows appended so far, ``[B, H, ceil(length / block), D]``."""
         return self._means.view(-(-self.length // self.block))
 
+    def buffer(self) -> torch.Tensor:
+        """All memory of the means, ``[B, H, blocks there is room for, D]``; not yet used ones hold anything finite."""
+        assert self._means.data is not None
+        return self._means.data
+
     def append(self, rows: torch.Tensor, valid: torch.Tensor | None, counts: torch.Tensor | None) -> None:
         """Take in new rows.
 

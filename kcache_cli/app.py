@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from kcache import __version__
 from kcache_cli import exits
-from kcache_cli.commands import chat, config, docs, generate, models, pull
+from kcache_cli.commands import bench, chat, config, docs, doctor, generate, models, plan, pull
 
 
 class Program(TyperGroup):
@@ -92,6 +92,8 @@ kcache chat  [dim]talk to the demo model, fetched on first use[/dim]
 kcache chat -f report.txt  [dim]... about a long document[/dim]
 
 kcache generate -i in.jsonl -o out.jsonl  [dim]many prompts, safe to kill[/dim]
+
+kcache bench  [dim]how fast it is here, beside transformers[/dim]
 """
 
 
@@ -115,6 +117,9 @@ def _add(name: str, function: Callable[..., None], *, hidden: bool = False) -> N
 
 _add("chat", chat.chat)
 _add("generate", generate.generate)
+_add("bench", bench.bench)
+_add("plan", plan.plan)
+_add("doctor", doctor.doctor)
 _add("models", models.models)
 _add("pull", pull.pull)
 _add("config", config.config)

@@ -6,7 +6,7 @@ torch when it is first asked for something.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +18,9 @@ from kcache_cli.options import ModelOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from kcache import Sampling, TokenEvent
+    from kcache.bench.cases import Case, Spec
+    from kcache.bench.rows import Row
+    from kcache.bench.run import Watch
     from kcache.prompts import Prompt
 
 Progress = Callable[[int, int, str], None]
@@ -81,6 +84,9 @@ class Engine(Protocol):
     def generate(self, lm: Any, prompts: list[list[int]], policy: Policy, **options: Any) -> Iterator[TokenEvent]:
         """Decode a batch (:func:`kcache.generate`)."""
 
+    def bench(self, lm: Any, spec: Spec, cases: Sequence[Case], watch: Watch) -> Iterator[list[Row]]:
+        """Measure the machine, then the cases, yielding the rows of each (:func:`kcache.bench.run.run`)."""
+
 
 class KCacheEngine:
     """The real one."""
@@ -106,7 +112,7 @@ class KCacheEngine:
         config = kcache.load_config(
             model.name, revision=model.revision, gguf_file=model.gguf_file, trust_remote_code=model.trust_remote_code
         )
-        device = _device(model.device or "auto")
+        device = planning_device(model.device or "auto")
         context = context_length(config)
         asked = ctx or context or _UNKNOWN_CONTEXT
         if context is not None and asked > context and not allow_overflow:
@@ -162,6 +168,16 @@ class KCacheEngine:
 
         return kcache.generate(lm, prompts, policy, **options)
 
+    def bench(self, lm: Any, spec: Spec, cases: Sequence[Case], watch: Watch) -> Iterator[list[Row]]:
+        """See :class:`Engine`."""
+        from kcache.bench.env import environment
+        from kcache.bench.run import run
+        from kcache.machine import measure
+
+        watch("measuring this machine", 0)
+        machine = measure(lm.device)
+        return run(lm, spec, cases, machine, environment(machine), watch)
+
 
 def engine_of(ctx: typer.Context) -> Engine:
     """The engine a command was started with; the real one unless a test gave another."""
@@ -169,7 +185,7 @@ def engine_of(ctx: typer.Context) -> Engine:
     return engine
 
 
-def _device(name: str) -> Any:
+def planning_device(name: str) -> Any:
     """The torch device a ``--device`` means, for planning."""
     import torch
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from kcache.errors import PolicyError
+from kcache.errors import InputError, PolicyError
 from kcache.policy import BackendName, Offload, Policy, parse_tokens
 from kcache_cli.completion import complete_model, complete_policy
 
@@ -144,31 +144,69 @@ class PolicyOptions:
     ] = False
 
 
+@dataclass(frozen=True)
+class Without:
+    """Beside an options dataclass in ``Annotated``: leave these flags out, their fields at their defaults."""
+
+    names: tuple[str, ...]
+
+
 def with_options(function: Callable[..., None]) -> Callable[..., None]:
     """Replace each parameter whose type is an options dataclass by that dataclass's flags."""
     hints = get_type_hints(function, include_extras=True)
-    groups: dict[str, Any] = {}
+    groups: dict[str, tuple[Any, list[str]]] = {}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(function).parameters.items():
-        kind = hints[name]
-        if is_dataclass(kind):
-            groups[name] = kind
+        kind, left_out = _group(hints[name])
+        if kind is not None:
             flags = get_type_hints(kind, include_extras=True)
+            taken = [field for field in fields(kind) if field.name not in left_out]
+            groups[name] = kind, [field.name for field in taken]
             parameters += [
                 inspect.Parameter(
                     field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=flags[field.name]
                 )
-                for field in fields(kind)
+                for field in taken
             ]
         else:
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kind))
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
 
     @functools.wraps(function)
     def command(**values: Any) -> None:
-        for name, kind in groups.items():
-            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
-        function(**values)
+        built = {name: kind(**{flag: values.pop(flag) for flag in flags}) for name, (kind, flags) in groups.items()}
+        function(**values, **built)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _group(hint: Any) -> tuple[Any, tuple[str, ...]]:
+    """The options dataclass a parameter's type names, and which of its flags are left out; None for other types."""
+    if get_origin(hint) is Annotated:
+        kind, *notes = get_args(hint)
+        left_out = [name for note in notes if isinstance(note, Without) for name in note.names]
+        return (kind, tuple(left_out)) if is_dataclass(kind) else (None, ())
+    return (hint, ()) if is_dataclass(hint) else (None, ())
+
+
+def number_list(text: str | None, option: str, default: Sequence[int], *, tokens: bool = False) -> tuple[int, ...]:
+    """Read ``64,128``, or with ``tokens`` also ``8k,32k``; the default where nothing was given.
+
+    Raises
+    ------
+    InputError
+        If an entry is not a whole number of at least 1.
+    """
+    if text is None:
+        return tuple(default)
+    numbers = []
+    for part in text.split(","):
+        try:
+            numbers.append(parse_tokens(part) if tokens or part.strip().isdigit() else 0)
+        except PolicyError:
+            numbers.append(0)
+        if numbers[-1] < 1:
+            example = "8192, 8k or 8k,32k" if tokens else "64 or 64,128"
+            raise InputError(f"{option} {text}: {part.strip()!r} is not a number to use; write {example}")
+    return tuple(numbers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kcache.backends import DecodeStep, choose_backend
+from kcache.backends import cpu as cpu_backend
 from kcache.backends.base import DecodeResult
 from kcache.backends.cpu import CpuBackend
 from kcache.backends.reference import ReferenceBackend
+from kcache.dense import attend
 from kcache.errors import PolicyError
 from kcache.policy import Policy
 from kcache.tail import BlockTail
@@ -231,6 +234,32 @@ def test_inputs_are_left_as_they_were_and_results_stay(backend: str) -> None:
         for name, value in before.items():
             assert torch.equal(getattr(step, name).nan_to_num(7), value.nan_to_num(7)), name
         assert all(torch.equal(a, b) for a, b in zip(kept, (first.out, first.picks, first.mass), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spare", [0, 5, 300])
+@pytest.mark.parametrize(
+    "extra", [{}, {"masked": True}, {"softcap": 2.0, "sinks": True}, {"group": 1}, {"kv_heads": 1}]
+)
+def test_dense_step_is_exact_attention(
+    backend: str, dtype: torch.dtype, spare: int, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resident layers and short contexts; rows not yet filled are zeros in device buffers."""
+    monkeypatch.setattr(cpu_backend, "_LONG", 64)
+    made = choose_backend(backend, CPU)
+    for length in (1, 63, 70, 300, 90):
+        step = problem(length, length=length, spare=spare, dtype=dtype, **extra)
+        step = replace(step, keys=step.keys.nan_to_num(0), values=step.values.nan_to_num(0))
+        keys, values = step.keys[:, :, :length], step.values[:, :, :length]
+        mask = None if step.mask is None else step.mask[:, None, None]
+        want = attend(
+            step.query[:, :, None].float(), keys.float(), values.float(), mask, step.scaling, step.softcap, step.sinks
+        )
+        got = made.dense(step)
+        assert got.dtype == dtype
+        tolerance = 1e-5 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(got.float(), want[:, :, 0], atol=tolerance, rtol=tolerance)
 
 
 def test_choosing() -> None:

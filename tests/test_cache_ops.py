@@ -227,6 +227,32 @@ def test_deep_copies_live_apart(policy: str) -> None:
     same_contents(twin)
 
 
+def test_a_deep_copy_is_pinned_where_the_original_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel reads host rows by their address: the copy's memory has to be registered too, its streams its own."""
+    from kcache.tiers import rows
+
+    pair = filled()
+    made: list[tuple[int, ...]] = []
+
+    def pinned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        made.append(shape)
+        return torch.empty(shape, dtype=dtype)
+
+    monkeypatch.setattr(rows, "pinned_empty", pinned_empty)
+    for layer in pair.ours.tiered_layers:
+        layer._v.host.pinned = True
+    twin = copy.deepcopy(pair.ours)
+    assert len(made) == 3
+    for layer, other in zip(pair.ours.tiered_layers, twin.tiered_layers, strict=True):
+        assert other._v.host.pinned
+        assert other._v.link is not layer._v.link
+        assert other.shared is twin.shared is not pair.ours.shared
+        assert other._v.host.data.data_ptr() != layer._v.host.data.data_ptr()
+    assert twin.shared.backend(torch.device("cpu")) is not pair.ours.shared.backend(torch.device("cpu"))
+    assert twin.layers[0]._k._room.__self__ is twin.shared.residency
+    assert twin.shared.residency.layers[0] is twin.layers[0]
+
+
 def test_layer_handle_is_gone_after_the_forward() -> None:
     """Rows and modules are not kept alive by what ``update`` hung on the V tensor."""
     import gc

@@ -261,6 +261,25 @@ def test_reset_plans_anew() -> None:
         pair.reset()
 
 
+def test_reset_forgets_how_long_the_cache_was() -> None:
+    pair = Pair(make("llama"))
+    pair.forward(tokens(1, 1, 300))
+    pair.reset()
+    pair.forward(tokens(1, 1, 10))
+    assert pair.ours.stats.k_bytes == LAYERS * ROW * 64
+
+
+def test_a_layer_that_left_is_not_called_resident_when_room_comes_back() -> None:
+    policy = Policy(dense_below=0, dense_layers=0, topn=10**6)
+    policy = policy.replace(kv_budget=budget_for(64, 4, 1, policy))
+    pair = Pair(make("llama"), policy, max_length=64)
+    pair.forward(tokens(1, 4, 30))
+    pair.select(torch.tensor([2]))
+    pair.decode(2)
+    assert [layer.offloaded for layer in pair.ours.tiered_layers] == [False, True, True]
+    assert [layer.kind for layer in pair.ours.snapshot().layers] == ["resident", "tiered", "tiered"]
+
+
 def test_budget_as_text() -> None:
     assert Policy(kv_budget="1.5KiB").kv_budget == 1536
     with pytest.raises(DoesNotFitError):

@@ -163,10 +163,11 @@ def test_gibberish_in_padding_rows_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("attached", [False, True])
-def test_rows_stored_without_attention_take_their_validity_from_the_next_mask(attached: bool) -> None:
+@pytest.mark.parametrize("dense_below", [0, 51])
+def test_rows_stored_without_attention_take_their_validity_from_the_next_mask(attached: bool, dense_below: int) -> None:
     """K and V of a padded batch moved over from another cache by ``update``, or stored before ``attach``."""
     model = make("llama")
-    run = OraclePair(model, SCHEMES["default_no_dense"])
+    run = OraclePair(model, SCHEMES["default_no_dense"].replace(dense_below=dense_below))
     ids, mask = tokens(1, 2, 50), left_padding([50, 22])
     run.mask = mask
     run.exact = True
@@ -206,3 +207,26 @@ def test_rows_stored_without_attention_and_then_selected() -> None:
             run.crop(9)
         run.decode(3)
         run.compare_picks()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on CPU tensors only in Triton's interpreter")
+@pytest.mark.parametrize(
+    ("kind", "scheme"), [("llama", "default_no_dense"), ("llama", "paper"), ("gpt_oss", "default_no_dense")]
+)
+def test_kernels_through_the_cache(kind: str, scheme: str) -> None:
+    """The Triton kernels, interpreted, on the buffers a cache really hands them."""
+    pytest.importorskip("triton")
+    sizes = {"num_hidden_layers": 1} if kind == "llama" else {"attention": "eager"}
+    run = OraclePair(make(kind, head_dim=16, **sizes), SCHEMES[scheme].replace(backend="triton"))
+    run.forward(tokens(1, 2, 58), left_padding([58, 31]))
+    run.decode(1)
+    run.compare_picks()
+    run.reorder(torch.tensor([1, 0]))
+    if kind == "llama":
+        run.crop(5)
+    run.forward(tokens(2, 2, 9), left_padding([3, 9]))
+    run.decode(1)
+    run.compare_picks()
+    backend = run.ours.shared.backend(torch.device("cpu"))
+    assert backend.name == "triton"
+    assert backend._workspaces, "the reference answered instead"

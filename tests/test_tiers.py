@@ -128,6 +128,16 @@ def test_nothing_is_kept_beyond_the_tiers_after_a_forward() -> None:
     assert rest < 64 * ROW
 
 
+def test_update_outside_a_forward_keeps_no_more_than_the_last_layers_rows() -> None:
+    model = make("llama")
+    cache = KCache(model, WHOLE, max_length=640)
+    with attach(model):
+        for layer in range(LAYERS):
+            cache.update(torch.randn(1, 2, 640, 8), torch.randn(1, 2, 640, 8), layer)
+    rest = held_bytes(cache) - cache.stats.device_bytes - cache.stats.host_bytes
+    assert rest <= 640 * ROW
+
+
 def test_known_length_is_allocated_exactly_and_once() -> None:
     cache = run(WHOLE, 30, max_length=50)
     pointers = [(k.data_ptr(), v.data_ptr()) for k, v in cache]

@@ -32,7 +32,7 @@ class DecodeStep:
         Rows in the cache, the new token's included.
     scaling : float
     policy : Policy
-    means : Tensor ``[B, Hkv, nb, Dv]`` or None
+    means : Tensor ``[B, Hkv, at least nb, Dv]`` or None
         Means of V over the valid rows of each block, with ``policy.tail == "block"``.
     mask : Tensor ``[B, L]`` bool or None
         True where a row may be attended.

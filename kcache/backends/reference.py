@@ -33,7 +33,7 @@ class ReferenceBackend:
         return dense.attend(query, keys, values, mask, step.scaling, step.softcap, step.sinks)[:, :, 0]
 
     def score(self, step: DecodeStep) -> torch.Tensor:
-        """Attention probabilities of every row, ``[B, Hkv, G, L]`` fp32; rows a mask excludes get 0."""
+        """Attention probabilities of every row, ``[B, Hkv, G, at least L]`` fp32; 0 where masked and from L on."""
         keys = step.keys[:, :, : step.length].float()
         heads = keys.shape[1]
         query = step.query.float().unflatten(1, (heads, -1))
@@ -42,7 +42,7 @@ class ReferenceBackend:
     def select(self, probs: torch.Tensor, step: DecodeStep) -> torch.Tensor:
         """Positions of the N largest probabilities (summed over the group), ``[B, Hkv, N]`` or ``[B, Hkv, G, N]``."""
         weight = probs.sum(2) if step.policy.select == "group" else probs
-        return weight.topk(min(step.policy.topn, step.length), dim=-1, sorted=False).indices
+        return weight[..., : step.length].topk(min(step.policy.topn, step.length), dim=-1, sorted=False).indices
 
     def fetch(self, picks: torch.Tensor, step: DecodeStep) -> torch.Tensor:
         """The picked V rows on the device, ``[B, Hkv, N, Dv]`` or ``[B, Hkv, G, N, Dv]``."""
@@ -64,11 +64,17 @@ class ReferenceBackend:
         if step.policy.tail == "renormalise":
             weights = weights / mass.unsqueeze(-1).clamp(min=torch.finfo(torch.float32).tiny)
         elif step.policy.tail == "block":
-            tail = block_tail(probs, per_head, step)
+            tail = self.tail(unpicked(probs, per_head, step), step)
         out = torch.matmul(weights.unsqueeze(3), rows.float()).squeeze(3)
         if tail is not None:
             out = out + tail
         return DecodeResult(out.flatten(1, 2).to(step.query.dtype), picks, mass)
+
+    def tail(self, left: torch.Tensor, step: DecodeStep) -> torch.Tensor:
+        """The means of V, weighed by the unpicked probability ``left`` ``[B, Hkv, G, nb]``: ``[B, Hkv, G, Dv]``."""
+        assert step.means is not None
+        blocks = min(left.shape[3], step.means.shape[2])
+        return torch.matmul(left[..., :blocks], step.means[:, :, :blocks].float())
 
 
 def probabilities(scores: torch.Tensor, step: DecodeStep) -> torch.Tensor:
@@ -84,22 +90,22 @@ def probabilities(scores: torch.Tensor, step: DecodeStep) -> torch.Tensor:
     return probs if step.mask is None else probs.nan_to_num(0.0)
 
 
-def block_tail(probs: torch.Tensor, per_head: torch.Tensor, step: DecodeStep) -> torch.Tensor:
-    """Let the mean V of each block stand in for the block's unpicked rows.
+def unpicked(probs: torch.Tensor, per_head: torch.Tensor, step: DecodeStep) -> torch.Tensor:
+    """Sum the probabilities of each block's unpicked rows.
 
     Parameters
     ----------
-    probs : Tensor ``[B, Hkv, G, L]``; set to zero at the picks
+    probs : Tensor ``[B, Hkv, G, at least L]``; set to zero at the picks
     per_head : Tensor ``[B, Hkv, G, N]``, the picks of each query head
 
     Returns
     -------
-    Tensor ``[B, Hkv, G, Dv]``, to be added to what the picked rows give
+    Tensor ``[B, Hkv, G, at least nb]``
     """
-    assert step.means is not None
     block = step.policy.tail_block
     rest = probs.scatter_(3, per_head, 0.0)
-    if step.length % block:
-        rest = torch.nn.functional.pad(rest, (0, -step.length % block))
-    left = rest.unflatten(3, (-1, block)).sum(-1)
-    return torch.matmul(left, step.means.float())
+    whole = rest.shape[3] // block
+    left = rest[..., : whole * block].unflatten(3, (whole, block)).sum(-1)
+    if whole * block == rest.shape[3]:
+        return left
+    return torch.cat([left, rest[..., whole * block :].sum(-1, keepdim=True)], -1)

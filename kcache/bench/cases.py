@@ -29,10 +29,16 @@ class Spec:
         Of the kcache engine; its ``topn`` is replaced by each of ``topns``.
     repeats, steps, warmup : int
         Turns per engine, decode steps timed per turn, and steps run before them that are not.
+    turn_s : float
+        A turn that takes longer ends once it has four steps, so that long contexts do not take forever.
+    case_s : float or None
+        A case that takes longer ends after the round of turns it is in, but not before the second; None is no limit.
     real_prefill : bool
         Run a real text through the model instead of filling the caches with random rows.
     fidelity : bool
         Measure KL and top-1 agreement with full attention too.
+    check_plan : bool
+        Put what :mod:`kcache.plan` predicts beside what is measured.
     """
 
     ctxs: tuple[int, ...] = (2048, 8192)
@@ -42,9 +48,12 @@ class Spec:
     policy: Policy = field(default_factory=lambda: Policy(offload="all"))
     repeats: int = 5
     steps: int = 16
-    warmup: int = 2
+    warmup: int = 1
+    turn_s: float = 3.0
+    case_s: float | None = None
     real_prefill: bool = False
     fidelity: bool = False
+    check_plan: bool = False
 
     def __post_init__(self) -> None:
         for name in ("ctxs", "batches", "topns", "engines"):

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from kcache.loading import LoadedModel
 
 
+_LONGEST_TOKEN = 8  # characters a token of prose has at most, on average over a context
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """Rows of one layer: KV heads, K and V row sizes, dtype, device, and its window if it has one."""
@@ -88,10 +91,14 @@ def real_ids(lm: LoadedModel, ctx: int, batch: int) -> torch.Tensor:
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
-    tokens: Any = lm.tokenizer(text, add_special_tokens=False)
-    ids = torch.tensor(tokens["input_ids"])
-    places = torch.arange(batch)[:, None] * (len(ids) // max(1, batch)) + torch.arange(ctx)
-    return ids[places % len(ids)].to(lm.device)
+    rows = []
+    for number in range(batch):
+        start = number * len(text) // batch
+        piece = (text[start:] + text[:start])[: ctx * _LONGEST_TOKEN]
+        tokens: Any = lm.tokenizer(piece, add_special_tokens=False, verbose=False)
+        ids = torch.tensor(tokens["input_ids"])
+        rows.append(ids.repeat(-(-ctx // len(ids)))[:ctx])
+    return torch.stack(rows).to(lm.device)
 
 
 def held_bytes(cache: Cache) -> tuple[int, int]:

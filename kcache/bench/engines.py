@@ -30,12 +30,15 @@ class Engine:
     name : str
     ours : bool
         Whether kcache's attention runs with it.
+    planned_as : {"full", "kcache"} or None
+        Which of the plan's methods predicts it.
     policy : Policy or None
         Of a KCache.
     """
 
     name: ClassVar[str]
     ours: ClassVar[bool] = False
+    planned_as: ClassVar[str | None] = "full"
     policy: Policy | None = None
 
     @property
@@ -102,6 +105,7 @@ class HfOffloaded(Engine):
     """DynamicCache that keeps all K and V in RAM and brings them back whole, a layer at a time."""
 
     name = "hf-offloaded"
+    planned_as = None
 
     def unavailable(self, device: torch.device) -> str | None:
         """See :class:`Engine`."""
@@ -126,6 +130,7 @@ class Tiered(Engine):
 
     name = "kcache"
     ours = True
+    planned_as = "kcache"
 
     def __init__(self, policy: Policy) -> None:
         self.policy: Policy = policy
@@ -179,6 +184,7 @@ class Dense(Tiered):
     """KCache with V kept on the device: our exact full attention."""
 
     name = "dense"
+    planned_as = "full"
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy.replace(offload="none", resident_layers=None, kv_budget=None))

@@ -8,32 +8,23 @@ cache that lives in RAM owes the link all of K and V.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kcache.layer import TieredLayer
+from kcache.plan import SCORE_BYTES, SCORE_PASSES, Speeds
+from kcache.weights import Weights
 
-_SCORE_PASSES = 2
-_SCORE_BYTES = 4
 
-
-class Bandwidths(Protocol):
-    """What of :class:`kcache.machine.Machine` the floor needs; GB/s of 1e9 bytes, a copy counted as read + written."""
-
-    @property
-    def memory_gb_s(self) -> float:
-        """Device memory."""
+class Bandwidths(Speeds, Protocol):
+    """What of :class:`kcache.machine.Machine` is needed for floors and predictions."""
 
     @property
     def h2d_gb_s(self) -> float | None:
         """Large copies over the link; None where both tiers are RAM."""
-
-    @property
-    def gather_gb_s(self) -> float:
-        """Single rows out of the host tier."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +98,12 @@ def traffic_of(model: PreTrainedModel, cache: Cache, link_bytes: float) -> Traff
         if isinstance(layer, TieredLayer) and layer.mode == "topn":
             assert layer.mass is not None
             policy = layer.shared.policy
-            score += _SCORE_PASSES * _SCORE_BYTES * layer.mass.numel() * length
+            score += SCORE_PASSES * SCORE_BYTES * layer.mass.numel() * length
             tail += _nbytes(values) // policy.tail_block if policy.tail == "block" else 0
         else:
             v += int(_nbytes(values) * used)
     return Traffic(
-        weights_bytes=weights_read(model, batch),
+        weights_bytes=Weights.of_model(model).read_bytes(batch),
         k_bytes=k,
         v_bytes=v,
         score_bytes=score,
@@ -120,25 +111,6 @@ def traffic_of(model: PreTrainedModel, cache: Cache, link_bytes: float) -> Traff
         link_bytes=link_bytes,
         link_in_bulk=bool(getattr(cache, "offloading", False)),
     )
-
-
-def weights_read(model: PreTrainedModel, batch: int) -> int:
-    """Bytes of weights a step reads: all, but of an embedding table that is not tied, and of experts, what is used."""
-    embedding = model.get_input_embeddings()
-    output = model.get_output_embeddings()
-    table: Any = getattr(embedding, "weight", None)
-    tied = output is not None and getattr(output, "weight", None) is table
-    config: Any = model.config.get_text_config(decoder=True)
-    active = getattr(config, "num_experts_per_tok", None)
-    counts = (getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
-    experts = next(filter(None, counts), None)
-    share = min(1.0, batch * active / experts) if active and experts else 1.0
-    total = 0.0
-    for name, parameter in model.named_parameters():
-        if parameter is table and not tied:
-            continue
-        total += _nbytes(parameter) * (share if ".experts." in name else 1.0)
-    return int(total)
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

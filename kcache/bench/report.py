@@ -16,6 +16,8 @@ from kcache.bench.fidelity import Fidelity
 from kcache.bench.floor import Bandwidths, floor_of
 from kcache.bench.rows import Row, Status
 from kcache.bench.runner import Measured
+from kcache.plan import predict
+from kcache.weights import Weights
 
 if TYPE_CHECKING:
     from kcache.loading import LoadedModel
@@ -51,12 +53,14 @@ def make_rows(
     base = base_of(case, measured, problems)
     rows = []
     for engine in case.engines:
-        row = _blank(lm, spec, case, engine, env)
+        row = blank_row(lm, spec, case, engine, env)
         problem = problems.get(engine)
         if problem is not None:
             rows.append(replace(row, status=problem.status, reason=problem.reason))
             continue
         row = _with_times(row, measured[engine], machine)
+        if spec.check_plan and engine.planned_as is not None:
+            row = _with_prediction(row, lm, spec, engine, machine)
         if base is not None:
             row = _with_ratio(row, measured[engine], base.name, measured[base])
         if engine in fidelity:
@@ -73,7 +77,8 @@ def base_of(case: Case, measured: Mapping[Engine, Measured], problems: Mapping[E
     return next(iter(others + dense), None)
 
 
-def _blank(lm: LoadedModel, spec: Spec, case: Case, engine: Engine, env: dict[str, Any]) -> Row:
+def blank_row(lm: LoadedModel, spec: Spec, case: Case, engine: Engine, env: dict[str, Any]) -> Row:
+    """Make the row of an engine before anything is measured."""
     context = lm.context_length
     return Row(
         engine=engine.name,
@@ -102,6 +107,8 @@ def _with_times(row: Row, measured: Measured, machine: Bandwidths) -> Row:
     return replace(
         row,
         mode=measured.mode,
+        turns=len(medians),
+        steps_timed=len(times),
         decode_ms_p50=median,
         decode_ms_p99=float(np.percentile(times, 99)),
         decode_ms_low=min(medians),
@@ -127,3 +134,12 @@ def _with_ratio(row: Row, measured: Measured, name: str, base: Measured) -> Row:
     ratios = [statistics.median(theirs) / statistics.median(ours) for theirs, ours in pairs]
     median = statistics.median(ms for turn in base.turns for ms in turn)
     return replace(row, ratio=median / row.decode_ms_p50, ratio_low=min(ratios), ratio_high=max(ratios), ratio_to=name)
+
+
+def _with_prediction(row: Row, lm: LoadedModel, spec: Spec, engine: Engine, machine: Bandwidths) -> Row:
+    assert engine.planned_as is not None and row.decode_tok_s is not None
+    config, dtype = lm.model.config, lm.model.dtype
+    policy, weights = engine.policy or spec.policy, Weights.of_model(lm.model)
+    predicted = predict(config, row.ctx, row.batch, policy, machine, weights=weights, dtype=dtype)
+    tok_s = predicted[engine.planned_as].tok_s
+    return replace(row, predicted_tok_s=tok_s, prediction_error=tok_s / row.decode_tok_s - 1)

@@ -33,7 +33,9 @@ class Row:
     context_from : {"random", "text"}
         Whether the context was filled in, or prefilled from a text.
     repeats, steps : int
-        Turns, and decode steps timed per turn.
+        Turns, and decode steps timed per turn, as asked for.
+    turns, steps_timed : int
+        Turns taken and steps timed in all; fewer where a step takes long.
     decode_ms_p50, decode_ms_p99 : float
         Inter-token latency over all steps timed.
     decode_ms_low, decode_ms_high : float
@@ -58,8 +60,8 @@ class Row:
     ratio_to : str or None
     kl, top1 : float or None
         Mean KL divergence from full attention in nats, and share of steps with the same likeliest token.
-    predicted_tok_s : float or None
-        What the plan says of this engine.
+    predicted_tok_s, prediction_error : float or None
+        What the plan's roofline says of this engine, and how far that is above what was measured (0.1 is 10 %).
     policy : dict or None
     env : dict
         Where and when it was measured.
@@ -79,6 +81,8 @@ class Row:
     context_from: str = "random"
     repeats: int = 0
     steps: int = 0
+    turns: int = 0
+    steps_timed: int = 0
     decode_ms_p50: float | None = None
     decode_ms_p99: float | None = None
     decode_ms_low: float | None = None
@@ -102,6 +106,7 @@ class Row:
     kl: float | None = None
     top1: float | None = None
     predicted_tok_s: float | None = None
+    prediction_error: float | None = None
     policy: dict[str, Any] | None = None
     env: dict[str, Any] = field(default_factory=dict)
 

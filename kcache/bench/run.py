@@ -7,6 +7,7 @@ the ratio holds. Their caches are held side by side where they fit together; oth
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -36,6 +37,7 @@ class Watch(Protocol):
 
 
 _SHARE_OF_FREE = 0.8
+_LEAST_ROUNDS = 2
 _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError, MemoryError, KCacheError)
 
 
@@ -51,8 +53,8 @@ def run(
     machine: Bandwidths,
     env: dict[str, Any] | None = None,
     watch: Watch = lambda label, turns: None,
-) -> Iterator[Row]:
-    """Measure ``cases``, yielding the rows of each as soon as it is done.
+) -> Iterator[list[Row]]:
+    """Measure ``cases``, yielding the rows of each, one per engine, as soon as it is done.
 
     Parameters
     ----------
@@ -73,7 +75,7 @@ def run(
     """
     shapes = layer_shapes(lm.model)
     for case in cases:
-        yield from _Race(lm, spec, case, shapes, watch).rows(machine, env or {})
+        yield _Race(lm, spec, case, shapes, watch).rows(machine, env or {})
 
 
 class _Race:
@@ -107,8 +109,12 @@ class _Race:
             self.problems.pop(engine, None)
         engines = [engine for engine in self.case.engines if engine not in self.problems]
         self.runners = {engine: Runner(self.lm, engine, self.case, self.spec, self.shapes) for engine in engines}
+        began = time.perf_counter()
         try:
             for repeat in range(self.spec.repeats):
+                limit = self.spec.case_s
+                if limit is not None and repeat >= _LEAST_ROUNDS and time.perf_counter() - began > limit:
+                    break
                 shift = repeat % max(1, len(engines))
                 for engine in engines[shift:] + engines[:shift]:
                     if engine not in self.problems:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kcache.loading import LoadedModel
 
 _WARM_PROMPT = 256
+_LEAST_STEPS = 4
 
 
 class VariedSampler(Sampler):
@@ -105,18 +106,20 @@ class Runner:
     def turn(self) -> None:
         """Time a few steps."""
         assert self._cache is not None and self._tokens is not None
-        steps, times = self._spec.steps, []
+        times: list[float] = []
         with self.engine.running(self._lm.model):
             for _ in range(self._spec.warmup):
                 next(self._tokens)
             before = self.engine.stats(self._cache)
-            began = time.perf_counter()
-            for _ in range(steps):
+            first = began = time.perf_counter()
+            while len(times) < self._spec.steps:
                 next(self._tokens)
                 ended = time.perf_counter()
                 times.append((ended - began) * 1e3)
                 began = ended
-        self._look(before, steps)
+                if len(times) >= _LEAST_STEPS and ended - first > self._spec.turn_s:
+                    break
+        self._look(before, len(times))
         self.measured.turns.append(times)
 
     def free(self) -> None:

@@ -6,6 +6,8 @@ the same code moves (or merely views) the same bytes and counts them alike.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -21,6 +23,10 @@ class Link:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Link:
+        """A link of its own to the same device: streams cannot be copied."""
+        return Link(self.device)
 
     def to_host(self, rows: torch.Tensor, host: torch.Tensor) -> torch.cuda.Event | None:
         """Copy ``rows`` ``[B, H, T, D]`` from the device into the view ``host`` of the same shape.

@@ -7,7 +7,9 @@ for; appending never copies what is already there.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -76,6 +78,14 @@ class RowBuffer:
             return
         picked = self._empty((len(index), *self.data.shape[1:]), self.data.dtype)
         self.data = torch.index_select(self.data, 0, index.to(self.data.device), out=picked)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowBuffer:
+        """A buffer of its own in the same kind of memory; a plain copy of a pinned tensor would not be pinned."""
+        memo[id(self)] = twin = RowBuffer(self.device, pinned=self.pinned)
+        twin._room = copy.deepcopy(self._room, memo)
+        if self.data is not None:
+            twin.data = twin._empty(tuple(self.data.shape), self.data.dtype).copy_(self.data)
+        return twin
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Allocate; a buffer made in inference mode must still be writable outside of it."""

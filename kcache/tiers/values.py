@@ -7,7 +7,9 @@ device of an offloaded layer is the tail: block means of V.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -188,6 +190,15 @@ class ValueStore:
         for buffer in (self.resident, self.host, self.tail):
             if buffer is not None:
                 buffer.select(index)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ValueStore:
+        """Copy what has arrived; nothing is under way in the copy."""
+        self.finish_sending()
+        self.release()
+        self._ahead = None
+        memo[id(self)] = twin = object.__new__(ValueStore)
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return twin
 
     # -- counting --------------------------------------------------------------------------------------------------
 

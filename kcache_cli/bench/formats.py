@@ -149,6 +149,8 @@ def _legend(rows: Sequence[BenchRow]) -> list[str]:
     context = {"random": "random rows", "text": "a prefilled text"}[first.get("context_from", "random")]
     ratio_to = " / ".join(dict.fromkeys(row["ratio_to"] for row in rows if row.get("ratio_to")))
     lines = [one_line(" · ".join(part for part in where if part))]
-    how = f"{first['repeats']} turns of {first['steps']} steps, engines alternating, after {context}"
+    turns = sorted({row["turns"] for row in rows if row.get("turns")}) or [0]
+    count = f"{turns[0]}" if len(turns) == 1 else f"{turns[0]}–{turns[-1]}"
+    how = f"{count} turns of up to {first['steps']} steps, engines alternating, after {context}"
     lines.append(f"{how}; median [lowest–highest turn]" + (f"; ratio: speed over {ratio_to}" if ratio_to else ""))
     return lines

@@ -5,17 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from kcache_cli.console import console
 from kcache_cli.exits import note
 
-
-class Watch(Protocol):
-    """Told what is under way; ``turns`` is 1 when a turn has ended."""
-
-    def __call__(self, label: str, turns: int) -> None:
-        """Take note."""
+if TYPE_CHECKING:
+    from kcache.bench.run import Watch
 
 
 @contextmanager

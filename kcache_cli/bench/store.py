@@ -101,16 +101,24 @@ class Store:
         One of the formats.
     rows : sequence of dict
         Rows that are there already.
+    old : sequence of dict or None
+        Rows of an earlier run to compare with.
     """
 
-    def __init__(self, target: Path | None, form: str, rows: Sequence[BenchRow] = ()) -> None:
-        self.target, self.form = target, form
-        self.rows = list(rows)
+    def __init__(
+        self, target: Path | None, form: str, rows: Sequence[BenchRow] = (), old: Sequence[BenchRow] | None = None
+    ) -> None:
+        self.target, self.form, self._old = target, form, old
+        self.rows: list[BenchRow] = []
         self._printed = ""
+        self._take(rows)
+
+    def _take(self, rows: Sequence[BenchRow]) -> None:
+        self.rows += rows if self._old is None else compare(rows, self._old)
 
     def add(self, rows: Sequence[BenchRow]) -> None:
         """Take the rows of a case."""
-        self.rows += rows
+        self._take(rows)
         if self.target is None:
             if self.form in ("jsonl", "csv"):
                 self._print()
@@ -123,7 +131,7 @@ class Store:
             self._print()
         elif not self._replaceable:
             self.target.write_text(render(self.rows, self.form), encoding="utf-8")
-        elif not self.target.exists():
+        elif self.rows:
             self._replace(render(self.rows, self.form))
 
     def _print(self) -> None:

@@ -54,7 +54,7 @@ def test_help_answers_in_half_a_second(args: list[str]) -> None:
 
 
 def test_every_command_shows_examples(run: Run) -> None:
-    for name in ("chat", "generate", "models", "pull", "config"):
+    for name in ("chat", "generate", "plan", "doctor", "models", "pull", "config"):
         result = run(name, "--help")
         assert result.exit_code == 0
         assert "Examples:" in result.stdout

@@ -1,0 +1,69 @@
+"""Write the tables of docs/benchmarks.md from the rows in docs/benchmarks/.
+
+    python benchmarks/page.py
+
+A table stands between ``<!-- rows FILE -->`` (one file, as ``kcache bench`` prints it) or ``<!-- runs FILE ... -->``
+(the same cases in several runs, kcache's speed over each other engine) and ``<!-- end -->``. Files that are not there
+leave their table as it is.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from kcache_cli.bench.formats import BenchRow, markdown
+from kcache_cli.bench.store import read_rows
+
+DOCS = Path(__file__).parent.parent / "docs"
+BLOCK = re.compile(r"(<!-- (rows|runs) ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def runs_table(runs: Sequence[Sequence[BenchRow]]) -> str:
+    """Milliseconds per step of each engine in each run, and how much faster kcache was than it."""
+    lines = ["| ctx | batch | engine | ms/step p50, by run | kcache is faster by |", "|---:|---:|---|---:|---:|"]
+    by_run = [{(row["ctx"], row["batch"], row["engine"], row["topn"]): row for row in run} for run in runs]
+    for key in sorted(by_run[0], key=lambda key: key[:2]):
+        rows = [run[key] for run in by_run if run.get(key, {}).get("decode_ms_p50")]
+        ours = [_ours(run, key[0], key[1]) for run in by_run if run.get(key, {}).get("decode_ms_p50")]
+        if not rows:
+            continue
+        times = ", ".join(f"{row['decode_ms_p50']:.1f}" for row in rows)
+        ratios = [row["decode_ms_p50"] / ms for row, ms in zip(rows, ours, strict=True) if ms]
+        faster = ", ".join(f"{ratio:.2f}×" for ratio in ratios) if key[2] != "kcache" else ""
+        name = key[2] if key[3] is None else f"{key[2]} N={key[3]}"
+        lines.append(f"| {key[0]:,} | {key[1]} | {name} | {times} | {faster} |")
+    return "\n".join(lines) + "\n"
+
+
+def _ours(run: dict[tuple[int, int, str, int | None], BenchRow], ctx: int, batch: int) -> float | None:
+    """The time of kcache in the case; the median over its N."""
+    times = [row["decode_ms_p50"] for key, row in run.items() if key[:3] == (ctx, batch, "kcache")]
+    times = [ms for ms in times if ms]
+    return statistics.median(times) if times else None
+
+
+def fill(text: str, folder: Path) -> str:
+    """Return the page with its tables written anew."""
+
+    def table(match: re.Match[str]) -> str:
+        paths = [folder / name for name in match[3].split()]
+        if not all(path.exists() for path in paths):
+            return match[0]
+        files = [read_rows(path, "rows") for path in paths]
+        body = markdown(files[0]) if match[2] == "rows" else runs_table(files)
+        return f"{match[1]}{body}{match[4]}"
+
+    return BLOCK.sub(table, text)
+
+
+def main() -> None:
+    """Rewrite the page."""
+    page = DOCS / "benchmarks.md"
+    page.write_text(fill(page.read_text(encoding="utf-8"), DOCS / "benchmarks"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

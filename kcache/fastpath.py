@@ -1,0 +1,150 @@
+"""What a machine lacks for the fast path, and the way out of each."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kcache.host import Host, PciSlot
+from kcache.machine import Machine
+
+_SMALL_LOCK = 2**30
+_SLOW_LINK_GB_S = 10.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that costs speed.
+
+    Attributes
+    ----------
+    level : {"missing", "note"}
+        ``"missing"`` keeps the fast path from running; a ``"note"`` makes it slower, or may do so.
+    what, way_out : str
+    """
+
+    level: Literal["missing", "note"]
+    what: str
+    way_out: str
+
+
+def findings(machine: Machine, host: Host, slot: PciSlot | None = None, load: float | None = None) -> list[Finding]:
+    """List what is missing, the most costly first.
+
+    Parameters
+    ----------
+    machine : Machine
+    host : Host
+    slot : PciSlot, optional
+        Where the CUDA device sits.
+    load : float, optional
+        The system's load average; by default it is asked for.
+    """
+    found = _of_host_only(machine, host) if machine.host_only else _of_cuda(machine, host, slot)
+    if machine.host_only and machine.threads < host.cores:
+        found.append(
+            Finding(
+                "note",
+                f"torch uses {machine.threads} of {host.cores} cores",
+                "unset OMP_NUM_THREADS, or set it to the number of cores",
+            )
+        )
+    busy = _load() if load is None else load
+    if busy > host.cores * 0.75:
+        found.append(
+            Finding(
+                "note", f"the machine is busy (load {busy:.1f} on {host.cores} cores)", "measure again when it is not"
+            )
+        )
+    return found
+
+
+def _of_host_only(machine: Machine, host: Host) -> list[Finding]:
+    if torch.cuda.is_available():
+        what, way_out = "the CPU was asked for, and there is a CUDA device", "leave --device away"
+    elif machine.versions.get("cuda") is None:
+        what = "no CUDA device: this torch is built without CUDA"
+        way_out = "on a machine with an NVIDIA GPU, install torch from its CUDA wheels"
+    elif machine.versions.get("driver") is None:
+        what, way_out = "no CUDA device: there is no NVIDIA driver", "install the driver, or run where there is a GPU"
+    else:
+        what = "no CUDA device is visible to torch"
+        way_out = "look at CUDA_VISIBLE_DEVICES, and whether the driver is new enough for this torch"
+    found = [Finding("missing", f"{what}; both tiers are RAM and nothing crosses a link", way_out)]
+    if host.flags and not (host.flags.get("avx512_bf16") or host.flags.get("amx_bf16")):
+        found.append(
+            Finding(
+                "missing",
+                "the CPU has no bfloat16 instructions (avx512_bf16, amx_bf16): bfloat16 models run slowly",
+                "use --dtype float32",
+            )
+        )
+    return [*found, *_of_locked_memory(host, "a GPU's driver may refuse to pin V")]
+
+
+def _of_cuda(machine: Machine, host: Host, slot: PciSlot | None) -> list[Finding]:
+    found = []
+    if machine.versions.get("triton") is None:
+        found.append(
+            Finding(
+                "missing",
+                "triton is not installed: decode steps run in torch operators and wait for the host",
+                "pip install 'kcache-llm[gpu]'",
+            )
+        )
+    if machine.pinned is False:
+        found.append(
+            Finding(
+                "missing",
+                "the driver refused to pin host memory: V cannot be offloaded",
+                "raise the locked-memory limit (ulimit -l unlimited; docker run --ulimit memlock=-1)",
+            )
+        )
+    elif found_limit := _of_locked_memory(host, "the driver pinned 256 MiB all the same; more may be refused"):
+        found += found_limit
+    if torch.cuda.get_device_capability(machine.device) < (8, 0):
+        found.append(Finding("note", f"{machine.name} has no bfloat16 tensor cores", "use --dtype float16"))
+    if slot is not None and slot.link and slot.best_link and slot.link != slot.best_link:
+        found.append(
+            Finding(
+                "note",
+                f"the PCIe link runs at {slot.link} of {slot.best_link}",
+                "idle links are slowed down to save power; if it stays so under load, look at the slot and the riser",
+            )
+        )
+    if machine.h2d_gb_s is not None and machine.h2d_gb_s < _SLOW_LINK_GB_S:
+        found.append(
+            Finding(
+                "note",
+                f"the link is slow: {machine.h2d_gb_s:.1f} GB/s from pinned memory",
+                "keep more V on the device (--kv-budget), or fetch less (--topn)",
+            )
+        )
+    node = None if slot is None else slot.numa_node
+    if node is not None and len(host.nodes) > 1:
+        found.append(
+            Finding(
+                "note",
+                f"{len(host.nodes)} NUMA nodes, and the GPU is on node {node}",
+                f"numactl --cpunodebind={node} --membind={node} kcache ...",
+            )
+        )
+    return found
+
+
+def _of_locked_memory(host: Host, why: str) -> list[Finding]:
+    if host.locked_limit is None or host.locked_limit >= _SMALL_LOCK:
+        return []
+    limit = f"{host.locked_limit / 2**20:.0f} MiB"
+    way_out = "ulimit -l unlimited (memlock in /etc/security/limits.conf; docker run --ulimit memlock=-1)"
+    return [Finding("note", f"the locked-memory limit is {limit}: {why}", way_out)]
+
+
+def _load() -> float:
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return 0.0

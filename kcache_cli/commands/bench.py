@@ -1,0 +1,235 @@
+"""``kcache bench``: time decode steps of KCache and of the caches it replaces, on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kcache.errors import InputError
+from kcache.policy import Offload
+from kcache_cli.bench.formats import Format
+from kcache_cli.options import ModelOptions, PolicyOptions, Without, number_list, with_options
+
+if TYPE_CHECKING:
+    from kcache.bench.cases import Case, Spec
+    from kcache_cli.bench.store import Store
+    from kcache_cli.engine import Engine
+
+_CASE_S = 60.0
+_measure = "What to measure (lists are comma-separated)"
+_results = "Results"
+
+
+def _list(*names: str, help: str, default: str, metavar: str) -> Any:
+    return typer.Option(*names, help=help, show_default=default, metavar=metavar, rich_help_panel=_measure)
+
+
+def _result(*names: str, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=_results, show_default=False)
+
+
+def _flag(name: str, help: str, panel: str = _measure) -> Any:
+    return typer.Option(name, help=help, rich_help_panel=panel)
+
+
+@with_options
+def bench(
+    context: typer.Context,
+    model_options: ModelOptions,
+    ctx: Annotated[
+        str | None, _list("--ctx", help="Contexts, in tokens: 8k is 8192.", default="2k,8k", metavar="LIST")
+    ] = None,
+    topn: Annotated[
+        str | None, _list("--topn", help="V rows fetched per KV head and step.", default="128", metavar="LIST")
+    ] = None,
+    batch: Annotated[
+        str | None, _list("--batch", help="Sequences decoded together.", default="1", metavar="LIST")
+    ] = None,
+    engines: Annotated[
+        str | None,
+        _list(
+            "--engine",
+            help="kcache; dense, which is kcache with all V on the device; hf-dynamic, hf-static, hf-offloaded, which "
+            "are transformers' caches. Ratios refer to the first hf one, or to dense.",
+            default="kcache,dense,hf-static,hf-dynamic",
+            metavar="LIST",
+        ),
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(
+            "-r",
+            "--repeats",
+            min=1,
+            metavar="INTEGER",
+            help="Turns per engine.",
+            show_default="5, fewer in a case that takes over a minute",
+            rich_help_panel=_measure,
+        ),
+    ] = None,
+    steps: Annotated[
+        int,
+        typer.Option(
+            "--steps",
+            min=1,
+            metavar="INTEGER",
+            help="Steps timed per turn; fewer in one that takes over 3 s.",
+            rich_help_panel=_measure,
+        ),
+    ] = 16,
+    real_prefill: Annotated[
+        bool, _flag("--real-prefill", "Prefill a text instead of filling in random rows; gives TTFT and prefill speed.")
+    ] = False,
+    fidelity: Annotated[
+        bool, _flag("--fidelity", "Also measure KL and top-1 agreement with full attention, on a text (prefills it).")
+    ] = False,
+    check_plan: Annotated[
+        bool, _flag("--check-plan", "Put the speed that kcache plan predicts, and its error, beside what is measured.")
+    ] = False,
+    form: Annotated[Format | None, _result("-o", "--format", help="Format of the rows. Default: md.")] = None,
+    output: Annotated[
+        str | None,
+        _result("--output", help="Write rows here; the name's ending tells the format.", metavar="FILE"),
+    ] = None,
+    plot: Annotated[
+        str | None, _result("--plot", help="Draw tokens per second here: .png, .svg, .pdf.", metavar="FILE")
+    ] = None,
+    resume: Annotated[
+        bool, _flag("--resume", "Keep the rows --output already holds and measure only the rest.", _results)
+    ] = False,
+    compare: Annotated[
+        str | None,
+        _result("--compare", help="Rows of an earlier run, JSON: adds the speed over then.", metavar="FILE"),
+    ] = None,
+    offload: Annotated[
+        Offload | None,
+        typer.Option(
+            "--offload",
+            help="V leaves the device: all, so that TopN is what is timed; auto = what does not fit the budget; none.",
+            show_default="all",
+            rich_help_panel="Cache policy",
+        ),
+    ] = None,
+    *,
+    policy_options: Annotated[PolicyOptions, Without(("topn", "offload", "ctx", "allow_overflow"))],
+) -> None:
+    """Time decode steps of KCache beside full attention and the caches of transformers.
+
+    Engines take turns in one process, on the loop that chat and generate run, so the ratios hold on a noisy machine;
+    ratio is speed over the first hf engine (above 1 is faster). Contexts are random rows filled into the caches unless
+    --real-prefill is given, and may be longer than the model's (speed only). What does not fit or fails is a row with
+    the reason. Rows go to standard output, progress to standard error.
+
+    A step's floor is what its bytes (weights, K, scores, resident V, tail, rows over the link) take at the bandwidths
+    measured on this machine when the command starts.
+
+    Examples
+    --------
+      kcache bench
+      kcache bench --ctx 32k --topn 64
+      kcache bench Qwen/Qwen3-8B --ctx 8k,32k --batch 1,8 --engine kcache,hf-static,hf-offloaded -o jsonl
+      kcache bench --ctx 8k --topn 64,128 --fidelity --output rows.jsonl --plot speed.svg
+    """
+    from kcache.bench.cases import DEFAULT_ENGINES, Spec, make_cases
+    from kcache_cli.bench.plot import check_plot
+    from kcache_cli.bench.store import Store, check_file, choose_format, read_rows
+    from kcache_cli.console import download_bar
+    from kcache_cli.engine import engine_of
+    from kcache_cli.policies import build_policy
+    from kcache_cli.settings import fill, load_settings
+
+    settings = load_settings()
+    model = fill(model_options, settings)
+    policy = build_policy(replace(policy_options, offload=offload), settings)
+    if offload is None and policy.offload == "auto":
+        policy = policy.replace(offload="all")
+    spec = Spec(
+        ctxs=number_list(ctx, "--ctx", Spec.ctxs, tokens=True),
+        batches=number_list(batch, "--batch", Spec.batches),
+        topns=number_list(topn, "--topn", (policy.topn,)),
+        engines=tuple(name.strip() for name in engines.split(",")) if engines else DEFAULT_ENGINES,
+        policy=policy,
+        repeats=repeats or Spec.repeats,
+        case_s=_CASE_S if repeats is None else None,
+        steps=steps,
+        real_prefill=real_prefill,
+        fidelity=fidelity,
+        check_plan=check_plan,
+    )
+    target, chart = check_file("--output", output), check_file("--plot", plot)
+    check_plot(chart)
+    chosen = choose_format(form, target)
+    if resume and (target is None or chosen not in ("json", "jsonl")):
+        raise InputError("--resume reads what --output holds: name a .jsonl or .json file there")
+    old = None if compare is None else read_rows(Path(compare), "--compare")
+    there = read_rows(target, "--output") if resume and target is not None and target.exists() else []
+
+    engine = engine_of(context)
+    with download_bar(f"loading {model.name}") as progress:
+        lm = engine.load(model, progress)
+    cases = make_cases(spec)
+    kept, left = _split(lm, spec, cases, there)
+    store = Store(target, chosen, kept, old)
+    try:
+        _run(engine, lm, spec, left, store)
+    finally:
+        store.close()
+        if chart is not None and store.rows:
+            from kcache_cli.bench.plot import draw
+
+            draw(store.rows, chart)
+    _report(store, target, chart, len(cases) - len(left))
+
+
+def _run(engine: Engine, lm: Any, spec: Spec, cases: Sequence[Case], store: Store) -> None:
+    """Measure, and store the rows of each case as it ends."""
+    from kcache.bench.run import turns_of
+    from kcache_cli.bench.progress import turns_bar
+    from kcache_cli.exits import note
+
+    with turns_bar(sum(turns_of(case, spec) for case in cases)) as watch:
+        try:
+            for rows in engine.bench(lm, spec, cases, watch):
+                store.add([row.to_dict() for row in rows])
+        except KeyboardInterrupt:
+            note("stopped; the rows of finished cases are there")
+            raise
+
+
+def _split(
+    lm: Any, spec: Spec, cases: Sequence[Case], there: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[Case]]:
+    """Rows to keep and cases to run: a case runs unless each of its rows is there, measured the same way.
+
+    A case whose rows are there in part runs whole, since ratios need engines that took turns.
+    """
+    if not there:
+        return [], list(cases)
+    from kcache.bench.report import blank_row
+    from kcache_cli.bench.store import identity, same_settings
+
+    found = {identity(row): row for row in there if row.get("status") != "failed"}
+    left, replaced = [], set()
+    for case in cases:
+        wanted = [blank_row(lm, spec, case, engine, {}).to_dict() for engine in case.engines]
+        rows = [found.get(identity(row)) for row in wanted]
+        if all(row is not None and same_settings(row, want) for row, want in zip(rows, wanted, strict=True)):
+            continue
+        left.append(case)
+        replaced |= {identity(row) for row in wanted}
+    return [row for row in there if identity(row) not in replaced], left
+
+
+def _report(store: Store, target: Path | None, chart: Path | None, skipped: int) -> None:
+    from kcache_cli.exits import note
+
+    if skipped:
+        note(f"{skipped} case{'s' if skipped > 1 else ''} of this run were there already")
+    if target is not None:
+        note(f"{len(store.rows)} rows in {target}")
+    if chart is not None and store.rows:
+        note(f"drew {chart}")

@@ -1,0 +1,101 @@
+"""``kcache plan``: what a model, a context and a policy take and how fast they should go, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kcache_cli.options import ModelOptions, PolicyOptions, Without, with_options
+
+
+@with_options
+def plan(
+    model_options: ModelOptions,
+    batch: Annotated[
+        str,
+        typer.Option(
+            "--batch", metavar="N|auto", help="Sequences; auto is the fastest that fits.", show_default="auto"
+        ),
+    ] = "auto",
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu",
+            metavar="NAME",
+            help="Plan for this card: h100, h200, a100, rtx4090, ...",
+            show_default="this machine, measured",
+        ),
+    ] = None,
+    hbm: Annotated[
+        str | None,
+        typer.Option(
+            "--hbm", metavar="SIZE", help="Memory of the whole card, weights included.", show_default="the card's"
+        ),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option("--host", metavar="SIZE", help="RAM for V.", show_default="what is free here"),
+    ] = None,
+    hit_rate: Annotated[
+        float,
+        typer.Option(
+            "--hit-rate",
+            metavar="FLOAT",
+            min=0,
+            max=1,
+            help="Part of the picked rows that is on the device already.",
+            show_default="0",
+        ),
+    ] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw tok/s against context; needs matplotlib.")
+    ] = None,
+    *,
+    policy_options: Annotated[PolicyOptions, Without(("allow_overflow",))],
+) -> None:
+    """Say what fits and how fast it should be, from a model's config alone.
+
+    MODEL may also be a config.json. Memory is counted: weights, K, V, activations and what the policy adds, in either
+    tier, for a full KV cache and for KCache; the largest batch and context that fit; the layers whose V stays on the
+    device. Speed is predicted, by the bytes a decode step has to move; measure it with kcache bench. --hbm is the
+    whole card, --kv-budget the cache alone. Exit code 3 if KCache does not fit.
+
+    Examples
+    --------
+      kcache plan Qwen/Qwen3-8B --ctx 128k --gpu h100 --host 512GiB
+      kcache plan config.json --ctx 64k --batch 8 --gpu rtx4090 --topn 64 --json
+      kcache plan smollm2
+    """
+    from kcache.errors import DoesNotFitError
+    from kcache_cli.console import working
+    from kcache_cli.plan_run import Question, answer, read_batch, read_size
+    from kcache_cli.plan_view import draw, show, to_dict
+    from kcache_cli.policies import build_policy
+    from kcache_cli.settings import fill, load_settings
+    from kcache_cli.text import json_line
+
+    settings = load_settings()
+    question = Question(
+        model=fill(model_options, settings),
+        policy=build_policy(policy_options, settings),
+        ctx=policy_options.ctx or settings.ctx,
+        batch=read_batch(batch),
+        gpu=gpu,
+        hbm=read_size("--hbm", hbm),
+        host=read_size("--host", host),
+        hit_rate=hit_rate,
+    )
+    with working(f"planning {question.model.name}"):
+        found = answer(question)
+    if plot is not None:
+        draw(found, plot)
+    if as_json:
+        print(json_line(to_dict(found)))
+    else:
+        show(found)
+    refusal = found.refusal()
+    if refusal is not None:
+        raise DoesNotFitError(refusal)

@@ -1,0 +1,205 @@
+"""From the flags of ``kcache plan`` to its answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kcache.errors import InputError, PolicyError
+from kcache.policy import Policy, parse_bytes
+from kcache_cli.options import ModelOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from kcache.fitting import Pools
+    from kcache.plan import Method, Planner
+
+_UNKNOWN_CONTEXT = 4096
+_FIRST_CTX = 1024
+
+
+@dataclass(frozen=True)
+class Question:
+    """What was asked; None is for kcache to choose."""
+
+    model: ModelOptions
+    policy: Policy
+    ctx: int | None
+    batch: int | None
+    gpu: str | None
+    hbm: int | None
+    host: int | None
+    hit_rate: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What there is to show.
+
+    Attributes
+    ----------
+    question : Question
+    planner : Planner
+    ctx : int
+    context : int or None
+        The model's context.
+    methods : dict of str to Method
+        ``full`` and ``kcache``.
+    machine : str
+        Whose speeds the predictions are made of.
+    source : str
+        Where those come from.
+    ctxs : list of int
+        Contexts of the curves.
+    curves : dict of str to list of float or None
+        Predicted tokens per second.
+    notes : list of str
+    """
+
+    question: Question
+    planner: Planner
+    ctx: int
+    context: int | None
+    methods: dict[str, Method]
+    machine: str
+    source: str
+    ctxs: list[int]
+    curves: dict[str, list[float | None]]
+    notes: list[str]
+
+    def refusal(self) -> str | None:
+        """Why KCache does not fit, and what would; None if it does."""
+        method = self.methods["kcache"]
+        if method.fit.short is None:
+            return None
+        return self.planner.fitter("kcache").refusal(method.fit, self.ctx, method.batch)
+
+
+def read_batch(text: str) -> int | None:
+    """Read ``auto`` or a number of sequences.
+
+    Raises
+    ------
+    InputError
+    """
+    if text.strip().lower() == "auto":
+        return None
+    if not (text.strip().isascii() and text.strip().isdigit()) or int(text) < 1:
+        raise InputError(f"--batch {text}: not a number of sequences; write 8, or auto for the fastest that fits")
+    return int(text)
+
+
+def read_size(flag: str, text: str | None) -> int | None:
+    """Read a size such as ``80GiB``.
+
+    Raises
+    ------
+    InputError
+    """
+    if text is None:
+        return None
+    try:
+        size = parse_bytes(text)
+    except PolicyError as error:
+        raise InputError(f"{flag} {text}: {error}") from None
+    if size == 0:
+        raise InputError(f"{flag} {text}: there must be some; write it as 80GiB")
+    return size
+
+
+def answer(question: Question) -> Answer:
+    """Read the config, take or measure the speeds, and plan."""
+    import kcache
+    from kcache.gpus import find_card
+    from kcache.need import ModelShape
+    from kcache.plan import METHODS, Planner
+    from kcache.support import context_length
+    from kcache.weights import Weights
+
+    card = None if question.gpu is None else find_card(question.gpu)
+    model = question.model
+    config = kcache.load_config(
+        model.name, revision=model.revision, gguf_file=model.gguf_file, trust_remote_code=model.trust_remote_code
+    )
+    dtype = _dtype(model, config)
+    weights = Weights.of(config, dtype, trust_remote_code=model.trust_remote_code)
+    if card is None:
+        speeds, machine, source = _measured(model)
+    else:
+        speeds, machine, source = card, card.product, "datasheet figures times what software usually achieves of them"
+    pools = _pools(question, None if card is None else card.device_bytes)
+    shape = ModelShape.of(config, dtype.itemsize)
+    planner = Planner(shape, weights, question.policy, pools, speeds, question.hit_rate)
+    context = context_length(config)
+    ctx = question.ctx or context or _UNKNOWN_CONTEXT
+    ctxs = _contexts(max(ctx, context or 0), ctx)
+    return Answer(
+        question=question,
+        planner=planner,
+        ctx=ctx,
+        context=context,
+        methods={name: planner.method(name, ctx, question.batch) for name in METHODS},
+        machine=machine,
+        source=source,
+        ctxs=ctxs,
+        curves={name: planner.curve(name, ctxs, question.batch) for name in METHODS},
+        notes=_notes(question, planner, config, ctx, context),
+    )
+
+
+def _dtype(model: ModelOptions, config: Any) -> torch.dtype:
+    import torch
+
+    from kcache.loading import parse_dtype
+
+    asked = parse_dtype(model.dtype or "auto")
+    wanted = config.dtype if asked == "auto" else asked
+    return wanted if isinstance(wanted, torch.dtype) else torch.bfloat16
+
+
+def _measured(model: ModelOptions) -> tuple[Any, str, str]:
+    from kcache.machine import measure
+
+    device = model.device or "auto"
+    machine = measure("auto" if device in ("balanced", "balanced_low_0", "sequential") else device)
+    kind = "this machine's RAM" if machine.host_only else "this machine"
+    return machine, f"{machine.name} ({machine.device})", f"measured just now on {kind}"
+
+
+def _pools(question: Question, card_bytes: int | None) -> Pools:
+    """Memory as asked for, else the card's, else what is free here."""
+    import torch
+
+    from kcache.fitting import Pools
+    from kcache_cli.engine import planning_device
+
+    device_bytes = question.hbm or card_bytes
+    here = Pools.of(torch.device("cpu") if device_bytes else planning_device(question.model.device or "auto"))
+    return Pools(device_bytes or here.device_bytes, question.host or here.host_bytes)
+
+
+def _contexts(longest: int, ctx: int) -> list[int]:
+    """Powers of two up to the longest context of interest, and the one that was asked about."""
+    ctxs, length = {ctx}, _FIRST_CTX
+    while length <= longest:
+        ctxs.add(length)
+        length *= 2
+    return sorted(ctxs)
+
+
+def _notes(question: Question, planner: Planner, config: Any, ctx: int, context: int | None) -> list[str]:
+    notes = []
+    policy = question.policy
+    if context is not None and ctx > context:
+        notes.append(f"the model was made for {context:,} tokens: beyond that the figures are of memory and speed only")
+    if policy.offload != "none" and ctx < policy.dense_below:
+        notes.append(f"below {policy.dense_below:,} tokens V stays on the device and attention is exact")
+    if not planner.shape.layers:
+        notes.append("this model's layers cannot be tiered (latent attention): it keeps an exact cache on the device")
+    if getattr(config, "quantization_config", None):
+        notes.append("the checkpoint is quantised; weights are counted unquantised, so there is more room than shown")
+    if question.gpu is None and getattr(planner.speeds, "host_only", False):
+        shared = "" if question.hbm else "both tiers share RAM, and "
+        notes.append(f"host-only machine: {shared}speeds are of its RAM; --gpu h100 plans for a card")
+    return notes

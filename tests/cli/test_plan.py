@@ -1,0 +1,148 @@
+"""kcache plan: its table, its JSON, its errors; from a config alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kcache.machine
+from tests.cli.conftest import Run
+from tests.test_machine import CPU
+from tests.test_plan import LLAMA_3_8B
+
+GIB = 2**30
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA_3_8B))
+    return str(path)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kcache.machine, "measure", lambda device: CPU)
+
+
+def planned(run: Run, *args: str) -> dict[str, Any]:
+    result = run("plan", *args, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 1
+    return json.loads(result.stdout)
+
+
+def test_json(run: Run, config: str) -> None:
+    sizes = ("--hbm", "80GiB", "--host", "512GiB", "--gpu", "h100")
+    found = planned(run, config, "--ctx", "128k", "--batch", "auto", *sizes, "--topn", "128")
+    assert (found["ctx"], found["batch"], found["model_ctx"]) == (131072, "auto", 131072)
+    full, ours = found["methods"]["full"], found["methods"]["kcache"]
+    for method in (full, ours):
+        assert method["weights_bytes"] == 16_060_522_496
+        assert method["k_bytes"] == method["v_bytes"] == method["batch"] * 8 * GIB
+        assert method["device_bytes"] <= 80 * GIB
+        assert method["tok_s_predicted"] > 0
+        parts = ("weights_bytes", "k_bytes", "resident_v_bytes", "overhead_bytes", "activation_bytes")
+        assert method["device_bytes"] == sum(method[part] for part in parts)
+        assert method["v_bytes"] == method["resident_v_bytes"] + method["host_bytes"]
+    assert (full["batch"], full["max_batch"], full["host_bytes"]) == (3, 3, 0)
+    assert ours["max_batch"] > full["max_batch"]
+    assert ours["max_ctx"] > full["max_ctx"] > 131072
+    assert ours["tok_s_predicted"] > 1.3 * full["tok_s_predicted"]
+    assert found["curve"][-1]["ctx"] == 131072
+    assert found["curve"][-1]["kcache_tok_s_predicted"] == ours["tok_s_predicted"]
+
+
+def test_table_and_bars(run: Run, config: str) -> None:
+    result = run("plan", config, "--ctx", "48k", "--batch", "2", "--gpu", "rtx4090", "--host", "64GiB")
+    assert result.exit_code == 0, result.stderr
+    for words in ("14.96 GiB", "6.00 GiB", "no: device memory", "RTX 4090", "predicted", "of 32", "×", "█", "does not"):
+        assert words in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+def test_this_machine(run: Run, measured: None) -> None:
+    result = run("plan", "smollm2")
+    assert result.exit_code == 0, result.stderr
+    assert "8,192 tokens" in result.stdout
+    assert "host-only" in result.stdout
+    found = planned(run, "smollm2", "--ctx", "128k", "--batch", "1")
+    assert found["device"]["device_bytes"] is None
+    assert any("made for 8,192" in note for note in found["notes"])
+    assert found["methods"]["kcache"]["resident_layers"] == 2
+    card = planned(run, "smollm2", "--hbm", "1GiB", "--batch", "1")
+    assert card["device"]["device_bytes"] == GIB
+
+
+def test_policy_flags_and_hits(run: Run, config: str) -> None:
+    args = (config, "--ctx", "32k", "--batch", "8", "--gpu", "h100", "--host", "64GiB", "--offload", "all")
+    cold, warm = planned(run, *args), planned(run, *args, "--hit-rate", "0.8", "--dense-layers", "0")
+    assert cold["policy"]["offload"] == "all"
+    assert cold["methods"]["kcache"]["resident_layers"] == 2
+    assert warm["methods"]["kcache"]["resident_layers"] == 0
+    links = [found["methods"]["kcache"]["predicted"]["link_bytes"] for found in (cold, warm)]
+    assert links == [8 * 30 * 8 * 128 * 256, pytest.approx(8 * 32 * 8 * 128 * 256 * 0.2, abs=1)]
+    single = planned(run, *args, "--dtype", "float32")
+    assert single["methods"]["full"]["k_bytes"] == 2 * cold["methods"]["full"]["k_bytes"]
+
+
+def test_what_does_not_fit_is_shown_and_refused(run: Run, config: str) -> None:
+    args = ("plan", config, "--ctx", "128k", "--batch", "16", "--gpu", "h100", "--host", "512GiB")
+    result = run(*args, "--json")
+    assert result.exit_code == 3
+    assert json.loads(result.stdout)["methods"]["kcache"]["fits"] is False
+    assert result.stderr.count("\n") == 1
+    assert "a smaller batch (6 would fit)" in result.stderr
+    assert run(*args).exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--batch", "0"), "--batch 0"),
+        (("--batch", "many"), "--batch many"),
+        (("--hbm", "much"), "--hbm much"),
+        (("--host", "0"), "--host 0"),
+        (("--gpu", "tpu"), "known are b200, h200, h100"),
+        (("--hit-rate", "1.5"), "--hit-rate"),
+        (("--ctx", "none"), "--ctx"),
+        (("--topn", "0"), "topn"),
+        (("--gpu", "h100", "--plot", "figure.docx"), "--plot"),
+    ],
+)
+def test_bad_values(run: Run, config: str, args: tuple[str, ...], said: str) -> None:
+    result = run("plan", config, *args)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "bert"}'])
+def test_bad_configs(run: Run, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    result = run("plan", str(path), "--gpu", "h100")
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_config_that_is_not_there(run: Run, tmp_path: Path) -> None:
+    assert run("plan", str(tmp_path / "config.json"), "--gpu", "h100").exit_code == 1
+
+
+def test_plot(run: Run, config: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plan.svg"
+    assert run("plan", config, "--gpu", "h100", "--ctx", "32k", "--plot", str(path)).exit_code == 0
+    assert "predicted tok/s" in path.read_text() or path.stat().st_size > 1000
+
+
+def test_plot_without_matplotlib(run: Run, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("plan", config, "--gpu", "h100", "--plot", str(tmp_path / "plan.svg"))
+    assert result.exit_code == 2
+    assert "pip install matplotlib" in result.stderr
