@@ -8,6 +8,7 @@ and is answered by the model's original attention.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from kcache.layer import AttentionCall
 NAME = "kcache"
 _EAGER = "kcache_eager"
 _SCOPES = "_kcache_scopes"
+_LOCK = threading.Lock()
 _HANDLED = ("softcap", "s_aux")
 
 
@@ -172,17 +174,19 @@ def attach(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     UnsupportedModelError
         If the model's attention does not go through transformers' attention registry.
     """
-    scopes = vars(model).get(_SCOPES)
-    if scopes is None:
-        scopes = vars(model)[_SCOPES] = _Scopes(_switch_on(model))
-    scopes.count += 1
+    with _LOCK:
+        scopes = vars(model).get(_SCOPES)
+        if scopes is None:
+            scopes = vars(model)[_SCOPES] = _Scopes(_switch_on(model))
+        scopes.count += 1
     try:
         yield model
     finally:
-        scopes.count -= 1
-        if scopes.count == 0:
-            del vars(model)[_SCOPES]
-            _restore(scopes.before)
+        with _LOCK:
+            scopes.count -= 1
+            if scopes.count == 0:
+                del vars(model)[_SCOPES]
+                _restore(scopes.before)
 
 
 def _switch_on(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | None]]:
@@ -191,7 +195,7 @@ def _switch_on(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | Non
     if is_attached(model):
         return before
     _register()
-    name = _EAGER if _text_config(model)._attn_implementation == "eager" else NAME
+    name = _EAGER if text_config(model)._attn_implementation == "eager" else NAME
     try:
         model.set_attn_implementation(name)
     except (ValueError, NotImplementedError) as error:
@@ -213,7 +217,12 @@ def _restore(before: list[tuple[PreTrainedConfig, str | None]]) -> None:
 
 def is_attached(model: PreTrainedModel) -> bool:
     """Whether the model's decoder now runs kcache's attention function."""
-    return _text_config(model)._attn_implementation in (NAME, _EAGER)
+    return is_ours(text_config(model))
+
+
+def is_ours(config: PreTrainedConfig) -> bool:
+    """Whether a decoder's config names kcache's attention function."""
+    return config._attn_implementation in (NAME, _EAGER)
 
 
 def _register() -> None:
@@ -222,7 +231,8 @@ def _register() -> None:
         AttentionMaskInterface.register(name, mask_function)
 
 
-def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """Return the config of the model's decoder."""
     config: PreTrainedConfig = model.config.get_text_config(decoder=True)
     return config
 
@@ -234,6 +244,6 @@ def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig):
             found.setdefault(id(config), config)
-    text = _text_config(model)
+    text = text_config(model)
     found.setdefault(id(text), text)
     return list(found.values())

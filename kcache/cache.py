@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kcache.attention import is_attached
+from kcache.attention import is_ours, text_config
 from kcache.backends import Backend, choose_backend
 from kcache.errors import CacheStateError, InputError
 from kcache.layer import TieredLayer
@@ -39,7 +39,7 @@ class Shared:
         self.validity = Validity()
         self.force_exact = False
         self.residency = Residency(policy, max_length)
-        self._model = weakref.ref(model)
+        self._config = weakref.ref(text_config(model))
         self._modules = frozenset(id(module) for module in model.modules())
         self._backends: dict[torch.device, Backend] = {}
 
@@ -53,8 +53,20 @@ class Shared:
     @property
     def attached(self) -> bool:
         """Whether the cache's model now runs kcache's attention function."""
-        model = self._model()
-        return model is not None and is_attached(model)
+        config = self._config()
+        return config is not None and is_ours(config)
+
+    def check_whole(self, layer: TieredLayer, past: int) -> None:
+        """Raise :class:`CacheStateError` if a forward begins on layers of different lengths.
+
+        That is what an interrupt in the middle of a forward leaves.
+        """
+        layers = self.residency.layers
+        if layer is layers[0] and any(other.length != past for other in layers[1:]):
+            raise CacheStateError(
+                "an earlier forward with this cache ended in the middle of the model, so its layers hold different "
+                "numbers of tokens; reset it, or make a new one"
+            )
 
     def check_owner(self, module: torch.nn.Module) -> None:
         """Raise :class:`CacheStateError` unless ``module`` belongs to the model the cache was made for."""

@@ -10,7 +10,8 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -264,12 +265,17 @@ def prefill(
             yield logits, piece[0].tolist()
 
 
+@lru_cache
+def _forward_parameters(kind: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
 @torch.no_grad()
 def step_logits(
     model: PreTrainedModel, cache: Cache, ids: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """One forward over ``ids`` ``[B, T]``; returns the last position's logits ``[B, vocabulary]``."""
-    accepted = inspect.signature(model.forward).parameters
+    accepted = _forward_parameters(cast(Any, type(model)))
     extra: dict[str, object] = {}
     if mask is not None:
         extra["attention_mask"] = mask

@@ -117,7 +117,10 @@ class TieredLayer(CacheLayerMixin):
         """Learn device, dtype and shapes from the first K and V."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self._k = RowBuffer(self.device, self.shared.residency.room)
-        self._v = ValueStore(self.device, self.shared.policy, self.shared.validity, self.shared.residency.room)
+        plan = self.shared.residency
+        self._v = ValueStore(
+            self.device, self.shared.policy, self.shared.validity, plan.room, lambda: plan.resident_room(self)
+        )
         self.is_initialized = True
 
     def update(
@@ -141,9 +144,9 @@ class TieredLayer(CacheLayerMixin):
         self.shared.plan_residency(self, key_states, value_states, end)
         self._k.reserve(key_states, end)
         self._k.view(end)[:, :, self.length :].copy_(key_states)
-        offload = not self.shared.is_resident(self) and end >= self.shared.policy.dense_below
-        self._v.append(value_states, offload)
+        self._v.append(value_states, self.length, self.shared.residency.leaves(self, end))
         self.length = end
+        self.steps += key_states.shape[2] == 1 and not self.shared.force_exact
         if not self.shared.attached:
             values, arrived = self._v.fetch(end, end)
             self._v.link.wait(arrived)
@@ -220,9 +223,11 @@ class TieredLayer(CacheLayerMixin):
         count = call.query.shape[2]
         mask = None if call.mask is None else call.mask[..., : self.length]
         allowed = _as_bool(mask)
+        if allowed is not None:
+            allowed = allowed.expand(call.query.shape[0], -1, -1, -1)
+        self.shared.check_whole(self, self.length - call.key.shape[2])
         self.shared.validity.record(self.length, allowed)
         self._v.settle()
-        self.steps += count == 1
         if count == 1 and self._decodes_topn(mask):
             return self._decode(call, mask)
         self.mode = "dense" if count == 1 else "prefill"

@@ -82,8 +82,8 @@ class Policy:
         Rows per block of the tail. The means cost ``1 / tail_block`` of V in device memory.
     offload : {"auto", "all", "none"}
         ``"auto"`` keeps V of as many layers on the device as ``kv_budget`` allows and offloads the rest (on a
-        CPU-only machine it means ``"all"``); ``"all"`` offloads every layer but the dense ones; ``"none"`` keeps all
-        V on the device, which is exact full attention.
+        CPU-only machine without a ``kv_budget`` it means ``"all"``); ``"all"`` offloads every layer but the dense
+        ones; ``"none"`` keeps all V on the device, which is exact full attention.
     kv_budget : int, str or None
         Device memory for the cache: K, resident V and policy overhead (``"20GiB"``, or bytes). ``None`` means what
         the device has free.
@@ -127,8 +127,8 @@ class Policy:
 
     @classmethod
     def paper(cls, topn: int = 128, **changes: Any) -> Policy:
-        """The scheme of He & Wu (2024) as told: TopN per query head, no renormalisation, no tail, no dense layers."""
-        return cls(topn=topn, **{"dense_layers": 0, "select": "head", "tail": "none", **changes})
+        """The scheme of He & Wu (2024) as told: TopN per query head, no renormalisation, no tail, nothing dense."""
+        return cls(topn=topn, **{"dense_layers": 0, "dense_below": 0, "select": "head", "tail": "none", **changes})
 
     def replace(self, **changes: Any) -> Policy:
         """Return a copy with some fields changed; it is validated like a new one."""

@@ -32,6 +32,7 @@ class Residency:
     def forget(self) -> None:
         """Back to no plan."""
         self.planned = self.batch = 0
+        self.keeps_young = True
         self.resident = len(self.layers) if self.policy.offload == "none" else self.policy.dense_layers
 
     def room(self) -> int:
@@ -41,6 +42,15 @@ class Residency:
     def is_resident(self, layer: TieredLayer) -> bool:
         """Whether the layer's V stays on the device under the current plan."""
         return self.policy.offload == "none" or layer.index in self._resident_indices
+
+    def resident_room(self, layer: TieredLayer) -> int:
+        """Rows V on the device grows to: all, or as many as a layer that will leave can hold before it does."""
+        young = max(0, self.policy.dense_below - 1)
+        return self.planned if self.is_resident(layer) else min(self.planned, young)
+
+    def leaves(self, layer: TieredLayer, length: int) -> bool:
+        """Whether V of a layer goes to the host tier at ``length`` rows."""
+        return not self.is_resident(layer) and (length >= self.policy.dense_below or not self.keeps_young)
 
     @property
     def _resident_indices(self) -> frozenset[int]:
@@ -70,9 +80,11 @@ class Residency:
             resident = min(resident, self.resident)
         length = self._fit_host(layer.device, sizes, resident, needed, length)
         self.planned, self.batch = length, keys.shape[0]
-        before, self.resident = self.resident, resident
-        for late in self.layers[resident:before]:
-            if late.length >= max(1, self.policy.dense_below) and not late.offloaded:
+        self.resident = resident
+        young = (len(self.layers) - resident) * sizes.v_row * min(length, max(0, self.policy.dense_below - 1))
+        self.keeps_young = budget is None or sizes.device(length, resident) + young <= budget
+        for late in self.layers[resident:]:
+            if late.length and not late.offloaded and self.leaves(late, late.length):
                 late.spill()
 
     @property

@@ -63,7 +63,8 @@ class Sampler:
     """Picks one token per sequence from logits ``[B, vocabulary]``."""
 
     def __init__(self, sampling: Sampling, config: GenerationConfig, device: torch.device) -> None:
-        self.greedy = not (config.do_sample or sampling.temperature) or sampling.temperature == 0
+        asked = sampling.temperature or sampling.top_p is not None or sampling.top_k is not None
+        self.greedy = sampling.temperature == 0 or not (config.do_sample or asked)
         self._processors = LogitsProcessorList()
         self._generator: torch.Generator | None = None
         penalty = _first(sampling.repetition_penalty, config.repetition_penalty, 1.0)

@@ -139,6 +139,7 @@ class Session:
         if not text.strip():
             raise InputError("the message is empty")
         self._close_reply()
+        self._stop_asked = False
         ids = encode_messages(self.lm, self._with_system(text))
         room = check_length(self.lm, len(ids), max_new_tokens, self.allow_overflow)
         new = ids[self._keep_prefix(ids) :]
@@ -150,7 +151,6 @@ class Session:
     def _reply(
         self, text: str, ids: list[int], new: list[int], cache: KCache, room: int, stop: Sequence[str]
     ) -> Generator[TokenEvent]:
-        self._stop_asked = False
         self.messages.append({"role": "user", "content": text})
         said: list[str] = []
         last: TokenEvent | None = None

@@ -95,6 +95,11 @@ class RowBuffer:
             # Zeros, since a product over the whole buffer weighs rows not yet filled with 0, and 0 x NaN is NaN.
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
+    def wipe(self, start: int, end: int) -> None:
+        """Zero rows ``start:end``, so that what they held can reach no product over the whole buffer."""
+        if self.data is not None:
+            self.data[:, :, start:end].zero_()
+
     def clear(self) -> None:
         """Give the memory back."""
         self.data = None

@@ -32,15 +32,22 @@ class ValueStore:
         Which rows are real, shared by all layers of the cache.
     room : callable
         Tells how many rows to make room for when a buffer has to grow.
+    resident_room : callable
+        The same for V on the device, which a young layer soon leaves; default ``room``.
     """
 
     def __init__(
-        self, device: torch.device, policy: Policy, validity: Validity, room: Callable[[], int] | None = None
+        self,
+        device: torch.device,
+        policy: Policy,
+        validity: Validity,
+        room: Callable[[], int] | None = None,
+        resident_room: Callable[[], int] | None = None,
     ) -> None:
         self.device = device
         self.length = 0
         self.bytes_h2d = self.bytes_d2h = 0
-        self.resident: RowBuffer | None = RowBuffer(device, room)
+        self.resident: RowBuffer | None = RowBuffer(device, resident_room or room)
         self.host: RowBuffer | None = None
         self.tail: BlockTail | None = None
         self.link = Link(device)
@@ -53,9 +60,14 @@ class ValueStore:
 
     # -- filling ---------------------------------------------------------------------------------------------------
 
-    def append(self, rows: torch.Tensor, offload: bool) -> None:
-        """Store new rows; with ``offload`` they, and any the device still holds, go to the host tier."""
-        end = self.length + rows.shape[2]
+    def append(self, rows: torch.Tensor, start: int, offload: bool) -> None:
+        """Store new rows after the first ``start``; with ``offload`` they, and any on the device, go to the host tier.
+
+        Rows from ``start`` on that an interrupted forward may have left are forgotten.
+        """
+        if self.length > start:
+            self.crop(start)
+        end = start + rows.shape[2]
         if offload and self.host is None:
             self.spill()
         if self.host is None:
@@ -68,8 +80,11 @@ class ValueStore:
 
     def spill(self) -> None:
         """Move what the device holds to the host tier; the device memory is given back."""
-        young, self.resident = self.resident, None
-        self.host = RowBuffer(torch.device("cpu"), self._room, pinned=self.device.type == "cuda")
+        young = self.resident
+        host = RowBuffer(torch.device("cpu"), self._room, pinned=self.device.type == "cuda")
+        if young is not None and young.data is not None and self.length:
+            host.reserve(young.data, self.length)  # may be refused; nothing has been lost then
+        self.host, self.resident = host, None
         if self._policy.tail == "block":
             self.tail = BlockTail(self._policy.tail_block, self.device, self._room)
         if young is not None and young.data is not None and self.length:
@@ -142,7 +157,7 @@ class ValueStore:
 
     def prefetch(self, chunk: int) -> None:
         """Start bringing all rows to the device for the exact pass over ``chunk`` more that is about to come."""
-        if self.host is not None and self.length and self._ahead is None and self.device.type != "cpu":
+        if self.host is not None and self.length and self.device.type != "cpu":
             self._ahead = self.fetch(self.length, self.length + chunk)
 
     def whole(self, chunk: torch.Tensor) -> torch.Tensor:
@@ -153,8 +168,10 @@ class ValueStore:
         past = self.length - chunk.shape[2]
         if past == 0:
             return chunk
-        rows, arrived = self._ahead or self.fetch(past, self.length)
-        self._ahead = None
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[0].shape[2] != self.length:
+            ahead = self.fetch(past, self.length)
+        rows, arrived = ahead
         self.link.wait(arrived)
         if self.device.type != "cpu":
             rows[:, :, past:].copy_(chunk)
@@ -176,6 +193,8 @@ class ValueStore:
         """Keep the first ``length`` rows; only the tail's last block is computed anew."""
         self.release()
         self._ahead = None
+        if self.resident is not None:
+            self.resident.wipe(length, self.length)
         self.length = length
         if self.tail is not None and self.tail.length > length:
             first = length - length % self.tail.block
