@@ -131,4 +131,4 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    app(prog_name="kcache")
+    app(sys.argv[1:] or ["--help"], prog_name="kcache")

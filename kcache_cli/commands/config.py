@@ -10,6 +10,24 @@ import typer
 from kcache.errors import InputError
 from kcache_cli.exits import note
 
+_EXAMPLES: dict[str, object] = {
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "top_k": 40,
+    "seed": 0,
+    "max_tokens": 512,
+    "system": "Answer briefly.",
+    "topn": 128,
+    "offload": "auto",
+    "kv_budget": "8GiB",
+    "resident_layers": 2,
+    "dense_layers": 2,
+    "backend": "auto",
+    "ctx": 8192,
+    "batch_size": 8,
+}
+"""Values for the template where nothing is built in, so that any line can be used as it stands."""
+
 
 def config(
     init: Annotated[bool, typer.Option("--init", help="Write a settings file to fill in, if there is none.")] = False,
@@ -57,7 +75,7 @@ def _print_table(file: Any, rows: list[tuple[str, Any, str]]) -> None:
     for heading in ("setting", "value", "from", "what it is"):
         table.add_column(heading, overflow="fold")
     for name, value, source in rows:
-        shown = "-" if value is None else str(value)
+        shown = _built_in(name) if value is None else str(value)
         style = "dim" if source == "built-in" else None
         table.add_row(name, shown, source, Settings.model_fields[name].description or "", style=style)
     console = Console(markup=False, emoji=False, highlight=False)
@@ -66,12 +84,20 @@ def _print_table(file: Any, rows: list[tuple[str, Any, str]]) -> None:
     console.print(table)
 
 
+def _built_in(name: str) -> str:
+    """What applies when nothing is set: the policy's default, or the choice of kcache or the model."""
+    from kcache.policy import Policy
+
+    default = getattr(Policy, name, None)
+    return "-" if default is None else str(default)
+
+
 def _write_template(file: Any) -> None:
     from kcache_cli.settings import Settings
 
     lines = ["# Settings of kcache. Flags and KCACHE_* variables go before these.", ""]
     for name, field in Settings.model_fields.items():
-        example = json.dumps(field.default) if field.default is not None else '""'
+        example = json.dumps(_EXAMPLES.get(name, field.default))
         lines.append(f"# {name} = {example:<12} # {field.description}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -60,8 +60,8 @@ def generate(
 
     Killed at any moment and run again with the same -o, it goes on where it was. FILE.kcache beside the output
     remembers what it was made from; an output of another input or other settings is refused without --overwrite. A
-    bad line is reported by its number and left out. Sampling uses seed 0 unless --seed says otherwise, so a run can be
-    repeated.
+    bad line is reported by its number and left out; two lines with one id are refused. Sampling uses seed 0 unless
+    --seed says otherwise, so a run can be repeated.
 
     Examples
     --------
@@ -125,6 +125,8 @@ def _run(job: Job, inputs: Inputs, path: Path | None, journal: Journal | None, b
         lm = job.engine.load(job.model, progress)
     work, bad = prepare(job, lm, inputs.entries)
     _report_bad(bad, strict)
+    if not work:
+        raise InputError("none of the prompts can be used, so there is nothing to do")
     ids = [item.entry.id for item in work]
     if journal is not None and journal.batch_size is None:
         journal.begin(batch_size)
