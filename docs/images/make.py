@@ -28,7 +28,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         document = Path(folder) / "handbook.txt"
         document.write_text(handbook())
-        command = [sys.executable, "-m", "kcache_cli", "chat", "-f", str(document), "--temperature", "0", "-n", "17"]
+        command = [sys.executable, "-m", "kcache_cli", "chat", "-f", str(document), "--temperature", "0", "-n", "15"]
         run = subprocess.run(command, input=QUESTION, capture_output=True, text=True, check=True)
     console = Console(record=True, width=112, file=io.StringIO())
     console.print(Text("$ ", "green") + Text("kcache chat -f handbook.txt --temperature 0", "bold"))

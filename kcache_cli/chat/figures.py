@@ -64,10 +64,9 @@ class Figures:
         tokens = f"prompt {self.prompt_tokens:,}{new} · answer {self.completion_tokens:,} tokens"
         times = f"TTFT {_seconds(self.ttft_ms)} · {self.tok_s:.1f} tok/s"
         device = "device tier (RAM)" if host_only else "device"
-        tiers = f"{device} {size(self.device_kv_bytes)} · host tier {size(self.host_kv_bytes)}"
+        ahead = " allocated ahead" if self.device_kv_bytes > self.full_kv_bytes else ""
+        tiers = f"{device} {size(self.device_kv_bytes)}{ahead} · host tier {size(self.host_kv_bytes)}"
         full = f"full KV cache {size(self.full_kv_bytes)}"
-        if self.device_kv_bytes > self.full_kv_bytes:
-            tiers += " (allocated ahead)"
         link = f"link {self.link_bytes_per_token / 1e6:.2f} MB/token"
         run = "host-only run: " if host_only else ""
         return f"{tokens} · {times}\n{run}{tiers} · {full} · {link}"
