@@ -26,6 +26,7 @@ from kcache.policy import Policy
 from kcache.probe import probe, stock_layers
 from kcache.residency import Residency
 from kcache.snapshots import layer_snapshot, total
+from kcache.support import context_length
 from kcache.telemetry import Stats, StepSnapshot
 from kcache.tiers.validity import Validity
 
@@ -38,7 +39,7 @@ class Shared:
         self.max_length = max_length
         self.validity = Validity()
         self.force_exact = False
-        self.residency = Residency(policy, max_length)
+        self.residency = Residency(policy, max_length, context_length(model.config))
         self._config = weakref.ref(text_config(model))
         self._modules = frozenset(id(module) for module in model.modules())
         self._backends: dict[torch.device, Backend] = {}

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 class Residency:
     """The residency plan of one cache."""
 
-    def __init__(self, policy: Policy, max_length: int | None) -> None:
+    def __init__(self, policy: Policy, max_length: int | None, context: int | None = None) -> None:
         self.policy = policy
         self.max_length = max_length
+        self.context = context
         self.layers: list[TieredLayer] = []
         self.forget()
 
@@ -93,10 +94,13 @@ class Residency:
         return least_resident(self.policy, len(self.layers))
 
     def _aim(self, needed: int) -> int:
-        """Rows to plan for: the known final length, or twice what there was."""
+        """Rows to plan for: the known final length, or twice what there was, but no more than the model's context."""
         if needed in (self.planned, self.max_length):
             return needed
-        return self.planned if needed < self.planned else grown_length(needed, self.planned)
+        if needed < self.planned:
+            return self.planned
+        grown = grown_length(needed, self.planned)
+        return grown if self.context is None else max(needed, min(grown, self.context))
 
     def _budget(self, device: torch.device) -> int | None:
         """Bytes of the device the cache may take, or None where only RAM bounds it."""
