@@ -6,6 +6,7 @@ the loop of chat and generate, so that nothing but the cache differs.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
@@ -22,7 +23,7 @@ from kcache.policy import Policy
 from kcache.telemetry import Stats
 
 
-class Engine:
+class Engine(ABC):
     """A cache to time.
 
     Attributes
@@ -55,9 +56,9 @@ class Engine:
         """Why the engine cannot run on this device; None when it can."""
         return None
 
+    @abstractmethod
     def make(self, model: PreTrainedModel, room: int) -> Cache:
         """Make a cache for ``room`` tokens."""
-        raise NotImplementedError
 
     def running(self, model: PreTrainedModel) -> AbstractContextManager[object]:
         """Inside this block the model runs with the engine's cache."""
