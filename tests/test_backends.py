@@ -203,6 +203,35 @@ def test_ties_are_broken_somehow_but_soundly(backend: str, masked: bool, select:
     torch.testing.assert_close(result.out, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("select", ["group", "head"])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("kind", ["distinct", "ties", "mostly zero", "all alike"])
+@pytest.mark.parametrize(("count", "length"), [(1, 64), (8, 1024), (8, 1000), (8, 513), (64, 4095), (8, 500)])
+def test_selecting_in_two_stages_finds_the_largest(count: int, length: int, kind: str, group: int, select: Any) -> None:
+    width = -(-length // 64) * 64
+    step = replace(problem(batch=2, group=group, length=length), policy=Policy(topn=count, select=select))
+    draw = torch.Generator().manual_seed(length)
+    probs = torch.rand(2, 2, group, width, generator=draw)
+    if kind == "ties":
+        probs = (probs * 5).floor()
+    elif kind == "mostly zero":  # fewer rows with any probability than are asked for
+        probs = probs * (torch.arange(width) % (length // 3 + 1) == 0)
+    elif kind == "all alike":
+        probs = torch.full_like(probs, 0.25)
+    probs[..., length:] = 0
+    before = probs.clone()
+    picks = CpuBackend().select(probs, step)
+    want = ReferenceBackend().select(probs, step)
+    weight = probs.sum(2) if select == "group" else probs
+    assert torch.equal(probs, before)
+    assert picks.shape == want.shape
+    assert int(picks.max()) < length
+    assert all(len(set(row.tolist())) == count for row in picks.view(-1, count))
+    torch.testing.assert_close(
+        weight.gather(-1, picks).sort(-1).values, weight.gather(-1, want).sort(-1).values, rtol=1e-6, atol=0
+    )
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("tail", ["block", "renormalise", "none"])
 def test_a_sequence_with_nothing_to_attend_gives_zeros(backend: str, tail: str) -> None:

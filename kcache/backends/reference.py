@@ -56,19 +56,40 @@ class ReferenceBackend:
         """Weigh the picked rows, add the tail. May overwrite ``probs``."""
         group = probs.shape[2]
         per_head = picks if picks.dim() == 4 else picks.unsqueeze(2).expand(-1, -1, group, -1)
-        if rows.dim() == 4:
-            rows = rows.unsqueeze(2)
         weights = probs.gather(3, per_head)
         mass = weights.sum(-1)
         tail = None
         if step.policy.tail == "renormalise":
             weights = weights / mass.unsqueeze(-1).clamp(min=torch.finfo(torch.float32).tiny)
         elif step.policy.tail == "block":
-            tail = self.tail(unpicked(probs, per_head, step), step)
-        out = torch.matmul(weights.unsqueeze(3), rows.float()).squeeze(3)
+            tail = self.tail(self.unpicked(probs, per_head, step), step)
+        if picks.dim() == 4:
+            out = torch.matmul(weights.unsqueeze(3), rows.float()).squeeze(3)
+        else:
+            out = torch.matmul(weights, rows.float())
         if tail is not None:
             out = out + tail
         return DecodeResult(out.flatten(1, 2).to(step.query.dtype), picks, mass)
+
+    def unpicked(self, probs: torch.Tensor, per_head: torch.Tensor, step: DecodeStep) -> torch.Tensor:
+        """Sum the probabilities of each block's unpicked rows.
+
+        Parameters
+        ----------
+        probs : Tensor ``[B, Hkv, G, at least L]``; set to zero at the picks
+        per_head : Tensor ``[B, Hkv, G, N]``, the picks of each query head
+
+        Returns
+        -------
+        Tensor ``[B, Hkv, G, at least nb]``
+        """
+        block = step.policy.tail_block
+        rest = probs.scatter_(3, per_head, 0.0)
+        whole = rest.shape[3] // block
+        left = rest[..., : whole * block].unflatten(3, (whole, block)).sum(-1)
+        if whole * block == rest.shape[3]:
+            return left
+        return torch.cat([left, rest[..., whole * block :].sum(-1, keepdim=True)], -1)
 
     def tail(self, left: torch.Tensor, step: DecodeStep) -> torch.Tensor:
         """The means of V, weighed by the unpicked probability ``left`` ``[B, Hkv, G, nb]``: ``[B, Hkv, G, Dv]``."""
@@ -88,24 +109,3 @@ def probabilities(scores: torch.Tensor, step: DecodeStep) -> torch.Tensor:
         return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1].contiguous()
     probs = torch.softmax(scores, -1)
     return probs if step.mask is None else probs.nan_to_num(0.0)
-
-
-def unpicked(probs: torch.Tensor, per_head: torch.Tensor, step: DecodeStep) -> torch.Tensor:
-    """Sum the probabilities of each block's unpicked rows.
-
-    Parameters
-    ----------
-    probs : Tensor ``[B, Hkv, G, at least L]``; set to zero at the picks
-    per_head : Tensor ``[B, Hkv, G, N]``, the picks of each query head
-
-    Returns
-    -------
-    Tensor ``[B, Hkv, G, at least nb]``
-    """
-    block = step.policy.tail_block
-    rest = probs.scatter_(3, per_head, 0.0)
-    whole = rest.shape[3] // block
-    left = rest[..., : whole * block].unflatten(3, (whole, block)).sum(-1)
-    if whole * block == rest.shape[3]:
-        return left
-    return torch.cat([left, rest[..., whole * block :].sum(-1, keepdim=True)], -1)
