@@ -1,10 +1,10 @@
-"""Write the tables of docs/benchmarks.md from the rows in docs/benchmarks/.
+"""Write the tables of docs/benchmarks.md and docs/fidelity.md from the rows in the folders of those names.
 
     python benchmarks/page.py
 
-A table stands between ``<!-- rows FILE -->`` (one file, as ``kcache bench`` prints it) or ``<!-- runs FILE ... -->``
-(the same cases in several runs, kcache's speed over each other engine) and ``<!-- end -->``. Files that are not there
-leave their table as it is.
+A table stands between ``<!-- rows FILE -->`` (one file, as ``kcache bench`` prints it), ``<!-- runs FILE ... -->``
+(the same cases in several runs, kcache's speed over each other engine) or ``<!-- fidelity FILE ... -->`` (as ``kcache
+eval fidelity`` prints them) and ``<!-- end -->``. Files that are not there leave their table as it is.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from kcache_cli.bench.formats import BenchRow, markdown
-from kcache_cli.bench.store import read_rows
+from kcache_cli.bench.same import COMMAND, NAMES
+from kcache_cli.bench.table import markdown
+from kcache_cli.evaluate import fidelity_table
+from kcache_cli.rows.formats import Row
+from kcache_cli.rows.store import read_rows
 
 DOCS = Path(__file__).parent.parent / "docs"
-BLOCK = re.compile(r"(<!-- (rows|runs) ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (rows|runs|fidelity) ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def runs_table(runs: Sequence[Sequence[BenchRow]]) -> str:
+def runs_table(runs: Sequence[Sequence[Row]]) -> str:
     """Milliseconds per step of each engine in each run, and how much faster kcache was than it."""
     lines = ["| ctx | batch | engine | ms/step p50, by run | kcache is faster by |", "|---:|---:|---|---:|---:|"]
     by_run = [{(row["ctx"], row["batch"], row["engine"], row["topn"]): row for row in run} for run in runs]
@@ -38,7 +41,7 @@ def runs_table(runs: Sequence[Sequence[BenchRow]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _ours(run: dict[tuple[int, int, str, int | None], BenchRow], ctx: int, batch: int) -> float | None:
+def _ours(run: dict[tuple[int, int, str, int | None], Row], ctx: int, batch: int) -> float | None:
     """The time of kcache in the case; the median over its N."""
     times = [row["decode_ms_p50"] for key, row in run.items() if key[:3] == (ctx, batch, "kcache")]
     times = [ms for ms in times if ms]
@@ -52,17 +55,22 @@ def fill(text: str, folder: Path) -> str:
         paths = [folder / name for name in match[3].split()]
         if not all(path.exists() for path in paths):
             return match[0]
-        files = [read_rows(path, "rows") for path in paths]
-        body = markdown(files[0]) if match[2] == "rows" else runs_table(files)
+        if match[2] == "fidelity":
+            ours = fidelity_table.COMMAND, fidelity_table.NAMES
+            body = fidelity_table.markdown([row for path in paths for row in read_rows(path, "rows", *ours)])
+        else:
+            files = [read_rows(path, "rows", COMMAND, NAMES) for path in paths]
+            body = markdown(files[0]) if match[2] == "rows" else runs_table(files)
         return f"{match[1]}{body}{match[4]}"
 
     return BLOCK.sub(table, text)
 
 
 def main() -> None:
-    """Rewrite the page."""
-    page = DOCS / "benchmarks.md"
-    page.write_text(fill(page.read_text(encoding="utf-8"), DOCS / "benchmarks"), encoding="utf-8")
+    """Rewrite the pages."""
+    for name in ("benchmarks", "fidelity"):
+        page = DOCS / f"{name}.md"
+        page.write_text(fill(page.read_text(encoding="utf-8"), DOCS / name), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from kcache.policy import Policy
 from kcache.probe import probe, stock_layers
 from kcache.residency import Residency
 from kcache.snapshots import layer_snapshot, total
+from kcache.spread import spread_of
+from kcache.stepwise import Look, no_look
 from kcache.support import context_length
 from kcache.telemetry import Stats, StepSnapshot
 from kcache.tiers.validity import Validity
@@ -39,7 +41,11 @@ class Shared:
         self.max_length = max_length
         self.validity = Validity()
         self.force_exact = False
+        self.spread = spread_of(policy)
+        self.probing = False
+        self.look: Look | None = None
         self.residency = Residency(policy, max_length, context_length(model.config))
+        self.model = weakref.ref(model)
         self._config = weakref.ref(text_config(model))
         self._modules = frozenset(id(module) for module in model.modules())
         self._backends: dict[torch.device, Backend] = {}
@@ -73,6 +79,23 @@ class Shared:
         """Raise :class:`CacheStateError` unless ``module`` belongs to the model the cache was made for."""
         if id(module) not in self._modules:
             raise CacheStateError("this cache was made for another model; make a KCache for each model")
+
+    def replays(self, layer: TieredLayer, keys: torch.Tensor) -> bool:
+        """Whether a layer takes the new rows ``[B, Hkv, T, D]`` one by one; one whose V stays need not."""
+        if self.look is None or self.force_exact or not self.attached:
+            return False
+        return layer.offloaded or self.residency.leaves(layer, layer.length + keys.shape[2])
+
+    @property
+    def layers_apart(self) -> bool:
+        """Whether what a layer fetches depends on that layer alone, so that it can run ahead of the others."""
+        return self.spread is None or self.policy.offload == "none"
+
+    def select(self, index: torch.Tensor) -> None:
+        """Keep the sequences ``index`` ``[B']``, in that order, of what is known about them."""
+        self.validity.select(index)
+        if self.spread is not None:
+            self.spread.select(index)
 
     def backend(self, device: torch.device) -> Backend:
         """The backend that serves layers on ``device``."""
@@ -170,29 +193,44 @@ class KCache(Cache):
         finally:
             self.shared.force_exact = before
 
+    @contextmanager
+    def stepwise(self, look: Look = no_look) -> Iterator[None]:
+        """Inside this block, take several new tokens of a forward as that many decode steps (:mod:`kcache.stepwise`).
+
+        For one sequence without padding, on an attached model, and a cache made with the ``max_length`` it comes to.
+        A block of several needs a policy under which layers step apart (:attr:`Shared.layers_apart`). ``look`` is
+        shown each step of each layer that replays.
+        """
+        before, self.shared.look = self.shared.look, look
+        try:
+            yield
+        finally:
+            self.shared.look = before
+
     def reset(self) -> None:
         """Empty the cache, give its memory back and start the counters anew."""
         super().reset()
         self.shared.validity = Validity()
+        self.shared.spread = spread_of(self.policy)
         self.shared.residency.forget()
         self._latest = None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence ``repeats`` times."""
-        self.shared.validity.select(torch.arange(self.batch_size).repeat_interleave(repeats))
+        self.shared.select(torch.arange(self.batch_size).repeat_interleave(repeats))
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences ``indices`` ``[B']``, in that order; a bool mask ``[B]`` works too."""
         indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices % max(1, self.batch_size)
-        self.shared.validity.select(indices)
+        self.shared.select(indices)
         super().batch_select_indices(indices)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the sequences for beam search; nothing moves when the order stays."""
         if beam_idx.tolist() == list(range(self.batch_size)):
             return
-        self.shared.validity.select(beam_idx)
+        self.shared.select(beam_idx)
         super().reorder_cache(cast(torch.LongTensor, beam_idx))
 
     @property

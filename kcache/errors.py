@@ -41,3 +41,11 @@ class InputError(KCacheError, ValueError):
 
 class CacheStateError(KCacheError, RuntimeError):
     """A cache was used in a way that cannot give a right answer (a second model, a wrong batch size, ...)."""
+
+
+class FormatError(InputError):
+    """What came over a socket or out of a recording is not what was expected there; the message says where."""
+
+
+class WatchError(KCacheError):
+    """A process cannot be watched: it is not there, it refused, or nothing can be published here."""

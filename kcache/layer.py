@@ -7,7 +7,7 @@ which answers a prefill chunk exactly and a single new token with the TopN decod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +16,11 @@ from transformers.cache_utils import CacheLayerMixin
 from kcache import dense
 from kcache.backends.base import DecodeStep
 from kcache.errors import CacheStateError
+from kcache.stepwise import Block
 from kcache.telemetry import LayerKind, Stats, StepMode
 from kcache.tiers.rows import RowBuffer
 from kcache.tiers.values import ValueStore
+from kcache.would_pick import would_pick
 
 if TYPE_CHECKING:
     from kcache.cache import Shared
@@ -39,6 +41,7 @@ class Chunk:
                 f"layer {self.layer.index} of this cache was changed between update and attention "
                 f"({self.layer.length} rows, expected {self.end}); use one cache per forward"
             )
+        self.layer.shared.check_whole(self.layer, self.end - call.key.shape[2])
         return self.layer.attend(call)
 
 
@@ -141,6 +144,8 @@ class TieredLayer(CacheLayerMixin):
             )
         key_states, value_states = key_states.detach(), value_states.detach()
         end = self.length + key_states.shape[2]
+        if self.shared.replays(self, key_states):
+            return key_states, _with_handle(value_states, Block(self, self.length))
         self.shared.plan_residency(self, key_states, value_states, end)
         self._k.reserve(key_states, end)
         self._k.view(end)[:, :, self.length :].copy_(key_states)
@@ -151,9 +156,7 @@ class TieredLayer(CacheLayerMixin):
             values, arrived = self._v.fetch(end, end)
             self._v.link.wait(arrived)
             return self._k.view(end), values
-        value_states = value_states.view(value_states.shape)
-        value_states._kcache = Chunk(self, end)  # type: ignore[attr-defined]
-        return key_states, value_states
+        return key_states, _with_handle(value_states, Chunk(self, end))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask for ``query_length`` new tokens."""
@@ -225,7 +228,6 @@ class TieredLayer(CacheLayerMixin):
         allowed = _as_bool(mask)
         if allowed is not None:
             allowed = allowed.expand(call.query.shape[0], -1, -1, -1)
-        self.shared.check_whole(self, self.length - call.key.shape[2])
         self.shared.validity.record(self.length, allowed)
         self._v.settle()
         if count == 1 and self._decodes_topn(mask):
@@ -233,7 +235,10 @@ class TieredLayer(CacheLayerMixin):
         self.mode = "dense" if count == 1 else "prefill"
         self.picks = self.mass = None
         if count == 1 and self._v.resident is not None and _is_row_mask(mask):
-            return self.shared.backend(self.device).dense(self._step(call, mask, self._v.resident)).unsqueeze(2)
+            step = self._step(call, mask, self._v.resident)
+            if self.shared.probing and self.kind == "tiered":
+                self.picks, self.mass = would_pick(step)
+            return self.shared.backend(self.device).dense(step).unsqueeze(2)
         values = self._v.whole(call.value)
         if self.following is not None:
             self.following.prefetch_values(call.key.shape[2])
@@ -253,10 +258,19 @@ class TieredLayer(CacheLayerMixin):
             self._v.ready_for_kernels()
         else:
             self._v.finish_sending()
-        result = backend.decode(self._step(call, mask, self._v.host))
+        step = self._step(call, mask, self._v.host)
+        spread = self.shared.spread if backend.spreads and self.shared.policy.topn < self.length else None
+        if spread is not None:
+            step = replace(step, threshold=spread.threshold(self.index, len(step.query), self.device))
+        result = backend.decode(step)
         self.mode, self.picks, self.mass = "topn", result.picks, result.mass
-        self.rows_fetched += result.picks.numel()
-        self.row_bytes_fetched += result.picks.numel() * self._v.host.row_bytes
+        rows = result.picks.numel()
+        if spread is not None:
+            counts = (result.picks >= 0).flatten(1).sum(1)
+            spread.note(counts, result.picks[0, ..., 0].numel())
+            rows = int(counts.sum())
+        self.rows_fetched += rows
+        self.row_bytes_fetched += rows * self._v.host.row_bytes
         return result.out.unsqueeze(2)
 
     def _step(self, call: AttentionCall, mask: torch.Tensor | None, values: RowBuffer) -> DecodeStep:
@@ -278,25 +292,36 @@ class TieredLayer(CacheLayerMixin):
 
     def stats(self) -> Stats:
         """Counters and bytes of this layer."""
+        return Stats(*self.counts())
+
+    def counts(self) -> tuple[int, ...]:
+        """The values of :meth:`stats` in the order of its fields: all that a frame needs of them, and quicker."""
         if self._k is None or self._v is None:
-            return Stats()
-        held = self._k.nbytes + self._v.resident_bytes + self._v.overhead_bytes
+            return (0,) * len(fields(Stats))
+        k_bytes, resident, overhead = self._k.nbytes, self._v.resident_bytes, self._v.overhead_bytes
         v = self._v.host or self._v.resident
         per_token = 0 if v is None else self.batch_size * (self._k.heads * self._k.row_bytes + v.heads * v.row_bytes)
-        return Stats(
-            bytes_h2d=self._v.bytes_h2d + self.row_bytes_fetched,
-            bytes_d2h=self._v.bytes_d2h,
-            rows_fetched=self.rows_fetched,
-            hot_hits=self.hot_hits,
-            device_bytes=held,
-            host_bytes=self._v.host_bytes,
-            k_bytes=self._k.nbytes,
-            resident_v_bytes=self._v.resident_bytes,
-            overhead_bytes=self._v.overhead_bytes,
-            full_kv_bytes=per_token * self.length,
-            steps=self.steps,
-            tokens=self.length,
+        return (
+            self._v.bytes_h2d + self.row_bytes_fetched,
+            self._v.bytes_d2h,
+            self.rows_fetched,
+            self.hot_hits,
+            k_bytes + resident + overhead,
+            self._v.host_bytes,
+            k_bytes,
+            resident,
+            overhead,
+            per_token * self.length,
+            self.steps,
+            self.length,
         )
+
+
+def _with_handle(values: torch.Tensor, handle: Chunk | Block) -> torch.Tensor:
+    """V under a tensor of its own that carries what the attention function looks for."""
+    values = values.view(values.shape)
+    values._kcache = handle  # type: ignore[attr-defined]
+    return values
 
 
 def _is_row_mask(mask: torch.Tensor | None) -> bool:

@@ -14,6 +14,7 @@ from kcache.errors import PolicyError
 
 Select = Literal["group", "head"]
 Tail = Literal["block", "renormalise", "none"]
+Spread = Literal["need", "even"]
 Offload = Literal["auto", "all", "none"]
 BackendName = Literal["auto", "reference", "cpu", "triton"]
 
@@ -66,14 +67,20 @@ class Policy:
     Attributes
     ----------
     topn : int
-        V rows fetched per KV head and decode step (per query head with ``select="head"``).
+        V rows fetched per KV head and decode step (per query head with ``select="head"``); with ``spread="need"`` on
+        average.
+    spread : {"need", "even"}
+        ``"need"`` gives the rows to the layers and heads whose attention needs them, by one threshold on their
+        probability that follows the average (:mod:`kcache.spread`); ``"even"`` fetches exactly ``topn`` everywhere, as
+        the paper does. The Triton backend knows ``"even"`` only and takes it in either case.
     dense_layers : int
         The first layers keep V on the device and attend exactly; their attention is too diffuse for TopN.
     dense_below : int
         Contexts shorter than this many tokens stay on the device and attend exactly; V leaves once it is reached.
     select : {"group", "head"}
-        ``"group"`` takes the TopN of the summed probabilities of the query heads that share a KV head, once per KV
-        head; ``"head"`` picks per query head, as the paper does, and moves up to group-size times more rows.
+        ``"group"`` weighs a row by the largest probability that any of the query heads sharing a KV head gives it, and
+        picks once per KV head; ``"head"`` picks per query head, as the paper does, and moves up to group-size times
+        more rows.
     tail : {"block", "renormalise", "none"}
         What stands in for the rows that were not picked: the mean V of each block of ``tail_block`` rows, weighted by
         the probability its unpicked rows hold; nothing, with the picked weights rescaled to one; or nothing at all
@@ -97,6 +104,7 @@ class Policy:
     """
 
     topn: int = 128
+    spread: Spread = "need"
     dense_layers: int = 2
     dense_below: int = 2048
     select: Select = "group"
@@ -116,6 +124,7 @@ class Policy:
         _check_int("prefill_chunk", self.prefill_chunk, 1, "4096 is a good value")
         if self.resident_layers is not None:
             _check_int("resident_layers", self.resident_layers, 0, "leave it out to let the memory budget decide")
+        _check_choice("spread", self.spread, get_args(Spread))
         _check_choice("select", self.select, get_args(Select))
         _check_choice("tail", self.tail, get_args(Tail))
         _check_choice("offload", self.offload, get_args(Offload))
@@ -128,7 +137,8 @@ class Policy:
     @classmethod
     def paper(cls, topn: int = 128, **changes: Any) -> Policy:
         """The scheme of He & Wu (2024) as told: TopN per query head, no renormalisation, no tail, nothing dense."""
-        return cls(topn=topn, **{"dense_layers": 0, "dense_below": 0, "select": "head", "tail": "none", **changes})
+        told = {"spread": "even", "dense_layers": 0, "dense_below": 0, "select": "head", "tail": "none"}
+        return cls(topn=topn, **{**told, **changes})
 
     def replace(self, **changes: Any) -> Policy:
         """Return a copy with some fields changed; it is validated like a new one."""

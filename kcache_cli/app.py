@@ -5,9 +5,8 @@ Nothing here imports torch; commands do when they run.
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +14,8 @@ from typer.core import TyperGroup
 
 from kcache import __version__
 from kcache_cli import exits
-from kcache_cli.commands import bench, chat, config, docs, doctor, generate, models, plan, pull
+from kcache_cli.commands import bench, chat, config, docs, doctor, eval, generate, inspect, models, plan, pull
+from kcache_cli.register import add
 
 
 class Program(TyperGroup):
@@ -106,24 +106,17 @@ def kcache(
     """Long-context inference for Hugging Face models: K stays in device memory, V waits in host RAM."""
 
 
-def _add(name: str, function: Callable[..., None], *, hidden: bool = False) -> None:
-    """Add a command; its docstring is its help text, of which only the examples keep their lines."""
-    text, _, examples = inspect.cleandoc(function.__doc__ or "").partition("\n\nExamples\n--------\n")
-    paragraphs = [part.replace("\n", " ") for part in text.split("\n\n")]
-    if examples:
-        paragraphs.append(f"Examples:\n{examples}")
-    app.command(name, help="\n\n".join(paragraphs), hidden=hidden)(function)
-
-
-_add("chat", chat.chat)
-_add("generate", generate.generate)
-_add("bench", bench.bench)
-_add("plan", plan.plan)
-_add("doctor", doctor.doctor)
-_add("models", models.models)
-_add("pull", pull.pull)
-_add("config", config.config)
-_add("docs", docs.docs, hidden=True)
+add(app, "chat", chat.chat)
+add(app, "generate", generate.generate)
+add(app, "bench", bench.bench)
+app.add_typer(eval.app, name="eval")
+add(app, "inspect", inspect.inspect)
+add(app, "plan", plan.plan)
+add(app, "doctor", doctor.doctor)
+add(app, "models", models.models)
+add(app, "pull", pull.pull)
+add(app, "config", config.config)
+add(app, "docs", docs.docs, hidden=True)
 
 
 def main() -> None:

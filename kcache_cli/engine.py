@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from kcache.bench.cases import Case, Spec
     from kcache.bench.rows import Row
     from kcache.bench.run import Watch
+    from kcache.evaluate.fidelity import Case as FidelityCase
+    from kcache.evaluate.figures import Figures
+    from kcache.evaluate.places import Place
+    from kcache.evaluate.sweep import Known
+    from kcache.evaluate.sweep import Spec as FidelitySpec
     from kcache.prompts import Prompt
+    from kcache.watch.publish import Publication
 
 Progress = Callable[[int, int, str], None]
 
@@ -86,6 +92,14 @@ class Engine(Protocol):
 
     def bench(self, lm: Any, spec: Spec, cases: Sequence[Case], watch: Watch) -> Iterator[list[Row]]:
         """Measure the machine, then the cases, yielding the rows of each (:func:`kcache.bench.run.run`)."""
+
+    def publish(self, lm: Any, **options: Any) -> Publication | None:
+        """Let others watch the model (:func:`kcache.telemetry.publish`); None where there is nothing to watch."""
+
+    def fidelity(
+        self, lm: Any, spec: FidelitySpec, places: Sequence[Place], known: Known, watch: Callable[[str], None]
+    ) -> Iterator[tuple[FidelityCase, Figures]]:
+        """Compare policies with full attention at places of a text (:func:`kcache.evaluate.sweep.run`)."""
 
 
 class KCacheEngine:
@@ -177,6 +191,20 @@ class KCacheEngine:
         watch("measuring this machine", 0)
         machine = measure(lm.device)
         return run(lm, spec, cases, machine, environment(machine), watch)
+
+    def publish(self, lm: Any, **options: Any) -> Publication | None:
+        """See :class:`Engine`."""
+        from kcache.telemetry import publish
+
+        return publish(lm, **options)
+
+    def fidelity(
+        self, lm: Any, spec: FidelitySpec, places: Sequence[Place], known: Known, watch: Callable[[str], None]
+    ) -> Iterator[tuple[FidelityCase, Figures]]:
+        """See :class:`Engine`."""
+        from kcache.evaluate.sweep import run
+
+        return run(lm, spec, places, known, watch)
 
 
 def engine_of(ctx: typer.Context) -> Engine:

@@ -27,7 +27,8 @@ def _option(*names: str, help: str, panel: str, default: str = "", metavar: str 
     )
 
 
-def _tokens(text: str) -> int:
+def token_count(text: str) -> int:
+    """Read a number of tokens, such as ``8192`` or ``8k``, for typer."""
     try:
         return parse_tokens(text)
     except PolicyError as error:
@@ -136,7 +137,7 @@ class PolicyOptions:
             help="Context to plan memory for, in tokens: 8192, 32k, ...",
             default="the model's",
             metavar="TOKENS",
-            parser=_tokens,
+            parser=token_count,
         ),
     ] = None
     allow_overflow: Annotated[

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,18 @@ def build_policy(options: PolicyOptions, settings: Settings) -> Policy:
     given = options if options.policy is not None else fill(options, settings)
     changes = {name: getattr(given, name) for name in FIELDS if getattr(given, name) is not None}
     return read_policy(given.policy or settings.policy).replace(**changes)
+
+
+def build_policies(names: Sequence[str] | None, options: PolicyOptions, settings: Settings) -> dict[str, Policy]:
+    """Build the policy of each ``--policy``, as :func:`build_policy` does, by name; without any, that of the settings.
+
+    Raises
+    ------
+    PolicyError, InputError
+    """
+    if not names:
+        return {settings.policy: build_policy(options, settings)}
+    return {name: build_policy(replace(options, policy=name), settings) for name in names}
 
 
 def read_policy(name: str) -> Policy:

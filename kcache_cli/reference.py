@@ -31,9 +31,16 @@ def reference() -> str:
     parts = [_HEAD]
     for name, command in program.commands.items():
         if not command.hidden:
-            parts.append(_command(name, command))
+            parts += _commands(name, command)
     parts.append(_settings())
     return "\n".join(parts)
+
+
+def _commands(name: str, command: Any) -> list[str]:
+    """A section, or one for each command of a group."""
+    if isinstance(command, typer.core.TyperGroup):
+        return [part for under, each in command.commands.items() for part in _commands(f"{name} {under}", each)]
+    return [_command(name, command)]
 
 
 def _command(name: str, command: Any) -> str:

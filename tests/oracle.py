@@ -27,6 +27,7 @@ def topn_attention(
     scaling: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    threshold: float | None = None,
 ) -> tuple[torch.Tensor, list[set[int]], torch.Tensor]:
     """One sequence, one KV head: query ``[G, D]``, keys ``[L, D]``, values ``[L, Dv]``, valid ``[L]``, sinks ``[G]``.
 
@@ -41,8 +42,11 @@ def topn_attention(
         total = total + (sinks.double() - scores.max()).exp()
     probs = exp / total[:, None]
     count = min(policy.topn, len(keys))
-    wanted = probs.sum(0, keepdim=True).expand_as(probs) if policy.select == "group" else probs
-    picked = torch.zeros_like(probs, dtype=torch.bool).scatter(1, wanted.argsort(1, descending=True)[:, :count], True)
+    wanted = probs.amax(0, keepdim=True).expand_as(probs) if policy.select == "group" else probs
+    most = count if threshold is None else 8 * count
+    picked = torch.zeros_like(probs, dtype=torch.bool).scatter(1, wanted.argsort(1, descending=True)[:, :most], True)
+    if threshold is not None:
+        picked &= wanted > threshold
     picked &= valid
     rows = torch.where(valid[:, None], values.double(), 0.0)
     weights = probs * picked
@@ -64,6 +68,7 @@ class OraclePair(Pair):
     """A KCache beside the oracle; TopN may be as small as you like."""
 
     def __init__(self, model: PreTrainedModel, policy: Policy, **options: Any) -> None:
+        policy = policy.replace(spread="even")
         super().__init__(model, policy, **{"tolerance": 1e-4, **options})
         self.policy = policy
         self.exact = False

@@ -18,6 +18,7 @@ from kcache.backends.reference import ReferenceBackend
 from kcache.dense import attend
 from kcache.errors import PolicyError
 from kcache.policy import Policy
+from kcache.spread import MOST
 from kcache.tail import BlockTail
 from tests.oracle import topn_attention
 
@@ -41,6 +42,7 @@ def problem(
     sinks: bool = False,
     ties: bool = False,
     strided: bool = False,
+    threshold: float | None = None,
 ) -> DecodeStep:
     """A random decode step; rows beyond ``length`` are NaN, as unwritten memory may be."""
     policy = policy or Policy(topn=9)
@@ -83,6 +85,7 @@ def problem(
         mask=mask,
         softcap=softcap,
         sinks=torch.randn(kv_heads * group, generator=draw) if sinks else None,
+        threshold=None if threshold is None else torch.linspace(0.5, 1, batch) * threshold,
     )
 
 
@@ -97,8 +100,9 @@ def oracle(step: DecodeStep) -> tuple[torch.Tensor, torch.Tensor]:
             own = slice(h * group, (h + 1) * group)
             sinks = None if step.sinks is None else step.sinks[own]
             rows = step.keys[b, h, : step.length], step.values[b, h, : step.length]
+            least = None if step.threshold is None else float(step.threshold[b])
             out, _, mass = topn_attention(
-                step.query[b, own], *rows, valid[b], step.policy, step.scaling, step.softcap, sinks
+                step.query[b, own], *rows, valid[b], step.policy, step.scaling, step.softcap, sinks, least
             )
             outs.append(out)
             masses.append(mass)
@@ -109,11 +113,18 @@ def check(result: DecodeResult, step: DecodeStep, want: torch.Tensor, mass: torc
     group = step.query.shape[1] // step.keys.shape[1]
     count = min(step.policy.topn, step.length)
     heads = (group,) if step.policy.select == "head" else ()
-    assert result.picks.shape == (*step.keys.shape[:2], *heads, count)
+    if step.threshold is None:
+        assert result.picks.shape == (*step.keys.shape[:2], *heads, count)
+    else:
+        count = result.picks.shape[-1]
+        assert count <= max(1, min(MOST * step.policy.topn, step.length))
+        assert result.picks.shape == (*step.keys.shape[:2], *heads, count)
     assert result.out.dtype == step.query.dtype
     assert result.mass.dtype == torch.float32
-    assert ((result.picks >= 0) & (result.picks < step.length)).all()
-    assert all(len(set(row)) == count for row in result.picks.flatten(0, -2).tolist())
+    assert ((result.picks >= (0 if step.threshold is None else -1)) & (result.picks < step.length)).all()
+    for row in result.picks.flatten(0, -2).tolist():
+        picked = [position for position in row if position >= 0]
+        assert len(set(picked)) == len(picked)
     torch.testing.assert_close(result.out.double(), want.double(), atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(result.mass.double(), mass.double(), atol=tolerance, rtol=tolerance)
 
@@ -140,6 +151,7 @@ problems = st.builds(
     softcap=st.sampled_from([None, 2.0]),
     sinks=st.booleans(),
     strided=st.booleans(),
+    threshold=st.sampled_from([None, None, 1e-6, 0.01, 0.05, 0.9]),
 )
 
 
@@ -222,7 +234,7 @@ def test_selecting_in_two_stages_finds_the_largest(count: int, length: int, kind
     before = probs.clone()
     picks = CpuBackend().select(probs, step)
     want = ReferenceBackend().select(probs, step)
-    weight = probs.sum(2) if select == "group" else probs
+    weight = probs.amax(2) if select == "group" else probs
     assert torch.equal(probs, before)
     assert picks.shape == want.shape
     assert int(picks.max()) < length

@@ -77,7 +77,7 @@ def test_later_turns_prefill_only_what_is_new(lm: LoadedModel) -> None:
 
 
 def test_last_turn_figures(lm: LoadedModel) -> None:
-    policy = Policy(topn=4, dense_below=0, dense_layers=0, resident_layers=0)
+    policy = Policy(topn=4, spread="even", dense_below=0, dense_layers=0, resident_layers=0)
     session = Session(lm, policy, sampling=GREEDY)
     assert session.last_turn is None
     events = list(session.send("hello there", max_new_tokens=9))

@@ -173,7 +173,7 @@ def test_unknown_length_grows_by_doubling() -> None:
 @pytest.mark.parametrize("select", ["group", "head"])
 def test_bytes_moved_are_exact(select: str) -> None:
     batch, topn = 2, 6
-    policy = Policy(topn=topn, dense_below=0, dense_layers=1, resident_layers=0, select=select)
+    policy = Policy(topn=topn, spread="even", dense_below=0, dense_layers=1, resident_layers=0, select=select)
     model = make("llama")
     cache = KCache(model, policy)
     offloaded = LAYERS - 1
@@ -215,7 +215,7 @@ def test_leaving_late_moves_the_young_rows_once() -> None:
 
 def test_stats_and_snapshots_are_pictures_not_windows() -> None:
     model = make("llama")
-    cache = KCache(model, WHOLE.replace(topn=5))
+    cache = KCache(model, WHOLE.replace(topn=5, spread="even"))
     with attach(model):
         forward(model, cache, tokens(1, 2, 30), left_padding([30, 20]))
         assert cache.snapshot().layers[0].mode == "prefill"

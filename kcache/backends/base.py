@@ -39,6 +39,9 @@ class DecodeStep:
     softcap : float or None
     sinks : Tensor ``[Hq]`` or None
         Attention sinks: one extra logit per head that takes mass and carries no value.
+    threshold : Tensor ``[B]`` fp32 or None
+        Pick the rows whose probability is above it, at most :data:`~kcache.spread.MOST` times ``topn`` per head; with
+        None, exactly ``topn`` rows.
     """
 
     query: torch.Tensor
@@ -51,6 +54,7 @@ class DecodeStep:
     mask: torch.Tensor | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    threshold: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,7 @@ class DecodeResult:
     out : Tensor ``[B, Hq, Dv]``
         In the query's dtype.
     picks : Tensor ``[B, Hkv, N]`` or, picked per query head, ``[B, Hkv, G, N]``
+        With a threshold N is the largest number any head picked, and the others' are filled up with -1.
     mass : Tensor ``[B, Hkv, G]`` fp32
         Probability the picks hold, per query head.
     """
@@ -75,11 +80,12 @@ class Backend(Protocol):
     """Computes decode steps of one token. An instance belongs to one cache and may keep scratch memory between steps.
 
     ``reads_host_by_kernel`` tells that the host tier is read by the device itself, in stream order, and not by torch
-    operators on the host.
+    operators on the host. ``spreads`` tells that it follows a threshold.
     """
 
     name: str
     reads_host_by_kernel: bool
+    spreads: bool
 
     def decode(self, step: DecodeStep) -> DecodeResult:
         """Run score, select, fetch and combine for one layer."""

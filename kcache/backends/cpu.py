@@ -12,6 +12,7 @@ import torch
 
 from kcache.backends.base import DecodeStep
 from kcache.backends.reference import ReferenceBackend, probabilities
+from kcache.spread import MOST
 
 _LONG = 1024
 """Rows from which two batched products beat SDPA."""
@@ -78,17 +79,20 @@ class CpuBackend(ReferenceBackend):
         return scores
 
     def select(self, probs: torch.Tensor, step: DecodeStep) -> torch.Tensor:
-        """Positions of the N largest probabilities, ``[B, Hkv, N]`` or ``[B, Hkv, G, N]``, in two stages.
+        """Positions of the largest probabilities, ``[B, Hkv, N]`` or ``[B, Hkv, G, N]``.
 
-        Every one of the N largest lies in one of the N classes of rows, ``i mod (W / 16)``, with the largest maxima:
-        were it in another, N classes would each hold one at least as large. A class's rows are far apart, so the
-        maxima of all classes are taken by whole vectors.
+        Those above a threshold take one look at each row. The N largest are found in two stages: every one of them
+        lies in one of the N classes of rows, ``i mod (W / 16)``, with the largest maxima; were it in another, N
+        classes would each hold one at least as large. A class's rows are far apart, so the maxima of all classes are
+        taken by whole vectors.
         """
         count, width = step.policy.topn, probs.shape[3]
+        if step.threshold is not None:
+            return self._above(probs, step, step.threshold)
         classes = width // _CLASS
         if width % _CLASS or classes < 4 * count:
             return super().select(probs, step)
-        weight = _group_sum(probs) if step.policy.select == "group" else probs.clone()
+        weight = probs.amax(2) if step.policy.select == "group" else probs.clone()
         weight[..., step.length :] = -1.0
         rows = weight.view(-1, width)
         best = rows.view(-1, _CLASS, classes).amax(1).topk(count, -1, sorted=False).indices
@@ -97,21 +101,33 @@ class CpuBackend(ReferenceBackend):
         picks = rows.gather(1, positions).topk(count, -1, sorted=False).indices
         return positions.gather(1, picks).view(*weight.shape[:-1], count)
 
+    def _above(self, probs: torch.Tensor, step: DecodeStep, threshold: torch.Tensor) -> torch.Tensor:
+        """The rows above the threshold; the padding of ``probs`` is 0 and never is."""
+        weight = probs.amax(2) if step.policy.select == "group" else probs
+        least = threshold.view(-1, *[1] * (weight.dim() - 1))
+        head, row = (weight > least).flatten(0, -2).nonzero(as_tuple=True)
+        counts = torch.bincount(head, minlength=weight[..., 0].numel())
+        most = int(counts.max())
+        if most > MOST * step.policy.topn:
+            return super().select(probs, step)
+        picks = row.new_full((len(counts), max(1, most)), -1)
+        picks[head, torch.arange(len(head)) - (counts.cumsum(0) - counts)[head]] = row
+        return picks.view(*weight.shape[:-1], -1)
+
     def fetch(self, picks: torch.Tensor, step: DecodeStep) -> torch.Tensor:
         """The picked V rows, ``[B, Hkv, N, Dv]`` or ``[B, Hkv, G, N, Dv]``: whole rows, by their place in memory."""
         if not step.values.is_contiguous():
             return super().fetch(picks, step)
         batch, heads, capacity, dim = step.values.shape
         first = torch.arange(0, batch * heads * capacity, capacity).view(batch, heads, *[1] * (picks.dim() - 2))
-        rows = step.values.view(-1, dim).index_select(0, (picks + first).view(-1))
+        rows = step.values.view(-1, dim).index_select(0, (picks.clamp(min=0) + first).view(-1))
         return rows.view(*picks.shape, dim)
 
-    def unpicked(self, probs: torch.Tensor, per_head: torch.Tensor, step: DecodeStep) -> torch.Tensor:
+    def unpicked(self, rest: torch.Tensor, step: DecodeStep) -> torch.Tensor:
         """The unpicked probability of each block, ``[B, Hkv, G, at least nb]``, summed by a product with ones."""
         block = step.policy.tail_block
-        if probs.shape[3] % block or not probs.is_contiguous():
-            return super().unpicked(probs, per_head, step)
-        rest = probs.scatter_(3, per_head, 0.0)
+        if rest.shape[3] % block or not rest.is_contiguous():
+            return super().unpicked(rest, step)
         return torch.mv(rest.view(-1, block), rest.new_ones(block)).view(*rest.shape[:3], -1)
 
     def tail(self, left: torch.Tensor, step: DecodeStep) -> torch.Tensor:
@@ -125,13 +141,6 @@ class CpuBackend(ReferenceBackend):
         weights = torch.zeros(batch * heads, group, capacity, dtype=means.dtype)
         weights[..., :blocks] = left.flatten(0, 1)[..., :capacity]
         return torch.bmm(weights, means.view(-1, capacity, dim)).view(batch, heads, group, dim)
-
-
-def _group_sum(probs: torch.Tensor) -> torch.Tensor:
-    """Sum ``[B, Hkv, G, W]`` over the group, ``[B, Hkv, W]``; a product with ones is twice as fast as a sum."""
-    batch, heads, group, width = probs.shape
-    ones = probs.new_ones(1, 1, group).expand(batch * heads, -1, -1)
-    return torch.bmm(ones, probs.flatten(0, 1)).view(batch, heads, width)
 
 
 def _is_plain(step: DecodeStep) -> bool:

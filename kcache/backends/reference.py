@@ -10,6 +10,7 @@ import torch
 
 from kcache import dense
 from kcache.backends.base import DecodeResult, DecodeStep
+from kcache.spread import MOST
 
 
 class ReferenceBackend:
@@ -17,6 +18,7 @@ class ReferenceBackend:
 
     name = "reference"
     reads_host_by_kernel = False
+    spreads = True
 
     def decode(self, step: DecodeStep) -> DecodeResult:
         """Run the four verbs for one layer."""
@@ -40,14 +42,20 @@ class ReferenceBackend:
         return probabilities(torch.matmul(query, keys.transpose(2, 3)) * step.scaling, step)
 
     def select(self, probs: torch.Tensor, step: DecodeStep) -> torch.Tensor:
-        """Positions of the N largest probabilities (summed over the group), ``[B, Hkv, N]`` or ``[B, Hkv, G, N]``."""
-        weight = probs.sum(2) if step.policy.select == "group" else probs
-        return weight[..., : step.length].topk(min(step.policy.topn, step.length), dim=-1, sorted=False).indices
+        """Positions of the largest probabilities (the largest of the group), ``[B, Hkv, N]`` or ``[B, Hkv, G, N]``."""
+        weight = (probs.amax(2) if step.policy.select == "group" else probs)[..., : step.length]
+        count = min(step.policy.topn, step.length)
+        if step.threshold is None:
+            return weight.topk(count, sorted=False).indices
+        least = step.threshold.view(-1, *[1] * (weight.dim() - 1))
+        wanted = int((weight > least).sum(-1).max())
+        largest = weight.topk(max(1, min(wanted, MOST * count, step.length)))
+        return largest.indices.masked_fill(largest.values <= least, -1)
 
     def fetch(self, picks: torch.Tensor, step: DecodeStep) -> torch.Tensor:
         """The picked V rows on the device, ``[B, Hkv, N, Dv]`` or ``[B, Hkv, G, N, Dv]``."""
         batch, heads = picks.shape[:2]
-        flat = picks.reshape(batch, heads, -1).to(step.values.device)
+        flat = picks.reshape(batch, heads, -1).clamp(min=0).to(step.values.device)
         index = flat.unsqueeze(-1).expand(-1, -1, -1, step.values.shape[-1])
         rows = step.values[:, :, : step.length].gather(2, index)
         return rows.to(step.query.device).reshape(*picks.shape, -1)
@@ -56,13 +64,18 @@ class ReferenceBackend:
         """Weigh the picked rows, add the tail. May overwrite ``probs``."""
         group = probs.shape[2]
         per_head = picks if picks.dim() == 4 else picks.unsqueeze(2).expand(-1, -1, group, -1)
-        weights = probs.gather(3, per_head)
+        if step.threshold is None:
+            weights = probs.gather(3, per_head)
+        else:
+            missing = per_head < 0
+            per_head = per_head.masked_fill(missing, 0)
+            weights = probs.gather(3, per_head).masked_fill_(missing, 0)
         mass = weights.sum(-1)
         tail = None
         if step.policy.tail == "renormalise":
             weights = weights / mass.unsqueeze(-1).clamp(min=torch.finfo(torch.float32).tiny)
         elif step.policy.tail == "block":
-            tail = self.tail(self.unpicked(probs, per_head, step), step)
+            tail = self.tail(self.unpicked(probs.scatter_add_(3, per_head, -weights), step), step)
         if picks.dim() == 4:
             out = torch.matmul(weights.unsqueeze(3), rows.float()).squeeze(3)
         else:
@@ -71,20 +84,9 @@ class ReferenceBackend:
             out = out + tail
         return DecodeResult(out.flatten(1, 2).to(step.query.dtype), picks, mass)
 
-    def unpicked(self, probs: torch.Tensor, per_head: torch.Tensor, step: DecodeStep) -> torch.Tensor:
-        """Sum the probabilities of each block's unpicked rows.
-
-        Parameters
-        ----------
-        probs : Tensor ``[B, Hkv, G, at least L]``; set to zero at the picks
-        per_head : Tensor ``[B, Hkv, G, N]``, the picks of each query head
-
-        Returns
-        -------
-        Tensor ``[B, Hkv, G, at least nb]``
-        """
+    def unpicked(self, rest: torch.Tensor, step: DecodeStep) -> torch.Tensor:
+        """Sum each block's probabilities ``[B, Hkv, G, at least L]``, 0 at the picks: ``[B, Hkv, G, at least nb]``."""
         block = step.policy.tail_block
-        rest = probs.scatter_(3, per_head, 0.0)
         whole = rest.shape[3] // block
         left = rest[..., : whole * block].unflatten(3, (whole, block)).sum(-1)
         if whole * block == rest.shape[3]:

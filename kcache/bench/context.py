@@ -86,11 +86,16 @@ def _random(shape: LayerShape, dim: int, ctx: int, batch: int) -> torch.Tensor:
     return rows.normal_(generator=generator)
 
 
-def real_ids(lm: LoadedModel, ctx: int, batch: int) -> torch.Tensor:
-    """Token ids ``[B, ctx]`` of the reference prose; each sequence starts at another place of it."""
+def reference_prose() -> str:
+    """Return the text of the Python reference."""
     from pydoc_data.topics import topics
 
-    text = "\n\n".join(topics[name] for name in sorted(topics))
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def real_ids(lm: LoadedModel, ctx: int, batch: int) -> torch.Tensor:
+    """Token ids ``[B, ctx]`` of the reference prose; each sequence starts at another place of it."""
+    text = reference_prose()
     rows = []
     for number in range(batch):
         start = number * len(text) // batch

@@ -6,33 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kcache.errors import InputError
-from kcache_cli.bench.formats import BenchRow
-
-SUFFIXES = (".png", ".svg", ".pdf")
+from kcache_cli.rows.chart import save
+from kcache_cli.rows.formats import Row
 
 
-def check_plot(path: Path | None) -> None:
-    """Raise before anything is measured if the chart could not be drawn.
-
-    Raises
-    ------
-    InputError
-        For an unknown kind of file, or without matplotlib.
-    """
-    if path is None:
-        return
-    if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"--plot {path}: the name must end in {', '.join(SUFFIXES)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
-
-
-def draw(rows: Sequence[BenchRow], path: Path) -> None:
+def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw the rows that have figures; the kind of file is that of the name."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     lines = _lines(rows)
@@ -46,11 +25,10 @@ def draw(rows: Sequence[BenchRow], path: Path) -> None:
     axes.set_title(_title(rows), fontsize=9)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
-    with matplotlib.rc_context({"svg.hashsalt": "kcache", "svg.fonttype": "none"}):
-        figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
-def _lines(rows: Sequence[BenchRow]) -> dict[str, dict[int, tuple[float, float, float]]]:
+def _lines(rows: Sequence[Row]) -> dict[str, dict[int, tuple[float, float, float]]]:
     """Per engine and batch, tokens per second by context: median, lowest and highest turn."""
     found: dict[str, dict[int, tuple[float, float, float]]] = {}
     many = len({row["batch"] for row in rows}) > 1
@@ -93,7 +71,7 @@ def _draw_bars(axes: Any, lines: dict[str, dict[int, tuple[float, float, float]]
     axes.set_xlabel("tokens per second")
 
 
-def _title(rows: Sequence[BenchRow]) -> str:
+def _title(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
     first = rows[0]

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kcache.errors import InputError
 from kcache.policy import Offload
-from kcache_cli.bench.formats import Format
 from kcache_cli.options import ModelOptions, PolicyOptions, Without, number_list, with_options
+from kcache_cli.rows.formats import Format, Row
+from kcache_cli.watching import WatchOptions, watching
 
 if TYPE_CHECKING:
     from kcache.bench.cases import Case, Spec
-    from kcache_cli.bench.store import Store
     from kcache_cli.engine import Engine
+    from kcache_cli.rows.store import Store
 
 _CASE_S = 60.0
 _measure = "What to measure (lists are comma-separated)"
@@ -116,6 +117,7 @@ def bench(
     ] = None,
     *,
     policy_options: Annotated[PolicyOptions, Without(("topn", "offload", "ctx", "allow_overflow"))],
+    watch_options: WatchOptions,
 ) -> None:
     """Time decode steps of KCache beside full attention and the caches of transformers.
 
@@ -135,11 +137,13 @@ def bench(
       kcache bench --ctx 8k --topn 64,128 --fidelity --output rows.jsonl --plot speed.svg
     """
     from kcache.bench.cases import DEFAULT_ENGINES, Spec, make_cases
-    from kcache_cli.bench.plot import check_plot
-    from kcache_cli.bench.store import Store, check_file, choose_format, read_rows
+    from kcache_cli.bench.same import COMMAND, NAMES, compare_with
+    from kcache_cli.bench.table import markdown
     from kcache_cli.console import download_bar
     from kcache_cli.engine import engine_of
     from kcache_cli.policies import build_policy
+    from kcache_cli.rows.chart import check_plot
+    from kcache_cli.rows.store import Store, check_file, choose_format, read_rows, rows_to_resume
     from kcache_cli.settings import fill, load_settings
 
     settings = load_settings()
@@ -162,20 +166,21 @@ def bench(
     )
     target, chart = check_file("--output", output), check_file("--plot", plot)
     check_plot(chart)
+    watch_options.check()
     chosen = choose_format(form, target)
-    if resume and (target is None or chosen not in ("json", "jsonl")):
-        raise InputError("--resume reads what --output holds: name a .jsonl or .json file there")
-    old = None if compare is None else read_rows(Path(compare), "--compare")
-    there = read_rows(target, "--output") if resume and target is not None and target.exists() else []
+    there = rows_to_resume(resume, target, chosen, COMMAND, NAMES)
+    old = None if compare is None else read_rows(Path(compare), "--compare", COMMAND, NAMES)
+    compared = partial(compare_with, old)
 
     engine = engine_of(context)
     with download_bar(f"loading {model.name}") as progress:
         lm = engine.load(model, progress)
     cases = make_cases(spec)
     kept, left = _split(lm, spec, cases, there)
-    store = Store(target, chosen, kept, old)
+    store = Store(target, chosen, markdown, compared(kept))
     try:
-        _run(engine, lm, spec, left, store)
+        with watching(engine, lm, "bench", watch_options):
+            _run(engine, lm, spec, left, store, compared)
     finally:
         store.close()
         if chart is not None and store.rows:
@@ -185,24 +190,30 @@ def bench(
     _report(store, target, chart, len(cases) - len(left))
 
 
-def _run(engine: Engine, lm: Any, spec: Spec, cases: Sequence[Case], store: Store) -> None:
+def _run(
+    engine: Engine,
+    lm: Any,
+    spec: Spec,
+    cases: Sequence[Case],
+    store: Store,
+    compared: Callable[[Sequence[Row]], list[Row]],
+) -> None:
     """Measure, and store the rows of each case as it ends."""
     from kcache.bench.run import turns_of
-    from kcache_cli.bench.progress import turns_bar
     from kcache_cli.exits import note
+    from kcache_cli.rows.progress import steps_bar
 
-    with turns_bar(sum(turns_of(case, spec) for case in cases)) as watch:
+    total = sum(turns_of(case, spec) for case in cases)
+    with steps_bar(total, "timing", lambda label: label.rpartition(" · ")[0]) as watch:
         try:
             for rows in engine.bench(lm, spec, cases, watch):
-                store.add([row.to_dict() for row in rows])
+                store.add(compared([row.to_dict() for row in rows]))
         except KeyboardInterrupt:
             note("stopped; the rows of finished cases are there")
             raise
 
 
-def _split(
-    lm: Any, spec: Spec, cases: Sequence[Case], there: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[Case]]:
+def _split(lm: Any, spec: Spec, cases: Sequence[Case], there: list[Row]) -> tuple[list[Row], list[Case]]:
     """Rows to keep and cases to run: a case runs unless each of its rows is there, measured the same way.
 
     A case whose rows are there in part runs whole, since ratios need engines that took turns.
@@ -210,7 +221,7 @@ def _split(
     if not there:
         return [], list(cases)
     from kcache.bench.report import blank_row
-    from kcache_cli.bench.store import identity, same_settings
+    from kcache_cli.bench.same import identity, same_settings
 
     found = {identity(row): row for row in there if row.get("status") != "failed"}
     left, replaced = [], set()

@@ -10,6 +10,7 @@ import typer
 
 from kcache.errors import InputError
 from kcache_cli.options import ModelOptions, PolicyOptions, SamplingOptions, with_options
+from kcache_cli.watching import WatchOptions, watching
 
 DEFAULT_MAX_TOKENS = 1024
 
@@ -31,6 +32,7 @@ def chat(
     *,
     sampling_options: SamplingOptions,
     policy_options: PolicyOptions,
+    watch_options: WatchOptions,
 ) -> None:
     """Talk to a model.
 
@@ -55,6 +57,7 @@ def chat(
     settings = load_settings()
     model, sampling = fill(model_options, settings), fill(sampling_options, settings)
     policy = build_policy(policy_options, settings)
+    watch_options.check()
     planned = policy_options.ctx or settings.ctx
     document = None if file is None else read_document(file)
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
@@ -77,12 +80,13 @@ def chat(
     length = max_tokens or settings.max_tokens or DEFAULT_MAX_TOKENS
     conversation = Conversation(session, model.name, length, plan.host_only, document)
     conversation.check_document()
-    if not at_terminal:
-        answer_once(conversation, message, as_json)
-        return
-    from kcache_cli.chat.prompt import Prompt
+    with watching(engine, lm, "chat", watch_options):
+        if not at_terminal:
+            answer_once(conversation, message, as_json)
+            return
+        from kcache_cli.chat.prompt import Prompt
 
-    Repl(conversation, Prompt(history_file()).read, as_json).run()
+        Repl(conversation, Prompt(history_file()).read, as_json).run()
 
 
 def read_document(path: Path) -> str:

@@ -14,8 +14,10 @@ import typer
 from kcache.errors import InputError
 from kcache_cli.exits import note, warn
 from kcache_cli.options import ModelOptions, PolicyOptions, SamplingOptions, with_options
+from kcache_cli.watching import WatchOptions, watching
 
 if TYPE_CHECKING:
+    from kcache import TokenEvent
     from kcache.policy import Policy
     from kcache_cli.batch.inputs import BadLine, Inputs
     from kcache_cli.batch.journal import Journal
@@ -52,6 +54,7 @@ def generate(
     *,
     sampling_options: SamplingOptions,
     policy_options: PolicyOptions,
+    watch_options: WatchOptions,
 ) -> None:
     """Generate from a file of prompts, several at a time.
 
@@ -86,6 +89,7 @@ def generate(
     if source == "-" and sys.stdin is not None and sys.stdin.isatty():
         raise InputError("no prompts: name a file with -i, or pipe lines into standard input")
     path = check_target(target, source)
+    watch_options.check()
     inputs = parse_inputs(read_source(source))
     _report_bad(inputs.bad, strict)
     if not inputs.entries:
@@ -111,10 +115,18 @@ def generate(
                 batch_size=batch_size,
                 allow_overflow=overflow,
             )
-        _run(job, inputs, path, journal, plan.batch_size, strict)
+        _run(job, inputs, path, journal, plan.batch_size, strict, watch_options)
 
 
-def _run(job: Job, inputs: Inputs, path: Path | None, journal: Journal | None, batch_size: int, strict: bool) -> None:
+def _run(
+    job: Job,
+    inputs: Inputs,
+    path: Path | None,
+    journal: Journal | None,
+    batch_size: int,
+    strict: bool,
+    watch_options: WatchOptions,
+) -> None:
     """Load the model, run what is left, and say what was done."""
     from kcache_cli.batch.output import OrderedOutput, mend, standard_output
     from kcache_cli.batch.progress import Meter, progress_bar
@@ -139,7 +151,14 @@ def _run(job: Job, inputs: Inputs, path: Path | None, journal: Journal | None, b
     with contextlib.ExitStack() as stack:
         file = standard_output() if path is None else stack.enter_context(path.open("ab"))
         output = OrderedOutput(ids, file, written)
-        watch = stack.enter_context(progress_bar(meter))
+        count = stack.enter_context(progress_bar(meter))
+        publication = stack.enter_context(watching(job.engine, lm, "generate", watch_options))
+
+        def watch(event: TokenEvent) -> None:
+            count(event)
+            if publication is not None:
+                publication.job(meter.done, meter.total)
+
         try:
             run_batches(job, lm, work, todo, output, journal, watch)
         except KeyboardInterrupt:
@@ -149,10 +168,10 @@ def _run(job: Job, inputs: Inputs, path: Path | None, journal: Journal | None, b
         if journal is not None:
             output.sync()
             journal.close_job([line.line for line in bad])
-    count = len(inputs.bad) + len(bad)
+    left_out = len(inputs.bad) + len(bad)
     note(
         f"{len(work):,} prompts, {meter.tokens:,} new tokens in {meter.elapsed_s:.1f} s ({meter.tok_s:.1f} tok/s)"
-        + (f"; {count:,} bad line{'s' if count > 1 else ''} left out" if count else "")
+        + (f"; {left_out:,} bad line{'s' if left_out > 1 else ''} left out" if left_out else "")
     )
 
 

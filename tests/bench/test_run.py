@@ -26,7 +26,7 @@ from kcache.loading import LoadedModel
 from kcache.policy import Policy
 from tests.bench.machines import machine, tiny
 
-POLICY = Policy(dense_below=0, dense_layers=1, offload="all")
+POLICY = Policy(spread="even", dense_below=0, dense_layers=1, offload="all")
 SPEC = Spec(ctxs=(40,), batches=(2,), topns=(4, 8), policy=POLICY, repeats=2, steps=2, warmup=1)
 ALL = ("kcache", "dense", "hf-dynamic", "hf-static", "hf-offloaded")
 

@@ -18,7 +18,7 @@ class Run(Protocol):
 
 
 @pytest.fixture(autouse=True)
-def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sockets: Path) -> None:
     for name in [name for name in os.environ if name.upper().startswith("KCACHE_")]:
         if name != "KCACHE_HOME":  # where the demo model is kept
             monkeypatch.delenv(name)

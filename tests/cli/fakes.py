@@ -148,6 +148,7 @@ class FakeEngine:
         self.seeds: list[int | None] = []
         self.sessions: list[FakeSession] = []
         self.stop_after: int | None = None
+        self.published: list[dict[str, Any]] = []
 
     def plan(self, model: ModelOptions, policy: Policy, **wanted: Any) -> Plan:
         self.calls.append("plan")
@@ -177,6 +178,9 @@ class FakeEngine:
             raise InputError("fake has no chat template")
         text = prompt if isinstance(prompt, str) else " ".join(message["content"] for message in prompt)
         return [sum(word.encode()) for word in text.split()]
+
+    def publish(self, lm: FakeModel, **options: Any) -> None:
+        self.published.append(options)
 
     def generate(self, lm: FakeModel, prompts: list[list[int]], policy: Policy, **options: Any) -> Iterator[TokenEvent]:
         seed = options["sampling"].seed

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kcache_cli.bench.formats import FORMATS, render
-from kcache_cli.bench.store import compare, read_rows
+from kcache_cli.bench.same import COMMAND, NAMES, compare_with
+from kcache_cli.bench.table import markdown
 from kcache_cli.engine import KCacheEngine, Progress
 from kcache_cli.options import ModelOptions, number_list
+from kcache_cli.rows.formats import FORMATS, render
+from kcache_cli.rows.store import read_rows
 from tests.cli.conftest import Run
 
 if TYPE_CHECKING:
@@ -48,6 +50,9 @@ class FakeBench:
         inner = SimpleNamespace(dtype=torch.bfloat16, device=device)
         return SimpleNamespace(name=model.name, model=inner, device=device, context_length=self.context_length)
 
+    def publish(self, lm: Any, **options: Any) -> None:
+        """There is nothing to watch."""
+
     def bench(self, lm: Any, spec: Spec, cases: Sequence[Case], watch: Any) -> Iterator[list[Row]]:
         from dataclasses import replace
 
@@ -72,7 +77,7 @@ class FakeBench:
 
 
 def rows_in(path: Path) -> list[dict[str, Any]]:
-    return read_rows(path, "--output")
+    return read_rows(path, "--output", COMMAND, NAMES)
 
 
 # -- flags ---------------------------------------------------------------------------------------------------------
@@ -176,7 +181,7 @@ def test_markdown_shows_what_was_measured_and_why_not(run: Run) -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_no_rows(form: str) -> None:
-    assert render([], form) in ("", "[]\n")
+    assert render([], form, markdown) in ("", "[]\n")
 
 
 def test_the_name_of_the_file_tells_the_format(run: Run, tmp_path: Path) -> None:
@@ -272,7 +277,7 @@ def test_compare_says_how_much_faster_it_is_now(run: Run, tmp_path: Path) -> Non
 
 def test_compare_takes_rows_without_figures() -> None:
     row = {"engine": "dense", "ctx": 1, "batch": 1, "decode_ms_p50": None}
-    assert compare([row], [row])[0]["compare_ratio"] is None
+    assert compare_with([row], [row])[0]["compare_ratio"] is None
 
 
 def test_plot(run: Run, tmp_path: Path) -> None:

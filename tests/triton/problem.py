@@ -159,7 +159,7 @@ def dense(problem: Problem) -> torch.Tensor:
 def check_picks(problem: Problem, picks: torch.Tensor, tolerance: float = 1e-5) -> None:
     """The picks are distinct, within the length, and hold the N largest weights up to ``tolerance``."""
     probs = probabilities(problem)
-    weight = probs.sum(2) if problem.select == "group" else probs
+    weight = probs.amax(2) if problem.select == "group" else probs
     count = min(problem.topn, problem.length)
     best = weight.topk(count, dim=-1).values
     picks = picks[..., :count].long().to(weight.device)

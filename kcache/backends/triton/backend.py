@@ -32,6 +32,7 @@ class TritonBackend:
 
     name = "triton"
     reads_host_by_kernel = True
+    spreads = False
 
     def __init__(self, device: torch.device, tuning: Tuning | None = None) -> None:
         if device.type != "cuda" and not interpreted():

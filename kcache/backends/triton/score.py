@@ -1,11 +1,11 @@
-"""Score: one read of K per KV group, then probabilities summed over the group.
+"""Score: one read of K per KV group, then the largest probability of the group.
 
 Two kernels. ``score_kernel`` streams K once, writes the scores ``[R, G, capacity]`` (fp32, log2 units, masked rows
 -inf) and, per piece of the length, the maximum and sum of exponentials of every head. ``weight_kernel`` turns those
-into the log-sum-exp per head and reads the scores once more: per block of rows it writes the largest group-summed
-probability (what select searches) and the probability each head gives the block (what the tail weighs means by).
-Group sums need the log-sum-exp of every head first, hence the second pass; it costs 1/16 of K's bytes at G = 4, out
-of L2 while the scores fit there.
+into the log-sum-exp per head and reads the scores once more: per block of rows it writes the largest probability of
+any head (what select searches) and the probability each head gives the block (what the tail weighs means by). That
+needs the log-sum-exp of every head first, hence the second pass; it costs 1/16 of K's bytes at G = 4, out of L2 while
+the scores fit there.
 
 Shapes: R = B * selection heads, G query heads of each, D head size, S pieces the length is cut into.
 """
@@ -131,7 +131,7 @@ def weight_kernel(
         if chunk == 0:
             tl.store(lse + row * G + heads, norm, mask=heads < G)
         prob = tl.exp2(score - norm[:, None, None])
-        top = tl.max(tl.where(inside, tl.sum(prob, 0), -1.0), 1)
+        top = tl.max(tl.where(inside, tl.max(prob, 0), -1.0), 1)
         at = chunk * N_BLOCKS + block
         tl.store(block_top + row.to(tl.int64) * blocks + at, top, mask=at * BLOCK < length)
         if HAS_TAIL:

@@ -127,9 +127,9 @@ def select_kernel(
         there = (first + few < G)[:, None]
         score = tl.load(s_ptrs + first * capacity, mask=there & inside[None, :], other=float("-inf"))
         norm = tl.load(lse + row * G + first + few, mask=first + few < G, other=0.0)
-        weight += tl.sum(tl.exp2(score - norm[:, None]), 0)
+        weight = tl.maximum(weight, tl.max(tl.exp2(score - norm[:, None]), 0))
     keys = tl.where(inside, weight.to(tl.int32, bitcast=True), -1)
-    # N blocks reach down to `low`, so N rows do as well, but for rounding between the two kernels' sums.
+    # N blocks reach down to `low`, so N rows do as well, but for rounding between the two kernels.
     low, high, above = find_threshold(keys, n_rows, tl.maximum(low - 64, 0))
     taken, place = take(keys, low, high, above, n_rows)
     slot = tl.arange(0, NP)

@@ -9,27 +9,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
 from kcache.errors import InputError
-from kcache_cli.bench.formats import FORMATS, BenchRow, render
-
-IDENTITY = ("engine", "model", "ctx", "batch", "topn", "dtype", "device")
-"""What makes two rows measurements of the same thing."""
-_SETTINGS = ("policy", "context_from", "repeats", "steps")
-
-
-def identity(row: BenchRow) -> tuple[Any, ...]:
-    """What the row measures."""
-    return tuple(row.get(name) for name in IDENTITY)
-
-
-def same_settings(row: BenchRow, wanted: BenchRow) -> bool:
-    """Whether a row was measured in the way that is wanted now."""
-    return all(row.get(name) == wanted.get(name) for name in _SETTINGS)
+from kcache_cli.rows.formats import FORMATS, Markdown, Row, render
 
 
 def choose_format(form: str | None, target: Path | None) -> str:
@@ -40,8 +27,33 @@ def choose_format(form: str | None, target: Path | None) -> str:
     return suffix if suffix in FORMATS else "md"
 
 
-def read_rows(path: Path, option: str) -> list[BenchRow]:
+def rows_to_resume(resume: bool, target: Path | None, form: str, command: str, names: set[str]) -> list[Row]:
+    """Rows that ``--output`` holds already, none unless they are to be kept.
+
+    Raises
+    ------
+    InputError
+        If there is no file to read them from, or it holds something else; see :func:`read_rows`.
+    """
+    if not resume:
+        return []
+    if target is None or form not in ("json", "jsonl"):
+        raise InputError("--resume reads what --output holds: name a .jsonl or .json file there")
+    return read_rows(target, "--output", command, names) if target.exists() else []
+
+
+def read_rows(path: Path, option: str, command: str, names: set[str]) -> list[Row]:
     """Read rows from JSON lines or a JSON list; a torn last line is left out.
+
+    Parameters
+    ----------
+    path : Path
+    option : str
+        The flag that named it, for messages.
+    command : str
+        Whose rows they should be.
+    names : set of str
+        Fields that tell such a row from anything else.
 
     Raises
     ------
@@ -55,8 +67,8 @@ def read_rows(path: Path, option: str) -> list[BenchRow]:
     except UnicodeDecodeError:
         raise InputError(f"{option} {path}: is not UTF-8 text") from None
     values = _list(text) if text.lstrip().startswith("[") else _lines(text)
-    if values is None or not all(isinstance(row, dict) and {"engine", "ctx", "batch"} <= set(row) for row in values):
-        raise InputError(f"{option} {path}: does not hold rows of kcache bench; it reads -o jsonl and -o json")
+    if values is None or not all(isinstance(row, dict) and names <= set(row) for row in values):
+        raise InputError(f"{option} {path}: does not hold rows of {command}; it reads -o jsonl and -o json")
     return values
 
 
@@ -80,16 +92,6 @@ def _lines(text: str) -> list[Any] | None:
     return values
 
 
-def compare(rows: Iterable[BenchRow], old: Sequence[BenchRow]) -> list[BenchRow]:
-    """Add ``compare_ratio`` to each row: its speed over that of the same row in ``old``, above 1 is faster now."""
-    before = {identity(row): row.get("decode_ms_p50") for row in old}
-    compared = []
-    for row in rows:
-        then, now = before.get(identity(row)), row.get("decode_ms_p50")
-        compared.append({**row, "compare_ratio": then / now if then and now else None})
-    return compared
-
-
 class Store:
     """Collects rows and writes them.
 
@@ -99,43 +101,50 @@ class Store:
         The file, or None for standard output.
     form : str
         One of the formats.
+    markdown : callable
+        Writes the rows as a Markdown table.
     rows : sequence of dict
         Rows that are there already.
-    old : sequence of dict or None
-        Rows of an earlier run to compare with.
     """
 
-    def __init__(
-        self, target: Path | None, form: str, rows: Sequence[BenchRow] = (), old: Sequence[BenchRow] | None = None
-    ) -> None:
-        self.target, self.form, self._old = target, form, old
-        self.rows: list[BenchRow] = []
+    def __init__(self, target: Path | None, form: str, markdown: Markdown, rows: Sequence[Row] = ()) -> None:
+        self.target, self.form, self._markdown = target, form, markdown
+        self.rows: list[Row] = [*rows]
         self._printed = ""
-        self._take(rows)
 
-    def _take(self, rows: Sequence[BenchRow]) -> None:
-        self.rows += rows if self._old is None else compare(rows, self._old)
-
-    def add(self, rows: Sequence[BenchRow]) -> None:
+    def add(self, rows: Sequence[Row]) -> None:
         """Take the rows of a case."""
-        self._take(rows)
+        self.rows += rows
         if self.target is None:
             if self.form in ("jsonl", "csv"):
-                self._print()
+                self._print(self.rows)
         elif self._replaceable:
-            self._replace(render(self.rows, self.form))
+            self._replace(self._render())
+
+    def replace(self, rows: Sequence[Row], is_whole: Callable[[Row], bool]) -> None:
+        """Take all rows anew, some of which may grow still; standard output gets the first ones, up to such a row."""
+        self.rows = [*rows]
+        if self.target is None:
+            if self.form in ("jsonl", "csv"):
+                self._print([*takewhile(is_whole, self.rows)])
+        elif self.rows and self._replaceable:
+            self._replace(self._render())
 
     def close(self) -> None:
         """Write what could not be written before the end."""
         if self.target is None:
-            self._print()
+            self._print(self.rows)
         elif not self._replaceable:
-            self.target.write_text(render(self.rows, self.form), encoding="utf-8")
+            self.target.write_text(self._render(), encoding="utf-8")
         elif self.rows:
-            self._replace(render(self.rows, self.form))
+            self._replace(self._render())
 
-    def _print(self) -> None:
-        text = render(self.rows, self.form)
+    def _render(self) -> str:
+        return render(self.rows, self.form, self._markdown)
+
+    def _print(self, rows: Sequence[Row]) -> None:
+        """Print what of these rows has not been printed yet."""
+        text = render(rows, self.form, self._markdown)
         sys.stdout.write(text.removeprefix(self._printed))
         sys.stdout.flush()
         self._printed = text

@@ -1,0 +1,129 @@
+"""From what the engine handed over to the columns of a frame: histograms, overlap, shares. In the publisher's thread.
+
+All layers are computed together, as one array of row and position in one number, a row being what one head of one
+sequence picked: a Python loop over layers would hold the interpreter that the engine needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import astuple
+
+import numpy as np
+
+from kcache.watch.capture import Arriving, Captured
+from kcache.watch.codec import Message
+from kcache.watch.columns import NO_SHARE, PARTS, PHASES, ROLES, STATS
+from kcache.watch.frame import MOST_BUCKETS, Memory, Phase, bucket_tokens
+from kcache.watch.tokens import Tokens
+
+Shapes = tuple[tuple[int, ...], ...]
+_ROW = 32
+_POSITION = (1 << _ROW) - 1
+
+
+def build(
+    captured: Captured,
+    tokens: Tokens,
+    memory: Memory,
+    phase: Phase,
+    number: int,
+    job: tuple[int, int] | None = None,
+) -> Message:
+    """Make the columns of a frame; see :mod:`kcache.watch.columns`."""
+    layers = len(captured.counts)
+    counts = np.array(captured.counts, np.int64).reshape(layers, len(STATS)).T
+    length = int(counts[STATS.index("tokens")].max(initial=0))
+    same = captured.run == tokens.run
+    message: Message = {
+        "kind": "frame",
+        "number": number,
+        "time": captured.time_s,
+        "run": captured.run,
+        "phase": PHASES.index(phase),
+        "batch": max(0, captured.batch),
+        "observed": 0 if captured.picks is None else captured.picks.observed,
+        "tokens": length,
+        "kinds": captured.kinds,
+        "modes": captured.modes,
+        "counts": counts,
+        "histogram": np.zeros((layers, MOST_BUCKETS), np.uint32),
+        "overlap": np.full(layers, NO_SHARE, np.uint8),
+        "heads": np.zeros(layers, np.uint16),
+        "mass": np.zeros(0, np.uint8),
+        "memory": list(astuple(memory)),
+        "speed": list(astuple(tokens.speed())),
+        "marks": [[mark.start, ROLES.index(mark.role)] for mark in tokens.marks] if same else [],
+        "sequences": [list(map(int, astuple(item))) for item in tokens.sequences()] if same else [],
+        "job": None if job is None else list(job),
+    }
+    if captured.picks is not None:
+        _add_picks(message, captured, bucket_tokens(length))
+    return message
+
+
+def _add_picks(message: Message, captured: Captured, width: int) -> None:
+    picks = captured.picks
+    assert picks is not None
+    layers = len(picks.shapes)
+    rows, layer_of = _rows_of(picks.shapes, 3), _layers_of(picks.shapes, 3)
+    now = _sorted(_values(captured.positions), picks.shapes, 3)
+    of = layer_of[now >> _ROW]
+    total = np.bincount(of, minlength=layers)
+    buckets = (now & _POSITION) // width + of * MOST_BUCKETS
+    message["histogram"] = np.bincount(buckets, minlength=layers * MOST_BUCKETS).reshape(layers, MOST_BUCKETS)
+    if captured.before:
+        both = np.sort(np.concatenate([now, _sorted(_values(captured.before), captured.shapes_before, 3)]))
+        again = np.bincount(layer_of[both[1:][both[1:] == both[:-1]] >> _ROW], minlength=layers)
+        shares = np.rint(again / np.maximum(total, 1) * PARTS)
+        message["overlap"] = np.where(total > 0, shares, NO_SHARE).astype(np.uint8)
+    if any(len(shape) == 4 for shape in picks.shapes):  # those of a group's query heads together
+        now = _sorted(_values(captured.positions), picks.shapes, 2)
+        rows = _rows_of(picks.shapes, 2)
+    row = now >> _ROW
+    position = now & _POSITION
+    first = np.diff(row, prepend=-1) > 0
+    heads = np.array(picks.heads)
+    message["mass"] = _shares(_values(captured.mass), heads, picks.observed)
+    message["heads"] = heads.astype(np.uint16)
+    message["shapes"] = np.array([shape[:2] or (0, 0) for shape in picks.shapes], np.uint32)
+    message["rows"] = np.bincount(row, minlength=rows)
+    message["picks"] = np.where(first, position, np.diff(position, prepend=0))
+
+
+def _rows_of(shapes: Shapes, depth: int) -> int:
+    """How many rows of picks there are, a row for each of the first ``depth`` dimensions but the last."""
+    return sum(math.prod(shape[: min(depth, len(shape) - 1)]) for shape in shapes if shape)
+
+
+def _layers_of(shapes: Shapes, depth: int) -> np.ndarray:
+    """The layer of each row."""
+    return np.repeat(np.arange(len(shapes)), [_rows_of((shape,), depth) for shape in shapes])
+
+
+def _sorted(flat: np.ndarray, shapes: Shapes, depth: int) -> np.ndarray:
+    """Picks as one ascending array of row and position; -1, which fills up rows, is left out."""
+    picking = [shape for shape in shapes if shape]
+    each = [_rows_of((shape,), depth) for shape in picking]
+    length = [math.prod(shape) // rows for shape, rows in zip(picking, each, strict=True)]
+    row = np.repeat(np.arange(sum(each)), np.repeat(length, each))
+    picked = flat >= 0
+    keys: np.ndarray = (row[picked] << _ROW) | flat[picked]
+    return np.sort(keys)
+
+
+def _values(parts: Sequence[Arriving]) -> np.ndarray:
+    arrays = [part.numpy() for part in parts]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _shares(mass: np.ndarray, heads: np.ndarray, observed: int) -> np.ndarray:
+    """Mean over sequences of each layer's ``[S, Hq]``, in :data:`~kcache.watch.columns.PARTS`, layer after layer."""
+    given = heads[heads > 0]
+    if len(set(given.tolist())) == 1:
+        mean = mass.reshape(len(given), observed, -1).mean(1).reshape(-1)
+    else:
+        parts = np.split(mass, np.cumsum(given * observed)[:-1])
+        mean = np.concatenate([part.reshape(observed, -1).mean(0) for part in parts])
+    return np.rint(np.clip(mean, 0, 1) * PARTS).astype(np.uint8)

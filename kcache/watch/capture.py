@@ -1,0 +1,314 @@
+"""The engine's side of watching: what a forward hands over, in a few microseconds a layer and without a wait.
+
+Hooks on the model note when a forward with a :class:`~kcache.KCache` begins and ends. While nobody watches that is
+all. While somebody does, the end of a step puts the picks of all layers together into one tensor, and where a frame is
+due its counters too, and wakes the publisher's thread, which does the rest. On CUDA picks and token ids travel to
+pinned memory behind the step's own work, and only that thread waits for them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from kcache.cache import KCache
+from kcache.layer import TieredLayer
+from kcache.snapshots import layer_snapshot
+from kcache.watch.columns import KINDS, MODES, STATS
+
+MOST_PICKS = 65_536
+"""Picks looked at per step; of a larger batch only the first sequences are observed."""
+QUEUE = 256
+"""Frames that may wait for the publisher; then the oldest give way."""
+_FORWARDS = 65_536
+NEVER = math.inf
+
+
+class Arriving:
+    """A small tensor on its way to the host.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        Not changed by anybody from now on.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = tensor.detach()
+        if tensor.device.type == "cuda":
+            self._host = tensor.detach().to("cpu", non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(tensor.device))
+
+    def numpy(self) -> np.ndarray:
+        """The values; waits until they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        array: np.ndarray = self._host.numpy()
+        return array
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A forward that began.
+
+    ``past`` positions were in the cache and ``count`` come; ``ids`` ``[B, count]`` and, for a prompt with padding,
+    ``mask`` ``[B, count]``; ``at_s`` is of the monotonic clock.
+    """
+
+    run: int
+    at_s: float
+    past: int
+    count: int
+    batch: int
+    prompt: bool
+    ids: Arriving | None
+    mask: Arriving | None
+
+
+@dataclass(frozen=True, slots=True)
+class Picks:
+    """Picks and mass of the observed sequences of all layers, flat, layer after layer.
+
+    ``shapes`` has per layer the shape of its picks ``[S, Hkv, N]`` or ``[S, Hkv, G, N]``, which heads that picked
+    fewer fill up with -1; ``heads`` its query heads; ``()`` and 0 where it picked nothing.
+    """
+
+    step: tuple[int, int]
+    observed: int
+    shapes: tuple[tuple[int, ...], ...]
+    heads: tuple[int, ...]
+    positions: tuple[torch.Tensor, ...]
+    mass: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A moment as the engine hands it over: counters of each layer (the fields of Stats), and picks under way."""
+
+    run: int
+    time_s: float
+    batch: int
+    counts: list[tuple[int, ...]]
+    kinds: bytes
+    modes: bytes
+    picks: Picks | None = None
+    positions: tuple[Arriving, ...] = ()
+    mass: tuple[Arriving, ...] = ()
+    before: tuple[Arriving, ...] = ()
+    shapes_before: tuple[tuple[int, ...], ...] = ()
+
+
+class Capture:
+    """Watches the forwards of one model.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    wake : callable
+        Called on the engine's thread when something waits in ``ready``; must not block.
+    only : KCache, optional
+        Take no notice of the model's other caches.
+
+    Attributes
+    ----------
+    due_s : float
+        When the next frame is wanted, by the monotonic clock: 0 for every step, :data:`NEVER` while nobody watches.
+        Set by the publisher, and moved on by ``interval_s`` when a frame was taken.
+    forwards, ready : deque
+        Forwards that began and frames that were taken, for the publisher to remove.
+    probe : bool
+        Whether layers that attend exactly shall say what they would pick, in steps whose frame is taken.
+    running : bool
+        Whether a forward is under way.
+    ended_s : float
+        When the last one ended.
+    lost : int
+        Frames that gave way to newer ones.
+    """
+
+    def __init__(self, model: PreTrainedModel, wake: Callable[[], None], only: KCache | None = None) -> None:
+        self.due_s, self.interval_s = NEVER, 0.0
+        self.forwards: deque[Forward] = deque(maxlen=_FORWARDS)
+        self.ready: deque[Captured] = deque()
+        self.running, self.ended_s, self.lost = False, -math.inf, 0
+        self.probe, self._taking = False, False
+        self.run = 0
+        self._wake = wake
+        self._on_cuda = model.device.type == "cuda"
+        self._only = None if only is None else weakref.ref(only)
+        self._cache: weakref.ref[KCache] | None = None
+        self._latest: Picks | None = None
+        self._hooks = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    def stop(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def cache(self) -> KCache | None:
+        """The cache of the latest forward, while it lives."""
+        return None if self._cache is None else self._cache()
+
+    def take_now(self) -> Captured | None:
+        """Capture the present state, from another thread than the engine's: for a viewer who comes in between steps."""
+        cache = self.cache
+        if cache is None:
+            return None
+        try:
+            picks = self._latest if self.running or self._latest is not None else _picks(cache, self.run)
+            return _captured(cache, self.run, picks, None)
+        except AttributeError:  # the engine has just moved V of a layer; the frame at the end of its step will do
+            return None
+
+    def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = self._ours(kwargs)
+        if cache is None:
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        given = ids if ids is not None else kwargs.get("inputs_embeds")
+        if given is None:
+            return
+        past, (batch, count) = cache.get_seq_length(), given.shape[:2]
+        if self.cache is not cache or past == 0:
+            self._cache, self._latest = weakref.ref(cache), None
+            self.run += 1
+        prompt = count > 1 or cache.shared.force_exact
+        mask = kwargs.get("attention_mask") if prompt and batch > 1 else None
+        now = time.perf_counter()
+        self.running, self._taking = True, now >= self.due_s
+        cache.shared.probing = self.probe and self._taking
+        self.forwards.append(
+            Forward(
+                self.run,
+                now,
+                past,
+                count,
+                batch,
+                prompt,
+                None if ids is None else Arriving(ids),
+                None if mask is None or mask.dim() != 2 else Arriving(mask[:, -count:]),
+            )
+        )
+        if prompt and self.due_s < NEVER:
+            self._wake()
+
+    def _after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = self._ours(kwargs)
+        if cache is None or cache is not self.cache:
+            return
+        now = self.ended_s = time.perf_counter()
+        self.running = cache.shared.probing = False
+        if self.due_s == NEVER:
+            self._latest = None
+            return
+        before, self._latest = self._latest, _picks(cache, self.run)
+        if not self._taking and (self.probe or now < self.due_s):
+            return
+        if self.interval_s:
+            self.due_s = now + self.interval_s
+        if len(self.ready) >= QUEUE:
+            self.ready.popleft()
+            self.lost += 1
+        self.ready.append(_captured(cache, self.run, self._latest, before))
+        self._wake()
+
+    def _ours(self, kwargs: dict[str, Any]) -> KCache | None:
+        """The cache of a forward we watch."""
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, KCache) or (self._only is not None and self._only() is not cache):
+            return None
+        if self._on_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        return cache
+
+
+def _picks(cache: KCache, run: int) -> Picks | None:
+    """Put the picks of all layers together; None where no layer has any."""
+    layers = [layer if isinstance(layer, TieredLayer) and layer.picks is not None else None for layer in cache.layers]
+    picking = [layer for layer in layers if layer is not None]
+    if not picking:
+        return None
+    batch = picking[0].batch_size
+    total = sum(layer.picks.numel() for layer in picking if layer.picks is not None)
+    observed = max(1, min(batch, MOST_PICKS * batch // max(1, total)))
+    positions = [layer.picks[:observed] for layer in picking if layer.picks is not None]
+    mass = [layer.mass[:observed] for layer in picking if layer.mass is not None]
+    shapes = iter([tuple(tensor.shape) for tensor in positions])
+    heads = iter([math.prod(tensor.shape[1:]) for tensor in mass])
+    return Picks(
+        step=(run, max(layer.steps for layer in picking)),
+        observed=observed,
+        shapes=tuple(() if layer is None else next(shapes) for layer in layers),
+        heads=tuple(0 if layer is None else next(heads) for layer in layers),
+        positions=_together(positions),
+        mass=_together(mass),
+    )
+
+
+def _together(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Flatten and join, one tensor for each stretch of layers on one device."""
+    joined: list[torch.Tensor] = []
+    start = 0
+    for end in range(1, len(tensors) + 1):
+        if end == len(tensors) or tensors[end].device != tensors[start].device:
+            joined.append(torch.cat([tensor.reshape(-1) for tensor in tensors[start:end]]))
+            start = end
+    return tuple(joined)
+
+
+def _captured(cache: KCache, run: int, picks: Picks | None, before: Picks | None) -> Captured:
+    """Read the counters, and send the picks on their way."""
+    counts: list[tuple[int, ...]] = []
+    kinds, modes = bytearray(), bytearray()
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, TieredLayer):
+            counts.append(layer.counts())
+            kinds.append(_KIND[layer.kind])
+            modes.append(_MODE[layer.mode])
+        else:
+            shot = layer_snapshot(index, layer, picks=False)
+            counts.append(tuple(getattr(shot.stats, name) for name in STATS))
+            kinds.append(_KIND[shot.kind])
+            modes.append(_MODE[shot.mode])
+    follows = (
+        picks is not None
+        and before is not None
+        and before.step == (picks.step[0], picks.step[1] - 1)
+        and [shape[:-1] for shape in before.shapes] == [shape[:-1] for shape in picks.shapes]
+    )
+    return Captured(
+        run,
+        time.time(),
+        cache.batch_size,
+        counts,
+        bytes(kinds),
+        bytes(modes),
+        picks,
+        () if picks is None else _sent(picks.positions, torch.int32),
+        () if picks is None else _sent(picks.mass, torch.float32),
+        _sent(before.positions, torch.int32) if follows and before is not None else (),
+        before.shapes if follows and before is not None else (),
+    )
+
+
+def _sent(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[Arriving, ...]:
+    return tuple(Arriving(tensor.to(dtype)) for tensor in tensors)
+
+
+_KIND = {kind: code for code, kind in enumerate(KINDS)}
+_MODE = {mode: code for code, mode in enumerate(MODES)}

@@ -1,0 +1,128 @@
+"""Writing a recording: every step, as small as it gets, on the disk when the call returns."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+
+from kcache.errors import InputError
+from kcache.watch.codec import Message
+from kcache.watch.columns import PICKS, WIDTHS
+from kcache.watch.frame import MOST_BUCKETS
+from kcache.watch.kcr import DELTA, END, HEADER, KEY, KEY_EVERY, MAGIC, START, TEXT, VERSION, record, thin
+from kcache.watch.tokens import Tokens
+from kcache.watch.transcript import TextCursor
+
+BUDGET = 62
+"""Bytes per layer and step that a recording keeps to in the long run, of 32 layers (1,984) or more; text aside.
+
+Counters, mass and histograms come first. Where they take more than that, the histograms get half the buckets, twice as
+wide. Exact picks, many times the size of the rest, are written whenever what has been saved so far pays for them.
+"""
+_LEAST_LAYERS = 32
+_WINDOW = 8
+_ROOM = 0.45
+
+
+class Recorder:
+    """Appends to a new recording, in the publisher's thread.
+
+    Parameters
+    ----------
+    path : Path
+        Must not exist: a recording is never overwritten.
+
+    Attributes
+    ----------
+    problem : str or None
+        Why nothing has been written any more since, in words.
+
+    Raises
+    ------
+    InputError
+        If the file exists or cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.problem: str | None = None
+        self.text = TextCursor()
+        self._before: Message = {}
+        self._alone = 0
+        self._spent = self._earned = 0
+        self._buckets = MOST_BUCKETS
+        self._sizes: deque[int] = deque(maxlen=_WINDOW)
+        self._picks_cost = 0
+        try:
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+        except FileExistsError:
+            raise InputError(f"--record {path}: exists; give another name, or remove it") from None
+        except OSError as error:
+            raise InputError(f"--record {path}: cannot be written: {error.strerror or error}") from None
+        self._append(START.pack(MAGIC, VERSION))
+
+    def begin(self, info: Message) -> None:
+        """Write the header."""
+        self._append(record(HEADER, info))
+
+    def write(self, frame: Message, tokens: Tokens) -> None:
+        """Write the text that is new, then the frame."""
+        while (text := self.text.next(tokens)) is not None:
+            self._append(record(TEXT, text))
+        picks: Message = {name: frame[name] for name in PICKS if name in frame}
+        plain = {name: value for name, value in frame.items() if name not in picks}
+        plain["histogram"] = _merged(plain["histogram"], self._buckets)
+        pay = BUDGET * max(_LEAST_LAYERS, len(frame["kinds"]))
+        self._earned += pay
+        alone = self._alone % KEY_EVERY == 0 or plain["run"] != self._before.get("run")
+        self._alone = 1 if alone else self._alone + 1
+        kind, thinned = (KEY, plain) if alone else (DELTA, thin(plain, self._before))
+        data = record(kind, thinned)
+        if not alone:
+            self._fit_buckets(len(data), pay)
+        if picks and self._spent + len(data) + self._picks_cost <= self._earned:
+            with_picks = record(kind, {**thinned, **picks})
+            self._picks_cost = len(with_picks) - len(data)
+            if self._spent + len(with_picks) <= self._earned:
+                data = with_picks
+        self._spent += len(data)
+        self._before = plain
+        self._append(data)
+
+    def _fit_buckets(self, size: int, pay: int) -> None:
+        """Fewer buckets while frames are larger than what they earn, more where there is room; a key frame follows."""
+        self._sizes.append(size)
+        mean = sum(self._sizes) / len(self._sizes)
+        at = WIDTHS.index(self._buckets)
+        if len(self._sizes) < _WINDOW or pay * _ROOM <= mean <= pay:
+            return
+        wanted = WIDTHS[min(at + 1, len(WIDTHS) - 1) if mean > pay else max(at - 1, 0)]
+        if wanted != self._buckets:
+            self._buckets, self._alone = wanted, 0
+            self._sizes.clear()
+
+    def close(self, reason: str) -> None:
+        """Write the end."""
+        self._append(record(END, {"kind": "end", "reason": reason}))
+        os.close(self._file)
+
+    def _append(self, data: bytes) -> None:
+        """One write per record, so a process that dies leaves whole records; after a failure nothing more is tried."""
+        if self.problem is not None:
+            return
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+        except OSError as error:
+            self.problem = f"{self.path}: {error.strerror or error}; the recording ends there"
+
+
+def _merged(histogram: np.ndarray, buckets: int) -> np.ndarray:
+    """The histograms ``[layers, 128]`` with neighbouring buckets together, ``[layers, buckets]``."""
+    merged: np.ndarray = histogram.reshape(len(histogram), buckets, histogram.shape[1] // buckets).sum(
+        2, dtype=np.int64
+    )
+    return merged

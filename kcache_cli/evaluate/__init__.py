@@ -1,0 +1,1 @@
+"""The commands of ``kcache eval``, and how their rows are written and drawn."""

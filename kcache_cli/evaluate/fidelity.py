@@ -1,0 +1,189 @@
+"""``kcache eval fidelity``: how far decoding with N rows is from full attention on a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kcache_cli.completion import complete_policy
+from kcache_cli.evaluate.flags import ResultOptions
+from kcache_cli.options import ModelOptions, PolicyOptions, Without, number_list, token_count, with_options
+
+if TYPE_CHECKING:
+    from kcache.evaluate.fidelity import Case
+    from kcache.evaluate.figures import Figures
+    from kcache.evaluate.haystack import Prose
+    from kcache.evaluate.places import Place
+    from kcache.evaluate.sweep import Spec
+    from kcache_cli.engine import Engine
+    from kcache_cli.rows.store import Store
+
+
+def _option(*names: str, help: str, metavar: str, default: str | bool = False, **more: Any) -> Any:
+    return typer.Option(
+        *names, help=help, metavar=metavar, show_default=default, rich_help_panel="What to measure", **more
+    )
+
+
+@with_options
+def fidelity(
+    context: typer.Context,
+    model_options: ModelOptions,
+    text: Annotated[
+        list[str] | None,
+        _option(
+            "--text", help="Text to read, UTF-8; may be repeated.", metavar="FILE", default="the reference of Python"
+        ),
+    ] = None,
+    ctx: Annotated[
+        int,
+        _option(
+            "--ctx",
+            help="Tokens prefilled before the steps: 7680, 8k, ...",
+            metavar="TOKENS",
+            default="7680",
+            parser=token_count,
+        ),
+    ] = 7680,
+    steps: Annotated[
+        int, _option("--steps", help="Decode steps after them.", metavar="INTEGER", default="256", min=1)
+    ] = 256,
+    places: Annotated[
+        int, _option("--places", help="Places in the text, spread over it.", metavar="INTEGER", default="4", min=1)
+    ] = 4,
+    topn: Annotated[
+        str | None,
+        _option("--topn", help="V rows fetched per KV head and step.", metavar="LIST", default="the policy's"),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        _option(
+            "--policy",
+            help="default, paper (the scheme as published), or a TOML file of policy fields; may be repeated. Single "
+            "policy flags change each of them further.",
+            metavar="NAME|FILE",
+            default="default",
+            autocompletion=complete_policy,
+        ),
+    ] = None,
+    plot: Annotated[
+        str | None,
+        typer.Option(
+            "--plot",
+            help="Draw KL against bytes over the link here: .png, .svg, .pdf.",
+            metavar="FILE",
+            rich_help_panel="Results",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    results: ResultOptions,
+    policy_options: Annotated[PolicyOptions, Without(("policy", "topn", "offload", "ctx", "allow_overflow"))],
+) -> None:
+    """Compare decoding with N rows with full attention, on a text.
+
+    At each of several places the text is prefilled exactly, once; then its next tokens are fed to full attention and to
+    every policy with every N, and their predictions compared at each step: KL divergence, perplexity, share of steps
+    with the same likeliest token. V of all layers but the dense ones is offloaded, in float32 unless --dtype is given.
+
+    Rows go to standard output, progress to standard error. A file is written whenever a policy is done with a place,
+    so a run that was stopped goes on with --resume.
+
+    Examples
+    --------
+      kcache eval fidelity --topn 64,128,256
+      kcache eval fidelity --text essays.txt --topn 32,64,128 --policy default --policy paper --plot kl.svg
+      kcache eval fidelity Qwen/Qwen3-8B --text essays.txt --ctx 32k -o jsonl --output rows.jsonl --resume
+    """
+    from kcache.evaluate.fidelity import Case
+    from kcache.evaluate.places import find_places
+    from kcache.evaluate.sweep import Spec
+    from kcache_cli.console import download_bar
+    from kcache_cli.engine import engine_of
+    from kcache_cli.evaluate.fidelity_table import COMMAND, NAMES, markdown
+    from kcache_cli.evaluate.prose import read_prose
+    from kcache_cli.policies import build_policies
+    from kcache_cli.rows.chart import check_plot
+    from kcache_cli.rows.store import Store, check_file, choose_format, rows_to_resume
+    from kcache_cli.settings import fill, load_settings
+
+    settings = load_settings()
+    model = fill(replace(model_options, dtype=model_options.dtype or "float32"), settings)
+    cases = tuple(
+        Case(_called(name), each.replace(topn=rows, offload="all" if each.offload == "auto" else each.offload))
+        for name, each in build_policies(policy, policy_options, settings).items()
+        for rows in number_list(topn, "--topn", (each.topn,))
+    )
+    spec = Spec(cases, ctx, steps, places)
+    target, chart = results.target, check_file("--plot", plot)
+    check_plot(chart)
+    chosen = choose_format(results.form, target)
+    there = rows_to_resume(results.resume, target, chosen, COMMAND, NAMES)
+    prose = read_prose(text)
+
+    engine = engine_of(context)
+    with download_bar(f"loading {model.name}") as progress:
+        lm = engine.load(model, progress)
+    found = find_places(lm, prose, spec.ctx, spec.steps, spec.places)
+    store = Store(target, chosen, markdown, there)
+    try:
+        _run(engine, lm, spec, prose, found, store)
+    finally:
+        store.close()
+        if chart is not None and store.rows:
+            from kcache_cli.evaluate.fidelity_plot import draw
+
+            draw(store.rows, chart)
+    _report(store, target, chart)
+
+
+def _called(policy: str) -> str:
+    """What a policy is called in tables: its name, or that of its file."""
+    return Path(policy).stem if policy.endswith(".toml") else policy
+
+
+def _run(engine: Engine, lm: Any, spec: Spec, prose: Prose, places: Sequence[Place], store: Store) -> None:
+    """Measure what the store does not hold yet, and store a case's row whenever it has grown by a place."""
+    from kcache.bench.env import surroundings
+    from kcache.evaluate.sweep import make_row, turns_of
+    from kcache_cli.evaluate.fidelity_table import figures_there, identity, is_whole
+    from kcache_cli.exits import note
+    from kcache_cli.rows.progress import steps_bar
+
+    env = surroundings(lm.device)
+    rows = {identity(row): row for row in store.rows}
+    known: dict[Case, list[Figures]] = {}
+
+    def grow(case: Case, more: Sequence[Figures]) -> None:
+        known.setdefault(case, []).extend(more)
+        row = {**make_row(lm, spec, prose, case, places, known[case]), "env": env}
+        if more or identity(row) not in rows:
+            rows[identity(row)] = row
+        store.replace([row for row in rows.values() if row["places"]], is_whole)
+
+    for case in spec.cases:
+        blank = make_row(lm, spec, prose, case, places, ())
+        grow(case, figures_there(store.rows, blank))
+    there = sum(map(len, known.values()))
+    if there:
+        note(f"{there} of {len(spec.cases) * len(places)} measurements were there already")
+    with steps_bar(turns_of(spec, places, known), "measuring", str) as watch:
+        try:
+            for case, figures in engine.fidelity(lm, spec, places, known, lambda label: watch(label, 1)):
+                grow(case, [figures])
+        except KeyboardInterrupt:
+            note("stopped; what has been measured is there")
+            raise
+
+
+def _report(store: Store, target: Path | None, chart: Path | None) -> None:
+    from kcache_cli.exits import note
+
+    if target is not None:
+        note(f"{len(store.rows)} rows in {target}")
+    if chart is not None and store.rows:
+        note(f"drew {chart}")

@@ -1,0 +1,92 @@
+"""Flags that ``kcache eval needle`` and ``kcache eval tasks`` share, and the policy and files they mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kcache.policy import Offload, Policy
+from kcache_cli.options import PolicyOptions, number_list
+from kcache_cli.policies import build_policy
+from kcache_cli.rows.formats import Format
+from kcache_cli.settings import Settings
+
+TOPNS = (64, 128)
+
+
+def _policy(*names: str, **more: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Cache policy", **more)
+
+
+def _result(*names: str, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel="Results", show_default=False)
+
+
+@dataclass(frozen=True)
+class TopnOptions:
+    """Which N to compare, and when TopN decoding begins."""
+
+    topn: Annotated[
+        str | None,
+        _policy(
+            "--topn",
+            help="V rows fetched per KV head and step, comma-separated.",
+            metavar="LIST",
+            show_default="64,128",
+        ),
+    ] = None
+    offload: Annotated[
+        Offload | None,
+        _policy(
+            "--offload",
+            help="V leaves the device: all, so that TopN is what is measured; auto = what does not fit the budget; "
+            "none.",
+            show_default="all",
+        ),
+    ] = None
+    dense_below: Annotated[
+        int,
+        _policy(
+            "--dense-below",
+            min=0,
+            metavar="TOKENS",
+            help="Shorter contexts attend exactly. A policy's own value, usually 2,048, would leave most prompts here "
+            "to full attention and measure nothing.",
+        ),
+    ] = 0
+
+    def policy(self, options: PolicyOptions, settings: Settings) -> tuple[Policy, tuple[int, ...]]:
+        """The policy that these and other flags describe, and each N it is to be tried with."""
+        policy = build_policy(replace(options, offload=self.offload), settings).replace(dense_below=self.dense_below)
+        if self.offload is None and policy.offload == "auto":
+            policy = policy.replace(offload="all")
+        return policy, number_list(self.topn, "--topn", TOPNS)
+
+
+@dataclass(frozen=True)
+class ResultOptions:
+    """Where the rows go."""
+
+    form: Annotated[Format | None, _result("-o", "--format", help="Format of the rows. Default: md, a summary.")] = None
+    output: Annotated[
+        str | None,
+        _result("--output", help="Write rows here as they come; the name's ending tells the format.", metavar="FILE"),
+    ] = None
+    resume: Annotated[bool, _result("--resume", help="Keep the rows --output already holds and run only the rest.")] = (
+        False
+    )
+
+    @property
+    def target(self) -> Path | None:
+        """The file, which can be written.
+
+        Raises
+        ------
+        InputError
+        """
+        from kcache_cli.rows.store import check_file
+
+        return check_file("--output", self.output)

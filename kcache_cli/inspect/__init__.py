@@ -1,0 +1,1 @@
+"""The forms of ``kcache inspect`` that write something and exit."""

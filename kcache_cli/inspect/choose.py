@@ -1,0 +1,71 @@
+"""Which run to look at: a recording, a process that is named, or the one that began last."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kcache.errors import InputError, WatchError
+
+if TYPE_CHECKING:
+    from kcache.watch.attach import Place
+    from kcache.watch.source import Source
+
+TOKEN = "KCACHE_WATCH_TOKEN"
+_FIRST_FRAME_S = 5.0
+NOTHING_RUNS = (
+    "nothing that can be inspected is running; start `kcache chat`, `kcache generate` or `kcache bench`, or name a "
+    "recording"
+)
+
+
+def choose(file: Path | None, pid: int | None, address: str | None) -> Source:
+    """Open what was asked for.
+
+    Raises
+    ------
+    InputError
+        If that makes no sense, or the recording cannot be read.
+    WatchError
+        If no such process publishes, or none does.
+    """
+    if sum(given is not None for given in (file, pid, address)) > 1:
+        raise InputError("give one of FILE, --pid and --connect")
+    if file is not None:
+        from kcache.watch.recording import open_recording
+
+        return open_recording(file.expanduser())
+    from kcache.watch.attach import attach
+
+    source = attach(_place(pid, address))
+    source.wait(_FIRST_FRAME_S)
+    return source
+
+
+def _place(pid: int | None, address: str | None) -> Place:
+    from kcache.watch.attach import find
+
+    if address is not None:
+        return _parse(address)
+    places = find()
+    if not places:
+        raise WatchError(NOTHING_RUNS)
+    chosen = [place for place in places if pid in (None, place.pid)]
+    if not chosen:
+        running = ", ".join(str(place.pid) for place in places)
+        raise WatchError(f"--pid {pid}: that process does not publish; these do: {running}")
+    return chosen[0]
+
+
+def _parse(address: str) -> Place:
+    """Read ``HOST:PORT`` or ``PORT``."""
+    from kcache.watch.attach import Place
+
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or not 0 < int(port) < 65536:
+        raise InputError(f"--connect {address}: write it as 127.0.0.1:PORT, as the program that publishes printed it")
+    token = os.environ.get(TOKEN)
+    if not token:
+        raise InputError(f"--connect {address}: set {TOKEN} to the token that the program printed")
+    return Place(host=host or "127.0.0.1", port=int(port), token=token)

@@ -1,0 +1,70 @@
+"""``kcache inspect --once`` for people: the state of a run as tables."""
+
+from __future__ import annotations
+
+from kcache.watch.frame import Frame, LayerFrame
+from kcache.watch.source import Source
+from kcache_cli.text import one_line, size
+
+
+def show(source: Source) -> None:
+    """Print the newest state."""
+    from rich.console import Console
+
+    console = Console(markup=False, emoji=False, highlight=False)
+    info, frame = source.info, source.latest()
+    where = "host-only run: both tiers are RAM" if info.host_only else info.device
+    console.print(one_line(f"{info.model} · kcache {info.command}, process {info.pid} · {where}"), style="bold")
+    if source.closed is not None:
+        console.print(one_line(source.closed), style="yellow")
+    if frame is None:
+        console.print("no step yet")
+        return
+    for line in _summary(frame, info.host_only):
+        console.print(line)
+    if frame.layers:
+        console.print()
+        console.print(_table(frame.layers))
+
+
+def _summary(frame: Frame, host_only: bool) -> list[str]:
+    totals, speed = frame.totals, frame.speed
+    tier = "device tier (RAM)" if host_only else "device"
+    figures = [f"{frame.phase} · {frame.tokens:,} tokens · step {frame.step:,}"]
+    if frame.batch > 1:
+        figures[0] += f" · {frame.batch} sequences"
+    if speed.tok_s is not None:
+        figures[0] += f" · {speed.tok_s:.1f} tok/s"
+    if speed.ttft_ms is not None:
+        figures[0] += f" · TTFT {speed.ttft_ms / 1e3:.1f} s"
+    figures.append(
+        f"{tier} {size(totals.device_bytes)} · host tier {size(totals.host_bytes)} · "
+        f"full KV cache {size(totals.full_kv_bytes)}"
+    )
+    hits = f" · {totals.hot_hits / totals.rows_fetched:.0%} hot" if totals.hot_hits else ""
+    figures.append(
+        f"link: {size(totals.bytes_h2d)} in, {size(totals.bytes_d2h)} out · {totals.rows_fetched:,} rows{hits}"
+    )
+    return figures
+
+
+def _table(layers: tuple[LayerFrame, ...]) -> object:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, heading in enumerate(("layer", "kind", "mode", "device", "host", "link in", "rows", "mass", "again")):
+        table.add_column(heading, justify="left" if number in (1, 2) else "right")
+    for layer in layers:
+        stats = layer.stats
+        table.add_row(
+            str(layer.index),
+            layer.kind,
+            layer.mode,
+            size(stats.device_bytes),
+            size(stats.host_bytes),
+            size(stats.bytes_h2d),
+            f"{stats.rows_fetched:,}",
+            "" if layer.mass is None else f"{layer.mass.mean():.2f}",
+            "" if layer.overlap is None else f"{layer.overlap:.2f}",
+        )
+    return table

@@ -1,0 +1,43 @@
+"""Charts as files: what may be asked for, and how a finished figure is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import TYPE_CHECKING
+
+from kcache.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: Path | None) -> None:
+    """Raise before anything is measured if the chart could not be drawn.
+
+    Raises
+    ------
+    InputError
+        For an unknown kind of file, or without matplotlib.
+    """
+    if path is None:
+        return
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"--plot {path}: the name must end in {', '.join(SUFFIXES)}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure through a temporary file; the kind is that of the name."""
+    import matplotlib
+
+    repeatable = matplotlib.rc_context({"svg.hashsalt": "kcache", "svg.fonttype": "none"})
+    with repeatable, NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        figure.savefig(file, dpi=150, format=path.suffix.lower().removeprefix("."))
+    Path(file.name).chmod(0o644)
+    Path(file.name).replace(path)
