@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kcache.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -58,6 +58,22 @@ def check_supported(config: PretrainedConfig, name: str, *, trust_remote_code: b
         raise UnsupportedModelError(
             f"{kind}, which keeps no KV cache, so there is nothing to tier; run it with transformers as it is"
         )
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise for a model that is no decoder with a KV cache, as far as it can be said without running it.
+
+    Raises
+    ------
+    UnsupportedModelError
+        With the reason.
+    """
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model; kcache serves decoder-only causal models")
+    parameters = inspect.signature(model.forward).parameters
+    if "past_key_values" not in parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        raise UnsupportedModelError(f"{name} takes no past_key_values, so it has no KV cache and nothing to tier")
 
 
 def context_length(config: PretrainedConfig) -> int | None:

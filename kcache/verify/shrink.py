@@ -32,15 +32,20 @@ _CAPS: tuple[tuple[str, int], ...] = (
     (r"(num_)?\w*hidden_layers|n_layers?|num_layers|\w+_layers", LAYERS),
     (r"\w*(period|interval|step|pattern)", 2),
     (r"\w*offset", 1),
-    (r"(num|n)_groups?|topk_groups?|\w*n_groups", 1),
-    (r"\w*(experts?_per_tok\w*|top_?k|topk_experts|num_selected_experts)", 2),
+    (r"(num|n)_groups?|topk_groups?|\w*n_groups|num_expert_groups?", 1),
+    (r"\w*(experts?_per_tok\w*|top_?k|moe_k|topk_experts|num_selected_experts)", 2),
     (r"\w*shared_experts?", 1),
     (r"\w*(experts|expert_num)", 4),
     (r"(mamba_)?expand", 1),
-    (r"qk_(rope|nope)_head_dim|qk_head_dim", 8),
+    (r"qk_(rope|nope)_head_dim", 8),
+    (r"index_block_size|index_compress\w*|compress_rates?", 4),
+    (r"index_topk_blocks|index_local_blocks", 2),
     (r"index_topk|index_head_dim", 16),
     (r"index_n_heads", 2),
     (r"\w*(sliding_window|chunk_size|local_attention|window_size)", WINDOW),
+    (r"attention_head_dim", WIDTH // 2),
+    (r"attention_hidden_size", 2 * WIDTH),
+    (r"mamba_headdim", 8),
     (r"\w*(head_dim|d_head|kv_channels|attention_head_size|head_size)", WIDTH // 4),
     (r"\w*(lora_rank|d_state|state_size|latent_size)", 16),
     (r"\w*(key_value_heads|kv_heads)\w*|multi_query_group_num|linear_num_key_heads", 2),
@@ -88,7 +93,9 @@ def _shrunk(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _even_heads(data: Mapping[str, Any], small: dict[str, Any]) -> dict[str, Any]:
-    """As many KV heads as query heads where that was so."""
+    """As many KV heads as query heads, and heads as wide as their rotary part, where that was so."""
+    if "head_dim" in small and data["head_dim"] == data.get("qk_rope_head_dim"):
+        small["head_dim"] = small["qk_rope_head_dim"]
     if "num_key_value_heads" in small and data["num_key_value_heads"] == data.get("num_attention_heads"):
         small["num_key_value_heads"] = small["num_attention_heads"]
     return small

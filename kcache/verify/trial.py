@@ -98,7 +98,7 @@ def compare(model: PreTrainedModel, seed: int = 0) -> Difference:
         cache = KCache(model, EXACT)
         for forward, logits in zip(recorded, _replay(model, cache, recorded), strict=True):
             worst = max(worst, _difference(forward, logits))
-            same = same and torch.equal(forward.real(logits).argmax(-1), forward.real(forward.logits).argmax(-1))
+            same = same and _same_tokens(forward, logits)
         rows += cache.stats.rows_fetched
         some = KCache(model, FEW)
         few = max([few, *(_difference(*pair) for pair in zip(recorded, _replay(model, some, recorded), strict=True))])
@@ -128,6 +128,14 @@ def _replay(model: PreTrainedModel, cache: Cache, recorded: list[_Forward]) -> I
     with attach(model):
         for forward in recorded:
             yield _forward(model, cache, forward.ids, forward.mask)
+
+
+def _same_tokens(forward: _Forward, logits: torch.Tensor) -> bool:
+    """Whether the likeliest token is the same wherever stock's two likeliest are not level but for rounding."""
+    got, want = forward.real(logits), forward.real(forward.logits)
+    best = want.topk(2, dim=-1)
+    clear = best.values[:, 0] - best.values[:, 1] > 2 * TOLERANCE * want.abs().max()
+    return bool(((got.argmax(-1) == best.indices[:, 0]) | ~clear).all())
 
 
 def _difference(forward: _Forward, logits: torch.Tensor) -> float:
