@@ -57,6 +57,11 @@ _CAPS: tuple[tuple[str, int], ...] = (
     (r"image_size", 32),
 )
 _RULES = tuple((re.compile(pattern), cap) for pattern, cap in _CAPS)
+_EQUALS = (
+    ("num_key_value_heads", "num_attention_heads"),
+    ("head_dim", "qk_rope_head_dim"),
+    ("num_kv_shared_layers", "num_hidden_layers"),
+)
 _LAYER_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 _DROPPED = ("transformers_version", "dtype", "id2label", "label2id", "quantization_config", "_name_or_path")
 _SPREADS = ("initializer_range", "init_std", "initializer_factor", "embed_init_std", "std")
@@ -77,7 +82,7 @@ def _shrunk(data: Mapping[str, Any]) -> dict[str, Any]:
         if name == "per_layer_config":
             per_layer = {int(index): changes for index, changes in value.items()}
             small[name] = {
-                new: _even_heads(per_layer[old], {field: _capped(field, v) for field, v in per_layer[old].items()})
+                new: _equalised(per_layer[old], {field: _capped(field, v) for field, v in per_layer[old].items()})
                 for new, old in enumerate(kept)
                 if old in per_layer
             }
@@ -89,15 +94,14 @@ def _shrunk(data: Mapping[str, Any]) -> dict[str, Any]:
             small[name] = [_capped(name, value[index]) for index in kept]
         else:
             small[name] = _capped(name, value)
-    return _even_heads(data, small) | UNUSUAL.get(data.get("model_type", ""), {})
+    return _equalised(data, small) | UNUSUAL.get(data.get("model_type", ""), {})
 
 
-def _even_heads(data: Mapping[str, Any], small: dict[str, Any]) -> dict[str, Any]:
-    """As many KV heads as query heads, and heads as wide as their rotary part, where that was so."""
-    if "head_dim" in small and data["head_dim"] == data.get("qk_rope_head_dim"):
-        small["head_dim"] = small["qk_rope_head_dim"]
-    if "num_key_value_heads" in small and data["num_key_value_heads"] == data.get("num_attention_heads"):
-        small["num_key_value_heads"] = small["num_attention_heads"]
+def _equalised(data: Mapping[str, Any], small: dict[str, Any]) -> dict[str, Any]:
+    """What was as large as something else stays so: KV heads and query heads, a head and its rotary part, ..."""
+    for name, other in _EQUALS:
+        if data.get(name) is not None and data[name] == data.get(other):
+            small[name] = small[other]
     return small
 
 
