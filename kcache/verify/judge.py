@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from kcache.attention import attach
 from kcache.cache import KCache
-from kcache.errors import KCacheError
+from kcache.errors import KCacheError, UnsupportedModelError
 from kcache.probe import probe
 from kcache.support import check_supported
 from kcache.verify.shrink import shrink
@@ -50,8 +50,10 @@ def _timed(start: Verdict, judge: Callable[[], Verdict]) -> Verdict:
     began = time.perf_counter()
     try:
         verdict = judge()
-    except KCacheError as error:
+    except UnsupportedModelError as error:
         verdict = replace(start, kind="refused", reason=_short(error))
+    except KCacheError as error:
+        verdict = replace(start, kind="crashed", reason=_short(error))
     except ImportError as error:
         verdict = replace(start, kind="refused", reason=f"needs another package: {_first_sentence(error)}")
     except Exception as error:  # whatever escapes from kcache or transformers is a verdict, too
