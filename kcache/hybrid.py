@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kcache.cache import Shared
 
 
-class HybridTieredLayer(TieredLayer, LinearAttentionAndFullAttentionLayer):
+class HybridTieredLayer(TieredLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
     """A :class:`~kcache.layer.TieredLayer` with ``number_of_states`` convolution and recurrent states."""
 
     is_croppable = LinearAttentionCacheLayerMixin.is_croppable  # type: ignore[assignment]

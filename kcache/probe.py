@@ -80,7 +80,7 @@ class _ProbeLayer(DynamicLayer):
         self.reached += 1
 
 
-class _HybridProbeLayer(_ProbeLayer, LinearAttentionAndFullAttentionLayer):
+class _HybridProbeLayer(_ProbeLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc, override]
     def __init__(self, number_of_states: int) -> None:
         LinearAttentionAndFullAttentionLayer.__init__(self, number_of_states=number_of_states)
 
@@ -132,7 +132,7 @@ def stock_layers(model: PreTrainedModel) -> list[Any]:
         return list(DynamicCache(config=text_config(model)).layers)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} keeps a cache that its config does not describe, so kcache cannot make one: {error}"
+            f"{type(model).__name__} keeps a cache that its config does not describe ({error}), so kcache cannot make it"
         ) from error
 
 

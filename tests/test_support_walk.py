@@ -1,4 +1,4 @@
-"""Every architecture's verdict is as good as the committed table says; a fixed third is judged here, all by make support."""
+"""Verdicts are as good as the committed table says; a fixed third is judged here, all of them by make support."""
 
 from __future__ import annotations
 

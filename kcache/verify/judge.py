@@ -156,7 +156,9 @@ def _run(start: Verdict, model: PreTrainedModel) -> Verdict:
         tokens=difference.tokens,
     )
     if not difference.tiered:
-        return replace(verdict, reason=f"no layer is tiered: {verdict.reason}") if difference.exact else _differs(verdict)
+        return (
+            replace(verdict, reason=f"no layer is tiered: {verdict.reason}") if difference.exact else _differs(verdict)
+        )
     if not difference.exact:
         return _differs(verdict)
     if not difference.rows_fetched:
@@ -169,11 +171,11 @@ def _run(start: Verdict, model: PreTrainedModel) -> Verdict:
 
 
 def _differs(verdict: Verdict) -> Verdict:
-    tokens = "the same" if verdict.tokens else "other"
+    how = f"{verdict.difference:.1e} of the largest, with {'the same' if verdict.tokens else 'other'} greedy tokens"
     return replace(
         verdict,
         kind="differs",
-        reason=f"logits differ by {verdict.difference:.1e} of the largest, with {tokens} greedy tokens; {verdict.reason}",
+        reason=f"logits differ by {how}; {verdict.reason}",
     )
 
 

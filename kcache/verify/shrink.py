@@ -50,7 +50,10 @@ _CAPS: tuple[tuple[str, int], ...] = (
     (r"\w*(lora_rank|d_state|state_size|latent_size)", 16),
     (r"\w*(key_value_heads|kv_heads)\w*|multi_query_group_num|linear_num_key_heads", 2),
     (r"\w*(attention_heads|n_heads?|num_heads|value_heads|num_attn_heads)", 4),
-    (r"\w*(intermediate_size|ffn_dim|ffn_hidden_size|dim_ff|feed_forward_size|n_inner|inner_dim|dff|d_ff|d_inner|mlp_dim)", 96),
+    (
+        r"\w*(intermediate_size|ffn_dim|ffn_hidden_size|dim_ff|feed_forward_size|n_inner|inner_dim|dff|d_ff|d_inner|mlp_dim)",
+        96,
+    ),
     (r"\w*(hidden_size|d_model|n_embd|embd_dim|emb_dim|embed_dim|width|embedding_size|embedding_dim|d_ssm)", WIDTH),
     (r"hidden_size_per_layer_input|laurel_rank|altup\w*", 16),
     (r"max_(position_embeddings|seq_len\w*|\w*positions)|n_positions|n_ctx|max_sequence_length", CONTEXT),

@@ -23,12 +23,15 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     exact = [verdict for verdict in verdicts if verdict.exact]
     tiered = sum(1 for verdict in exact if verdict.tiered)
     parts = [f"{counts[kind]} {kind}" for kind in KINDS if counts[kind]]
-    return f"{len(verdicts)} entries: {'; '.join(parts)}. {len(exact)} are served exactly, {tiered} of them with tiered layers."
+    served = f"{len(exact)} are served exactly, {tiered} of them with tiered layers"
+    return f"{len(verdicts)} entries: {'; '.join(parts)}. {served}."
 
 
 def read(text: str) -> dict[str, str]:
     """Model type to verdict, from a table that :func:`markdown` wrote."""
-    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("|")
+    ]
     return {row[0]: row[2] for row in rows if len(row) == len(_HEAD) and row[2] in KINDS}
 
 

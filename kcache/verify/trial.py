@@ -121,7 +121,7 @@ def _record(model: PreTrainedModel, scenario: _Scenario, seed: int) -> Iterator[
     for lengths, steps in ((scenario.prompt, scenario.steps), (scenario.turn, scenario.later)):
         ids = torch.randint(3, vocabulary, (batch, max(lengths)), generator=generator).to(model.device)
         new = torch.tensor([[0] * (max(lengths) - length) + [1] * length for length in lengths], device=ids.device)
-        for step in range(steps + 1):
+        for _ in range(steps + 1):
             if batch > 1:
                 mask = new if mask is None else torch.cat([mask, new], 1)
             logits = _forward(model, cache, ids, mask)

@@ -63,4 +63,4 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _INDEXER,
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
 }
-"""What a config of the type is made with: what its class leaves out, and a choice where the default shows too little."""
+"""What a config of the type is made with: what its class leaves out, choices where the default shows little."""
