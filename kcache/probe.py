@@ -132,7 +132,7 @@ def stock_layers(model: PreTrainedModel) -> list[Any]:
         return list(DynamicCache(config=text_config(model)).layers)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} keeps a cache that its config does not describe ({error}), so kcache cannot make it"
+            f"{type(model).__name__} keeps a cache that its config does not describe: {error}; use it with its own"
         ) from error
 
 

@@ -66,7 +66,7 @@ class _Scenario:
 
 
 _FEW_FORWARDS = 8
-SCENARIOS = (_Scenario((40,), (9,), 24, 6), _Scenario((40, 23), (5, 9), 24, 6))
+SCENARIOS = (_Scenario((40,), (9,), 24, 6), _Scenario((40, 23), (5, 9), 8, 4))
 
 
 @dataclass(frozen=True)
