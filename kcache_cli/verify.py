@@ -50,10 +50,10 @@ def page(verdicts: Sequence[Verdict]) -> str:
     return f"""# Which models kcache serves
 
 Written by `kcache models --verify --output docs/support.md` (`make support`) with transformers
-{transformers.__version__}; nobody edits it. For each entry of transformers' causal-LM mapping a tiny random model of the
-real class, in fp32, goes through a prompt, 24 decode steps, a second turn and 6 more, and as a left-padded batch of two
-through the same with 8 and 4: with stock's cache, and with a KCache that offloads every layer and whose TopN covers the
-context. A run with two rows per head and step shows that the comparison can see a loss. `kcache models --verify
+{transformers.__version__}; nobody edits it. For each entry of transformers' causal-LM mapping a tiny random model of
+the real class, in fp32, goes through a prompt, 24 decode steps, a second turn and 6 more, and as a left-padded batch of
+two through the same with 8 and 4: with stock's cache, and with a KCache that offloads every layer and whose TopN covers
+the context. A run with two rows per head and step shows that the comparison can see a loss. `kcache models --verify
 ./my-model` does the same for a model of yours.
 
 - **exact**: every layer is tiered; logits within 1e-4 of the largest, and the same greedy tokens.
