@@ -220,6 +220,8 @@ def _check_runs(model: PreTrainedModel, cache: Cache, error: Exception) -> None:
         _run(model, cache)
     except Exception:
         text = " ".join(str(error).split())
+        if isinstance(error, IndexError):
+            text = f"it fills more layers than its config describes ({text})"
         raise UnsupportedModelError(
             f"{type(model).__name__} does not run with a KV cache of its own layers: {text[:200]}"
         ) from error

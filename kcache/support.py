@@ -31,7 +31,7 @@ def check_supported(config: PretrainedConfig, name: str, *, trust_remote_code: b
     Raises
     ------
     UnsupportedModelError
-        With the reason: encoder-decoder, an encoder, another task's head, or no KV cache.
+        With the reason: encoder-decoder, an encoder, another task's head, no KV cache, or attention of its own.
     """
     kind = f"{name} is a {config.model_type or type(config).__name__} model"
     if config.is_encoder_decoder:
@@ -57,6 +57,11 @@ def check_supported(config: PretrainedConfig, name: str, *, trust_remote_code: b
     if "past_key_values" not in inspect.signature(model_class.forward).parameters:
         raise UnsupportedModelError(
             f"{kind}, which keeps no KV cache, so there is nothing to tier; run it with transformers as it is"
+        )
+    if not _takes_registry(model_class):
+        raise UnsupportedModelError(
+            f"{kind}, which attends in code of its own, outside transformers' attention registry; run it with "
+            "transformers as it is"
         )
 
 
@@ -87,6 +92,12 @@ def _causal_class(config: PretrainedConfig) -> Any:
 
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return known[0] if isinstance(known, (tuple, list)) else known
+
+
+def _takes_registry(model_class: Any) -> bool:
+    """Whether the class asks transformers' registry for its attention, as far as transformers itself can tell."""
+    asks = getattr(model_class, "_can_set_attn_implementation", None)
+    return asks is None or bool(asks())
 
 
 def _is_encoder(config: PretrainedConfig) -> bool:
