@@ -58,7 +58,8 @@ def check_supported(config: PretrainedConfig, name: str, *, trust_remote_code: b
         raise UnsupportedModelError(
             f"{kind}, which keeps no KV cache, so there is nothing to tier; run it with transformers as it is"
         )
-    if not _takes_registry(model_class):
+    is_whole = config.get_text_config(decoder=True) is config  # else attention of its own may be that of its eyes
+    if is_whole and not _takes_registry(model_class):
         raise UnsupportedModelError(
             f"{kind}, which attends in code of its own, outside transformers' attention registry; run it with "
             "transformers as it is"
