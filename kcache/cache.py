@@ -16,11 +16,12 @@ from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionAndFullAttentionLayer
 
 from kcache.attention import is_ours, text_config
 from kcache.backends import Backend, choose_backend
 from kcache.errors import CacheStateError, InputError
+from kcache.hybrid import HybridTieredLayer
 from kcache.layer import TieredLayer
 from kcache.policy import Policy
 from kcache.probe import probe, stock_layers
@@ -143,7 +144,11 @@ class KCache(Cache):
         verdict = probe(model)
         layers: list[Any] = stock_layers(model)
         for index in verdict.tiered:
-            layers[index] = TieredLayer(index, self.shared)
+            stock = layers[index]
+            if isinstance(stock, LinearAttentionAndFullAttentionLayer):
+                layers[index] = HybridTieredLayer(index, self.shared, stock.number_of_states)
+            else:
+                layers[index] = TieredLayer(index, self.shared)
         super().__init__(layers=layers)
         tiered = self.tiered_layers
         self.shared.residency.layers = tiered

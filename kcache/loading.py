@@ -26,6 +26,7 @@ from transformers import (
 from kcache.demo import SMOLLM2
 from kcache.errors import DoesNotFitError, InputError, ModelNotFoundError, UnsupportedModelError
 from kcache.models import Source, find_source
+from kcache.probe import probe
 from kcache.progress import Progress, ignore_progress, quiet_transformers
 from kcache.support import check_supported, context_length
 
@@ -124,7 +125,8 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch_dtype, device_map=device_map, trust_remote_code=trust_remote_code, **extra
         )
-    return LoadedModel(source.name, model.eval(), tokenizer)
+    probe(model.eval())
+    return LoadedModel(source.name, model, tokenizer)
 
 
 def load_config(
