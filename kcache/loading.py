@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from kcache.demo import SMOLLM2
+from kcache.devices import check_device_map, input_device
 from kcache.errors import DoesNotFitError, InputError, ModelNotFoundError, UnsupportedModelError
 from kcache.models import Source, find_source
 from kcache.progress import Progress, ignore_progress, quiet_transformers
@@ -55,8 +56,8 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in: the device of the model's first weights."""
-        return self.model.device
+        """Where token ids go in: the device that the first layers run on."""
+        return input_device(self.model)
 
     @property
     def context_length(self) -> int | None:
@@ -178,7 +179,10 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
 
 
 def _check_device_map(device_map: DeviceMap) -> None:
-    if device_map is None or isinstance(device_map, dict) or device_map in _SPREADS:
+    if isinstance(device_map, dict):
+        check_device_map(device_map, "device_map")
+        return
+    if device_map is None or device_map in _SPREADS:
         return
     try:
         device = torch.device(device_map)

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from kcache import dense
 from kcache.attention import attach
+from kcache.devices import input_device
 from kcache.errors import UnsupportedModelError
 from kcache.layer import AttentionCall
 
@@ -38,11 +39,13 @@ class _Seen:
 
 class _ProbeLayer(DynamicLayer):
     reached = False
+    seen_on: torch.device | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         super().update(key_states, value_states)
+        self.seen_on = key_states.device
         value_states = value_states.view(value_states.shape)
         value_states._kcache = _Seen(self, key_states)  # type: ignore[attr-defined]
         return key_states, value_states
@@ -58,10 +61,13 @@ class Verdict:
         Layers whose V may leave the device.
     layers : int
         Layers in the model's cache.
+    devices : dict
+        The device on which each tiered layer's K arrives.
     """
 
     tiered: frozenset[int] = field(default_factory=frozenset)
     layers: int = 0
+    devices: dict[int, torch.device] = field(default_factory=dict)
 
 
 def stock_layers(model: PreTrainedModel) -> list[Any]:
@@ -88,8 +94,7 @@ def probe(model: PreTrainedModel) -> Verdict:
     if not layers:
         raise UnsupportedModelError(f"{type(model).__name__} keeps no K and V per layer, so there is nothing to tier")
     probes = [_ProbeLayer() if type(layer) is DynamicLayer else layer for layer in layers]
-    device = torch.device("cpu") if model.device.type == "meta" else model.device
-    tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
     with torch.no_grad(), attach(model):
         try:
             model(input_ids=tokens, past_key_values=Cache(layers=probes), use_cache=True)
@@ -104,6 +109,7 @@ def probe(model: PreTrainedModel) -> Verdict:
             f"{type(model).__name__} ran without its KV cache, so it is no causal decoder and there is nothing to tier"
         )
     tiered = frozenset(i for i, layer in enumerate(probes) if getattr(layer, "reached", False))
-    verdict = Verdict(tiered, len(probes))
+    devices = {i: where for i in tiered if (where := getattr(probes[i], "seen_on", None)) is not None}
+    verdict = Verdict(tiered, len(probes), devices)
     vars(model)["_kcache_verdict"] = verdict
     return verdict
