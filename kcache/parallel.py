@@ -32,13 +32,13 @@ class Ranks:
     group : process group or None
         What they talk through; None for a process by itself.
     device : torch.device
-        Where the group's tensors live.
+        Where the group's tensors live; None without a group.
     """
 
     size: int = 1
     sharers: int = 1
     group: Any = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         """The same processes: a connection cannot be copied."""

@@ -92,9 +92,7 @@ def least_resident(policy: Policy, layers: int) -> int:
     return min(layers, max(policy.dense_layers, policy.resident_layers or 0))
 
 
-def resident_layers(
-    sizes: TierSizes, policy: Policy, length: int, budget: int | None, least: int | None = None
-) -> int:
+def resident_layers(sizes: TierSizes, policy: Policy, length: int, budget: int | None, least: int | None = None) -> int:
     """Leading layers whose V stays on the device at ``length`` rows.
 
     Parameters

@@ -16,9 +16,7 @@ from kcache.errors import DoesNotFitError
 _PORTABLE = 1  # pinned for every device, not only for the one that is current
 
 
-def pinned_empty(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None
-) -> torch.Tensor:
+def pinned_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
     """Allocate an uninitialised host tensor and register its memory with the CUDA driver.
 
     ``device`` is the one that will read it (default: the current one); every other may.
