@@ -63,10 +63,8 @@ def together(engine: Any) -> Iterator[Any]:
     leader = Leader(_share(), control)
     try:
         yield leader
-    except BaseException as error:
-        leader.end(exits.INTERRUPTED if isinstance(error, KeyboardInterrupt) else exits.exit_code(error))
-        raise
-    leader.end(0)
+    finally:
+        leader.end()
 
 
 class Leader(KCacheEngine):
@@ -97,23 +95,26 @@ class Leader(KCacheEngine):
         yield from super().generate(lm, prompts, policy, **options)
         self._busy = False
 
-    def end(self, code: int) -> None:
+    def end(self) -> None:
         """Let the others go; those that are in the middle of something see that this process has gone."""
         if not self._busy:
             import torch.distributed as dist
 
-            _tell(("end", code), self._control)
+            _tell(("end",), self._control)
             dist.destroy_process_group()
 
 
 def _follow(split: Any, control: Any) -> int:
-    """Do as rank 0 does until it ends; returns the exit code."""
+    """Do as rank 0 does until it ends; returns the exit code.
+
+    What rank 0 itself will tell is no failure here: torchrun would end rank 0 for it, perhaps before it has spoken.
+    """
     engine, lm = KCacheEngine(split), None
     try:
         while True:
             command, *values = _hear(control)
             if command == "end":
-                return int(values[0])
+                return 0
             if command == "plan":
                 _plan_together(engine, values, control)
             elif command == "load":
@@ -125,7 +126,7 @@ def _follow(split: Any, control: Any) -> int:
     except KeyboardInterrupt:
         return exits.INTERRUPTED
     except DoesNotFitError:
-        return exits.DOES_NOT_FIT  # decided by all ranks together, and told by rank 0
+        return 0  # decided by all ranks together, and told by rank 0
     except Exception as error:
         print(f"kcache: rank {os.environ['RANK']}: {exits.describe(error)}", file=sys.stderr)
         return exits.exit_code(error)

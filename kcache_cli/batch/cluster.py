@@ -8,9 +8,12 @@ gives the same text wherever it is run.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,15 +25,14 @@ from kcache_cli.batch.journal import Result
 from kcache_cli.batch.progress import Watch
 from kcache_cli.batch.run import Batches, Decoder, Job, one_by_one
 from kcache_cli.batch.share import Share
-from kcache_cli.batch.worker import Planning, Worker, pack, results_of
+from kcache_cli.batch.worker import Attempts, Planning, Worker, pack, results_of
 from kcache_cli.engine import KCacheEngine, Plan, Progress
+from kcache_cli.exits import note
 from kcache_cli.options import ModelOptions
 
 if TYPE_CHECKING:
     from kcache import TokenEvent
 
-RETRIES = 3
-"""How often a batch is run again that takes its worker down with it."""
 _MOST_TASKS = 10_000
 
 
@@ -102,7 +104,7 @@ class RayEngine(KCacheEngine):
         Raises
         ------
         KCacheError
-            If a worker cannot run its batch, or has died of it too often.
+            If a worker cannot run its batch, or too many have died of it.
         """
         import ray
         import ray.data
@@ -112,26 +114,29 @@ class RayEngine(KCacheEngine):
             return
         rows = [{"number": number, "work": pack(work)} for number, work in batches]
         threads = None if "OMP_NUM_THREADS" in os.environ else share.threads
+        attempts = ray.remote(num_cpus=0)(Attempts).remote()
         told = ray.data.from_items(rows, override_num_blocks=min(len(rows), _MOST_TASKS)).map_batches(
             Worker,
-            fn_constructor_args=(replace(job, engine=KCacheEngine(share.split)), threads, share.gpus),
+            fn_constructor_args=(replace(job, engine=KCacheEngine(share.split)), threads, share.gpus, attempts),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(share.workers, len(rows)), max_tasks_in_flight_per_actor=1),
             num_cpus=share.cpus,
             num_gpus=share.gpus or None,
-            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": RETRIES},
         )
         missing = {number for number, _ in batches}
         try:
-            for row in told.iter_batches(batch_size=1, prefetch_batches=0):
-                number = int(row["number"][0])
-                results = results_of(str(row["told"][0]))
-                if number not in missing:
-                    continue
-                missing.remove(number)
-                for index, result in enumerate(results):
-                    watch(_last_event(index, result), int(result["completion_tokens"]))
-                yield number, results
+            with contextlib.redirect_stdout(None):  # Ray prints its remarks there, where results may go
+                for row in told.iter_batches(batch_size=1, prefetch_batches=0):
+                    number = int(row["number"][0])
+                    attempt, results = results_of(str(row["told"][0]))
+                    if attempt > 1:
+                        note(f"a worker died; batch {number} has been run again")
+                    if number not in missing:
+                        continue
+                    missing.remove(number)
+                    for index, result in enumerate(results):
+                        watch(_last_event(index, result), int(result["completion_tokens"]))
+                    yield number, results
         except ray.exceptions.RayError as error:
             raise KCacheError(
                 f"Ray gave up on a batch: {_reason(error)}; the same command goes on from here"
@@ -152,9 +157,14 @@ class RayEngine(KCacheEngine):
         if self._address is None:
             _keep_to_this_machine()
         ray = _import_ray()
-        options = {"include_dashboard": False} if self._address is None else {"address": self._address}
+        options: dict[str, Any] = {"address": self._address}
+        if self._address is None:
+            options = {"address": "local", "include_dashboard": False}
+        else:
+            _check_reachable(self._address)
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+            with _unheard():
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, ValueError) as error:
             raise InputError(f"--address {self._address}: no Ray cluster there ({_reason(error)})") from None
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -169,14 +179,14 @@ def _there(planning: Planning, share: Share) -> Plan | KCacheError:
     def plan() -> Plan | KCacheError:
         return planning()
 
-    task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=RETRIES)(plan)
+    task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=3)(plan)
     found: Plan | KCacheError = ray.get(task.remote())
     return found
 
 
 def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its remarks go past Python to standard error
     try:
         import ray
         import ray.data
@@ -192,6 +202,32 @@ def _keep_to_this_machine() -> None:
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's name for leaving the network alone
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray leaves one in the home folder
+
+
+def _check_reachable(address: str) -> None:
+    """Raise if nobody listens at ``host:port``: Ray itself would go on asking for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--address {address}: no Ray cluster there ({_reason(error)})") from None
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Let what Ray's libraries write to standard error past Python go nowhere."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _last_event(index: int, result: Result) -> TokenEvent:

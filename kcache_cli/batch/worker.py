@@ -21,6 +21,21 @@ from kcache_cli.engine import Plan
 from kcache_cli.options import ModelOptions
 from kcache_cli.text import json_line
 
+MOST_ATTEMPTS = 4
+"""How often a batch is begun: a worker that dies is replaced, but not for ever by one that dies of the same batch."""
+
+
+class Attempts:
+    """An actor that counts how often each batch has been begun."""
+
+    def __init__(self) -> None:
+        self._begun: dict[int, int] = {}
+
+    def begin(self, number: int) -> int:
+        """Count one more beginning of a batch; returns how many there have been."""
+        self._begun[number] = self._begun.get(number, 0) + 1
+        return self._begun[number]
+
 
 class Worker:
     """The actor: loads the model once, then runs the batches it is given.
@@ -32,10 +47,14 @@ class Worker:
         CPU threads to compute with; None leaves it to the environment.
     gpus : float
         What part of a GPU, or how many, Ray has given it.
+    attempts : actor handle
+        Of :class:`Attempts`.
     """
 
-    def __init__(self, job: Job, threads: int | None, gpus: float) -> None:
+    def __init__(self, job: Job, threads: int | None, gpus: float, attempts: Any) -> None:
         import torch
+
+        self._attempts = attempts
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -52,11 +71,24 @@ class Worker:
         try:
             if self._problem is not None:
                 raise self._problem
+            attempt = self._begin(number)
             work = unpack(str(batch["work"][0]))
-            told: dict[str, Any] = {"results": self._job.decode(self._lm, work, number, _no_watch)}
+            results = self._job.decode(self._lm, work, number, _no_watch)
+            told: dict[str, Any] = {"attempt": attempt, "results": results}
         except Exception as error:
             told = {"problem": _described(error)}
         return {"number": [number], "told": [json_line(told)]}
+
+    def _begin(self, number: int) -> int:
+        import ray
+
+        attempt: int = ray.get(self._attempts.begin.remote(number))
+        if attempt > MOST_ATTEMPTS:
+            raise KCacheError(
+                f"{MOST_ATTEMPTS} workers have died of the same prompts (batch {number}); memory is the likely reason: "
+                "use fewer workers, a smaller --batch-size or a shorter --ctx"
+            )
+        return attempt
 
 
 @dataclass(frozen=True)
@@ -87,8 +119,8 @@ def unpack(packed: str) -> list[Work]:
     return [Work(Entry(line, name, ""), ids) for line, name, ids in json.loads(packed)]
 
 
-def results_of(told: str) -> list[Result]:
-    """What a worker has told of a batch.
+def results_of(told: str) -> tuple[int, list[Result]]:
+    """What a worker has told of a batch: which attempt it was, and the results.
 
     Raises
     ------
@@ -99,8 +131,7 @@ def results_of(told: str) -> list[Result]:
     if "problem" in value:
         kind, message = value["problem"]
         raise getattr(errors, kind, KCacheError)(message)
-    results: list[Result] = value["results"]
-    return results
+    return int(value["attempt"]), value["results"]
 
 
 def _described(error: Exception) -> tuple[str, str]:
