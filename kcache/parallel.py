@@ -76,7 +76,9 @@ def ranks_of(model: PreTrainedModel) -> Ranks:
     size = getattr(model, "_tp_size", None) or 1
     if size == 1 or not dist.is_initialized():
         return ALONE
-    return Ranks(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)), dist.group.WORLD, model.device)
+    mesh = getattr(model, "_device_mesh", None)
+    group = dist.group.WORLD if mesh is None else mesh["tp"].get_group()
+    return Ranks(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)), group, model.device)
 
 
 def check_heads(config: PretrainedConfig, name: str, size: int) -> None:

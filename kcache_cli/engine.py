@@ -139,7 +139,7 @@ class KCacheEngine:
             model.name, revision=model.revision, gguf_file=model.gguf_file, trust_remote_code=model.trust_remote_code
         )
         device = _map_device(model) if model.device_map else planning_device(model.device or "auto")
-        split = self.split or _spread_of(model, device)
+        split = self.split or spread_of(model, device)
         context = context_length(config)
         asked = ctx or context or _UNKNOWN_CONTEXT
         if context is not None and asked > context and not allow_overflow:
@@ -254,7 +254,7 @@ def _map_device(model: ModelOptions) -> Any:
     return next((place for place in places if place.type == "cuda"), torch.device("cpu"))
 
 
-def _spread_of(model: ModelOptions, device: Any) -> Split:
+def spread_of(model: ModelOptions, device: Any) -> Split:
     """How many GPUs the model will be spread over when this process has it to itself."""
     import torch
 

@@ -66,6 +66,7 @@ class RayEngine(KCacheEngine):
         super().__init__()
         self._address, self._workers = address, workers
         self._share: Share | None = None
+        self._joined = False
 
     def plan(self, model: ModelOptions, policy: Policy, **wanted: Any) -> Plan:
         """Plan for one worker, where a worker will run."""
@@ -144,7 +145,7 @@ class RayEngine(KCacheEngine):
 
     def close(self) -> None:
         """Leave the cluster, or end the one that was started."""
-        if self._share is not None:
+        if self._joined:
             import ray
 
             ray.shutdown()
@@ -167,6 +168,7 @@ class RayEngine(KCacheEngine):
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, ValueError) as error:
             raise InputError(f"--address {self._address}: no Ray cluster there ({_reason(error)})") from None
+        self._joined = True
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self._share = Share.of(nodes, self._workers, on_cpu=device == "cpu")
         return self._share
