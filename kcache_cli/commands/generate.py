@@ -98,10 +98,11 @@ def generate(
     """
     from kcache_cli.batch.cluster import on_ray
     from kcache_cli.engine import engine_of
-    from kcache_cli.ranks import together
+    from kcache_cli.ranks import launched, together
 
-    watch_options.check()
     if engine_name == "ray":
+        if launched() > 1:
+            raise InputError("--engine ray and torchrun exclude each other; start kcache by itself")
         watch_options.refuse("the workers of --engine ray are not watched from outside")
         running = on_ray(address, workers)
     elif address is not None or workers is not None:
@@ -154,6 +155,7 @@ def _generate(
     if source == "-" and sys.stdin is not None and sys.stdin.isatty():
         raise InputError("no prompts: name a file with -i, or pipe lines into standard input")
     path = check_target(target, source)
+    watch_options.check()
     inputs = parse_inputs(read_source(source))
     _report_bad(inputs.bad, strict)
     if not inputs.entries:

@@ -13,8 +13,10 @@ import pytest
 
 import kcache
 from kcache.parallel import ALONE, check_heads
+from kcache_cli.engine import KCacheEngine
 from kcache_cli.ranks import check_command, launched
 from tests import models
+from tests.cli.conftest import Run
 from tests.saved import save_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -22,18 +24,22 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 POLICY = 'topn = 8\ndense_below = 0\ndense_layers = 1\nspread = "need"\n'
 
 
-def generate(processes: int, folder: Path, out: Path, prompts: str, *args: str) -> subprocess.CompletedProcess[str]:
-    """Run ``kcache generate`` on prompts from standard input."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "kcache_cli", "generate", str(folder)]
-    options = ["-o", str(out), "--dtype", "float32", "--device", "cpu", "--batch-size", "3", "-n", "20", *args]
+def arguments(folder: Path, out: Path, *args: str) -> list[str]:
+    fixed = ["--dtype", "float32", "--device", "cpu", "--batch-size", "3", "-n", "20"]
+    return ["generate", str(folder), "-o", str(out), *fixed, *args]
+
+
+def in_two(prompts: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run ``kcache`` in two processes, on prompts from standard input."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *torchrun, "-m", "kcache_cli", *args]
     return subprocess.run(
-        [*command, *options], cwd=ROOT, env=ENV, input=prompts, capture_output=True, text=True, timeout=200, check=False
+        command, cwd=ROOT, env=ENV, input=prompts, capture_output=True, text=True, timeout=200, check=False
     )
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
-def test_two_processes_write_what_one_does(tmp_path: Path, kv_heads: int) -> None:
+def test_two_processes_write_what_one_does(run: Run, one_thread: None, tmp_path: Path, kv_heads: int) -> None:
     """Sampled, with rows going where they are needed: one rank that decides otherwise would show in every token."""
     folder = save_tiny(tmp_path / "model", num_key_value_heads=kv_heads)
     policy = tmp_path / "policy.toml"
@@ -43,9 +49,9 @@ def test_two_processes_write_what_one_does(tmp_path: Path, kv_heads: int) -> Non
     prompts = "\n".join([*lines, "{bad"])
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     sampled = ["--policy", str(policy), "--temperature", "0.8", "--seed", "3"]
-    alone = generate(1, folder, one, prompts, *sampled)
-    assert alone.returncode == 0, alone.stderr
-    shared = generate(2, folder, two, prompts, *sampled)
+    alone = run(*arguments(folder, one, *sampled), input=prompts, engine=KCacheEngine())
+    assert alone.exit_code == 0, alone.stderr
+    shared = in_two(prompts, *arguments(folder, two, *sampled))
     assert shared.returncode == 0, shared.stderr
     assert [json.loads(line)["id"] for line in two.read_text().splitlines()] == [f"p{number}" for number in range(5)]
     assert two.read_bytes() == one.read_bytes()
@@ -58,7 +64,7 @@ def test_heads_that_cannot_be_shared_are_named_before_loading(tmp_path: Path) ->
     folder = save_tiny(tmp_path / "model", num_attention_heads=9, num_key_value_heads=3, hidden_size=72)
     (folder / "model.safetensors").write_bytes(b"not weights")
     out = tmp_path / "out.jsonl"
-    result = generate(2, folder, out, "a prompt\n")
+    result = in_two("a prompt\n", *arguments(folder, out))
     assert result.returncode != 0
     assert f"kcache: error: {folder} has 3 KV heads, which 2 processes cannot share evenly; use 1 or 3" in result.stderr
     assert result.stderr.count("kcache: error") == 1

@@ -18,6 +18,7 @@ from kcache_cli.batch.inputs import Entry
 from kcache_cli.batch.run import Work
 from kcache_cli.batch.share import Share, largest_share
 from kcache_cli.batch.worker import Attempts, _described, pack, results_of, unpack
+from kcache_cli.engine import KCacheEngine
 from kcache_cli.text import json_line
 from tests.cli.conftest import Run
 from tests.saved import save_tiny
@@ -27,11 +28,10 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 POLICY = "topn = 8\ndense_below = 0\ndense_layers = 1\n"
 
 
-def start(folder: Path, out: Path, *args: str) -> subprocess.Popen[str]:
-    options = ["-i", str(folder / "in.jsonl"), "-o", str(out), "--policy", str(folder / "policy.toml")]
-    options += ["--device", "cpu", "--batch-size", "2", "-n", "150", "--temperature", "0.8", *args]
-    command = [sys.executable, "-m", "kcache_cli", "generate", str(folder / "model"), *options]
-    return subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def arguments(folder: Path, out: Path, *args: str) -> list[str]:
+    files = ["-i", str(folder / "in.jsonl"), "-o", str(out), "--policy", str(folder / "policy.toml")]
+    fixed = ["--device", "cpu", "--batch-size", "2", "-n", "100", "--temperature", "0.8"]
+    return ["generate", str(folder / "model"), *files, *fixed, *args]
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -43,15 +43,16 @@ def lines_in(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_a_worker_killed_on_the_way_loses_and_repeats_nothing(tmp_path: Path) -> None:
+def test_a_worker_killed_on_the_way_loses_and_repeats_nothing(run: Run, one_thread: None, tmp_path: Path) -> None:
     save_tiny(tmp_path / "model")
     (tmp_path / "policy.toml").write_text(POLICY)
     prompts = [json.dumps({"id": f"p{at}", "prompt": "some words to read " * (1 + at % 5)}) for at in range(24)]
     (tmp_path / "in.jsonl").write_text("\n".join([*prompts, "{bad"]))
     one, many = tmp_path / "one.jsonl", tmp_path / "many.jsonl"
-    alone = start(tmp_path, one)
-    assert alone.wait(120) == 0
-    process = start(tmp_path, many, "--engine", "ray", "--workers", "2")
+    assert run(*arguments(tmp_path, one), engine=KCacheEngine()).exit_code == 0
+    on_ray = arguments(tmp_path, many, "--engine", "ray", "--workers", "2")
+    command = [sys.executable, "-m", "kcache_cli", *on_ray]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     journal, deadline = tmp_path / "many.jsonl.kcache", time.monotonic() + 120
     while lines_in(journal) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -67,8 +68,8 @@ def test_a_worker_killed_on_the_way_loses_and_repeats_nothing(tmp_path: Path) ->
     assert "line 25: not valid JSON" in stderr
     assert "24 prompts" in stderr
     assert stdout == ""
-    again = start(tmp_path, many, "--engine", "ray", "--workers", "2")
-    assert "complete" in again.communicate(timeout=60)[1], "the journal knows the job, whoever ran it"
+    assert "complete" in run(*on_ray).stderr, "the journal knows the job"
+    assert "complete" in run(*arguments(tmp_path, many)).stderr, "whoever ran it"
 
 
 # -- who gets what -------------------------------------------------------------------------------------------------
