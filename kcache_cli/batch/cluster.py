@@ -9,6 +9,7 @@ gives the same text wherever it is run.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import secrets
@@ -66,7 +67,7 @@ class RayEngine(KCacheEngine):
         super().__init__()
         self._address, self._workers = address, workers
         self._share: Share | None = None
-        self._joined = False
+        self._until_closed = contextlib.ExitStack()
 
     def plan(self, model: ModelOptions, policy: Policy, **wanted: Any) -> Plan:
         """Plan for one worker, where a worker will run."""
@@ -126,18 +127,17 @@ class RayEngine(KCacheEngine):
         )
         missing = {number for number, _ in batches}
         try:
-            with contextlib.redirect_stdout(None):  # Ray prints its remarks there, where results may go
-                for row in told.iter_batches(batch_size=1, prefetch_batches=0):
-                    number = int(row["number"][0])
-                    attempt, results = results_of(str(row["told"][0]))
-                    if attempt > 1:
-                        note(f"a worker died; batch {number} has been run again")
-                    if number not in missing:
-                        continue
-                    missing.remove(number)
-                    for index, result in enumerate(results):
-                        watch(_last_event(index, result), int(result["completion_tokens"]))
-                    yield number, results
+            for row in told.iter_batches(batch_size=1, prefetch_batches=0):
+                number = int(row["number"][0])
+                attempt, results = results_of(str(row["told"][0]))
+                if attempt > 1:
+                    note(f"a worker died; batch {number} has been run again")
+                if number not in missing:
+                    continue
+                missing.remove(number)
+                for index, result in enumerate(results):
+                    watch(_last_event(index, result), int(result["completion_tokens"]))
+                yield number, results
         except ray.exceptions.RayError as error:
             raise KCacheError(
                 f"Ray gave up on a batch: {_reason(error)}; the same command goes on from here"
@@ -145,10 +145,7 @@ class RayEngine(KCacheEngine):
 
     def close(self) -> None:
         """Leave the cluster, or end the one that was started."""
-        if self._joined:
-            import ray
-
-            ray.shutdown()
+        self._until_closed.close()
 
     def _started(self, model: ModelOptions) -> Share:
         """Join the cluster, or start one, and share it out."""
@@ -163,12 +160,13 @@ class RayEngine(KCacheEngine):
             options = {"address": "local", "include_dashboard": False}
         else:
             _check_reachable(self._address)
+        self._until_closed.enter_context(contextlib.redirect_stdout(_ResultsOnly(sys.stdout)))
         try:
             with _unheard():
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, ValueError) as error:
             raise InputError(f"--address {self._address}: no Ray cluster there ({_reason(error)})") from None
-        self._joined = True
+        self._until_closed.callback(ray.shutdown)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self._share = Share.of(nodes, self._workers, on_cpu=device == "cpu")
         return self._share
@@ -215,6 +213,17 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, ValueError) as error:
         raise InputError(f"--address {address}: no Ray cluster there ({_reason(error)})") from None
+
+
+class _ResultsOnly(io.TextIOBase):
+    """Standard output while Ray runs, which prints remarks there: bytes, which are results, pass, and text does not."""
+
+    def __init__(self, stream: Any) -> None:
+        self.buffer = stream.buffer
+
+    def write(self, text: str) -> int:
+        """Let it go."""
+        return len(text)
 
 
 @contextmanager
