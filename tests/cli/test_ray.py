@@ -43,6 +43,7 @@ def lines_in(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.timeout(600)
 def test_a_worker_killed_on_the_way_loses_and_repeats_nothing(run: Run, one_thread: None, tmp_path: Path) -> None:
     save_tiny(tmp_path / "model")
     (tmp_path / "policy.toml").write_text(POLICY)
