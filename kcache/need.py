@@ -7,7 +7,7 @@ device. The cache itself plans again from the tensors that really arrive.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
@@ -122,6 +122,17 @@ class ModelShape:
             inner=(inner if isinstance(inner, int) else max(inner)) * experts,
             vocabulary=text.vocab_size,
             dtype_bytes=dtype_bytes,
+        )
+
+    def shared(self, ranks: int) -> ModelShape:
+        """One rank's part of a model whose heads are shared out."""
+        return replace(
+            self,
+            k_row=self.k_row // ranks,
+            v_row=self.v_row // ranks,
+            query_heads=self.query_heads // ranks,
+            query_width=self.query_width // ranks,
+            inner=-(-self.inner // ranks),
         )
 
     def need(self, ctx: int, batch: int, policy: Policy, budget: int | None) -> MemoryNeed:

@@ -28,6 +28,7 @@ from transformers.cache_utils import (
 
 from kcache import dense
 from kcache.attention import WATCHER, not_understood, original, switched, text_config
+from kcache.devices import input_device
 from kcache.errors import UnsupportedModelError
 from kcache.support import check_model
 
@@ -46,11 +47,14 @@ class Verdict:
         Layers in the model's cache.
     reasons : tuple of str
         Why the others keep their stock cache, with their number, the most frequent reason first.
+    devices : dict
+        The device on which each tiered layer's K arrives.
     """
 
     tiered: frozenset[int] = field(default_factory=frozenset)
     layers: int = 0
     reasons: tuple[str, ...] = ()
+    devices: dict[int, torch.device] = field(default_factory=dict)
 
 
 class _ProbeLayer(DynamicLayer):
@@ -162,11 +166,9 @@ def probe(model: PreTrainedModel) -> Verdict:
         _check_runs(model, Cache(layers=probes), error)
         look.unknown.insert(0, "the rows of earlier tokens")
     _check_look(model, look, probes)
-    verdict = Verdict(
-        frozenset(i for i, layer in enumerate(probes) if _is_clear(layer)) if not look.unknown else frozenset(),
-        len(layers),
-        _reasons(probes, look),
-    )
+    clear = [i for i, layer in enumerate(probes) if _is_clear(layer)] if not look.unknown else []
+    devices = {i: probes[i].latest.device for i in clear}
+    verdict = Verdict(frozenset(clear), len(layers), _reasons(probes, look), devices)
     vars(model)["_kcache_verdict"] = verdict
     return verdict
 
@@ -207,7 +209,7 @@ def _watching(look: _Look) -> Iterator[None]:
 
 
 def _run(model: PreTrainedModel, cache: Cache) -> None:
-    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    device = input_device(model)
     with torch.no_grad():
         for count in _TOKENS:
             tokens = torch.zeros(1, count, dtype=torch.long, device=device)
