@@ -113,6 +113,8 @@ class KCacheEngine:
         What part of a model and of this machine is this process's own; by default all.
     """
 
+    split: Split | None = None
+
     def __init__(self, split: Split | None = None) -> None:
         self.split = split
 
