@@ -62,7 +62,9 @@ def inspect(
         elif once:
             _print(source, as_json)
         else:
-            raise InputError("there is no full-screen view in this version; use --once")
+            from kcache_cli.tui.start import watch
+
+            watch(source)
 
 
 def _print(source: Source, as_json: bool) -> None:

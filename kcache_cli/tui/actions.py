@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from textual import on
 from textual.app import App, SystemCommand
@@ -38,6 +38,7 @@ class Actions(App[None]):
 
     feed: Feed
     conversation: Talk | None
+    stop_work: Callable[[], bool] | None
     folder: Path
     _PANELS: ClassVar[tuple[str, ...]] = PANELS
 
@@ -211,11 +212,10 @@ class Actions(App[None]):
             self.query_one("#say", Input).focus()
 
     def action_stop(self) -> None:
-        """Stop the reply."""
-        if self.conversation is None:
-            self.notify("q leaves the dashboard", timeout=3)
-        elif not self.conversation.stop():
-            self.notify("there is no reply to stop; q leaves the dashboard", timeout=3)
+        """Stop the reply, or the job."""
+        stop = self.stop_work if self.conversation is None else self.conversation.stop
+        if stop is None or not stop():
+            self.notify("there is nothing to stop; q leaves the dashboard", timeout=3)
 
     @on(Input.Submitted, "#say")
     def _said(self, event: Input.Submitted) -> None:

@@ -6,7 +6,7 @@ A reader thread (:mod:`kcache_cli.tui.feed`) hands over moments; each arrives as
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -53,6 +53,8 @@ class Dashboard(Actions):
         What time it goes by.
     talk : Talk, optional
         A conversation of this process, for the input at the bottom.
+    stop : callable, optional
+        What Ctrl-C does to the work that is watched; returns whether there was any to stop.
     ascii : bool
         Draw with ASCII alone.
     theme : str, optional
@@ -75,14 +77,15 @@ class Dashboard(Actions):
         *,
         clock: Clock | None = None,
         talk: Talk | None = None,
+        stop: Callable[[], bool] | None = None,
         ascii: bool = False,
         theme: str | None = None,
         keymap: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.shelf = Shelf(source)
-        self.feed = Feed(self.shelf, clock or SystemClock(), lambda: self.post_message(self.Arrived()))
-        self.conversation = talk
+        self.feed = Feed(self.shelf, clock or SystemClock(), self._tell_of_arrival)
+        self.conversation, self.stop_work = talk, stop
         self.folder = Path.cwd()
         self.look = Look(DARK, ASCII if ascii else UNICODE, colour=not self.no_color)
         for palette in (DARK, LIGHT):
@@ -125,6 +128,10 @@ class Dashboard(Actions):
         self.feed.stop()
         if self.conversation is not None:
             self.conversation.stop()
+
+    def _tell_of_arrival(self) -> None:
+        """Said by the reader's thread."""
+        self.post_message(self.Arrived())
 
     # -- the way of the data ---------------------------------------------------------------------------------------
 
@@ -175,7 +182,7 @@ class Dashboard(Actions):
 
     def place_panels(self) -> None:
         """Give each row its height, and show what has one."""
-        if not self.is_mounted or len(self.screen_stack) < 1 or not self.screen_stack[0].query("#heat"):
+        if not self.is_running or not self.screen_stack or not self.screen_stack[0].query("#heat"):
             return
         screen = self.screen_stack[0]
         width, height = self.size
@@ -226,7 +233,9 @@ class Dashboard(Actions):
             start, end, layer = max(0, positions.start - 8), min(frame.tokens, positions.start + room), heat.at_layer
         panel.border_title = "6 text" if positions is None else f"6 text from token {start:,}"
         texts = self.shelf.pieces(start, end, 0, moment.place.index)
-        panel.pieces = tuple(pieces_of(frame, texts, start, weights(frame, layer, start, end)))
+        panel.pieces = tuple(
+            pieces_of(frame, texts, start, None if positions is None else weights(frame, layer, start, end))
+        )
 
     def quote(self, layer: int, positions: range, width: int) -> Text:
         """The words at positions, picked ones lit, around the one that was picked most."""

@@ -39,9 +39,9 @@ def arrange(
         The text is a conversation of this process, which wants more room.
     """
     if maximised is not None:
-        top, low = maximised in ("memory", "link"), maximised in ("layers", "speed", "words")
-        rest = 0 if top or low else height
-        return Layout(height * top, rest, height * low, frozenset({maximised}))
+        is_top, is_low = maximised in ("memory", "link"), maximised in ("layers", "speed", "words")
+        middle = 0 if is_top or is_low else height
+        return Layout(height * is_top, middle, height * is_low, frozenset({maximised}))
     if width < _ROOMY[0] or height < _ROOMY[1] - 2:
         return _small(height, chosen, talking)
     top = 9 if height >= 38 else 8

@@ -172,3 +172,6 @@ def theme_of(palette: Palette) -> Theme:
             "input-selection-background": f"{palette.accent} 35%",
         },
     )
+
+
+THEMES = ("kcache-dark", "kcache-light")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -52,16 +53,16 @@ def link_view(moment: Moment) -> LinkView:
     window = moment.past.window()
     h2d_s = d2h_s = per_token = rows_per_step = None
     hits = totals.hot_hits / totals.rows_fetched if totals.hot_hits and totals.rows_fetched else None
-    if window is not None and frame.phase != "idle":
+    if window is not None:
         first, last = window
         moved, time_s = since(first.totals, last.totals), last.time_s - first.time_s
         h2d_s, d2h_s = moved.bytes_h2d / time_s, moved.bytes_d2h / time_s
-        if moved.steps and frame.phase == "decode":
+        if moved.steps and last.phase == "decode":
             per_token = moved.bytes_h2d / moved.steps / max(1, frame.batch)
             rows_per_step = moved.rows_fetched / moved.steps
             if moved.rows_fetched and totals.hot_hits:
                 hits = moved.hot_hits / moved.rows_fetched
-    elif frame.phase == "idle":
+    if frame.phase == "idle":
         h2d_s = d2h_s = 0.0
     measured = None if info.link_gb_s is None else info.link_gb_s * 1e9
     return LinkView(
@@ -85,7 +86,7 @@ def rates(past: Past, samples: int) -> tuple[np.ndarray, np.ndarray]:
     """
     up, down = np.zeros(samples), np.zeros(samples)
     points = past.points[-samples - 1 :]
-    for at, (before, after) in enumerate(zip(points, points[1:], strict=False), samples - len(points) + 1):
+    for at, (before, after) in enumerate(pairwise(points), samples - len(points) + 1):
         time_s = after.time_s - before.time_s
         if before.run == after.run and time_s > 0:
             moved = since(before.totals, after.totals)

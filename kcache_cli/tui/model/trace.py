@@ -60,12 +60,17 @@ class Past:
     earlier: Frame | None = None
 
     def window(self, count: int = _WINDOW) -> tuple[Point, Point] | None:
-        """The first and last of the latest decode frames of this run, at most ``count`` apart."""
-        if not self.points:
+        """The first and last of the latest frames of this run and phase, at most ``count`` apart.
+
+        When the run is idle, of the phase before that.
+        """
+        points = list(self.points[-2 * count :])
+        while points and points[-1].phase == "idle":
+            points.pop()
+        if not points or points[-1].run != self.points[-1].run:
             return None
-        last = self.points[-1]
-        first = last
-        for point in reversed(self.points[-count:]):
+        first = last = points[-1]
+        for point in reversed(points[-count:]):
             if point.run != last.run or point.phase != last.phase or point.step > first.step:
                 break
             first = point
@@ -102,9 +107,10 @@ class Trace:
             self._last_step[heat > 0] = frame.step
         self._note_picks(frame)
         self._frame = frame
-        if self._recent and (self._recent[-1].run, self._recent[-1].phase) != (frame.run, frame.phase):
+        if frame.phase == "prefill" or (before is None and self._recent):
             self._recent.clear()
-        self._recent.append(frame)
+        elif frame.phase == "decode":
+            self._recent.append(frame)
 
     def past(self) -> Past:
         """The histories as they are now."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from rich.text import Text
 from textual.app import ComposeResult
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.reactive import reactive
 from textual.screen import ModalScreen
@@ -12,7 +14,7 @@ from textual.widgets import Static
 
 from kcache_cli.tui.look import Look, look_of
 from kcache_cli.tui.model.detail import Detail, detail
-from kcache_cli.tui.model.heat import scaled
+from kcache_cli.tui.model.heat import rebin, scaled
 from kcache_cli.tui.model.moment import Moment
 from kcache_cli.tui.model.words import count, percent, size
 from kcache_cli.tui.widgets.chart import bar
@@ -26,7 +28,7 @@ _MAP = 64
 class DetailScreen(ModalScreen[None]):
     """A layer; up and down go to its neighbours."""
 
-    BINDINGS = [
+    BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,q,enter", "close", "close"),
         Binding("up", "move(-1)", "layer up"),
         Binding("down", "move(1)", "layer down"),
@@ -151,8 +153,6 @@ def _add_mass(text: Text, found: Detail, look: Look) -> None:
 
 def _add_map(text: Text, found: Detail, moment: Moment, look: Look) -> None:
     """Where in the context the layer's picks are."""
-    from kcache_cli.tui.model.heat import rebin
-
     frame = moment.frame
     if frame is None or not found.histogram.any():
         return
@@ -162,7 +162,7 @@ def _add_map(text: Text, found: Detail, moment: Moment, look: Look) -> None:
     ramp = look.palette.ramp
     for value in values:
         if look.halves:
-            text.append("█", colour(float(value), ramp))
+            text.append(" ", f"on {colour(float(value), ramp)}")
         else:
             text.append(shade(float(value), look))
     text.append(f"\n0{frame.tokens:>{_MAP - 1},}", look.palette.muted)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from rich.text import Text
 from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
@@ -24,7 +27,7 @@ _PANELS = (
 class HelpScreen(ModalScreen[None]):
     """Any key that closes, closes it."""
 
-    BINDINGS = [("escape,q,question_mark", "dismiss", "close")]
+    BINDINGS: ClassVar[list[BindingType]] = [("escape,q,question_mark", "close", "close")]
     DEFAULT_CSS = """
     HelpScreen { align: center middle; background: $background 60%; }
     HelpScreen > VerticalScroll { width: 92; max-width: 96%; height: auto; max-height: 90%; border: round $accent;
@@ -60,11 +63,11 @@ class HelpScreen(ModalScreen[None]):
             text.append(f"{what}\n", palette.muted)
         return text
 
-    def _bound(self, name: str) -> list:
+    def _bound(self, name: str) -> list[Binding]:
         return [
             active.binding for active in self.app.screen_stack[0].active_bindings.values() if active.binding.id == name
         ][:1]
 
-    def action_dismiss(self, result: None = None) -> None:  # type: ignore[override]
+    def action_close(self) -> None:
         """Close it."""
         self.dismiss(None)

@@ -59,10 +59,10 @@ def bar(share: float | None, width: int, colour: str, back: str, look: Look) -> 
     filled = 0 if share is None else round(min(max(share, 0), 1) * width * 8)
     whole, rest = divmod(filled, 8)
     signs = look.signs.eighths
-    text = Text(signs[-1] * whole, colour)
+    plain = look.ascii or not look.colour
+    text = Text(signs[-1] * whole, colour) if plain else Text(" " * whole, f"on {colour}")
     if whole < width:
         end = signs[rest * (len(signs) - 1) // 8] if rest else " "
-        text.append(end, f"{colour} on {back}" if look.colour else colour)
-        rest_sign = " " if look.colour else look.signs.dot
-        text.append(rest_sign * (width - whole - 1), f"{back} on {back}" if look.colour else back)
+        text.append(end, colour if plain else f"{colour} on {back}")
+        text.append((look.signs.dot if plain else " ") * (width - whole - 1), back if plain else f"on {back}")
     return text

@@ -14,12 +14,11 @@ from kcache_cli.tui.model.heat import Cell, Grid, Mode, Window, cell, grid
 from kcache_cli.tui.model.moment import Moment
 from kcache_cli.tui.model.scale import Slots, slots, ticks
 from kcache_cli.tui.model.words import percent
-from kcache_cli.tui.widgets.chart import bar
 from kcache_cli.tui.widgets.paint import colour, legend, shade
 from kcache_cli.tui.widgets.panel import Panel, columns, cut
 
 _LABELS = 4
-_MASS = 7
+_MASS = 5
 _WIDE = 96
 _MODES = tuple(Mode)
 
@@ -163,7 +162,7 @@ class HeatPanel(Panel):
         return self._cursor_row() if self._is_cursor_line(line) else label
 
     def _mass_of(self, moment: Moment, line: int, width: int) -> Text:
-        """A bar for the attention that a line's layers have captured, mean over them."""
+        """The share of attention that a line's layers have captured, mean over them."""
         assert self._slots is not None and moment.frame is not None
         place = self._slots
         first, last = line * place.per_line, min((line + 1) * place.per_line, len(place.stop)) - 1
@@ -173,8 +172,8 @@ class HeatPanel(Panel):
         if not shares:
             return Text(" " * width)
         share = sum(shares) / len(shares)
-        tone = palette.good if share >= 0.9 else palette.accent if share >= 0.75 else palette.warn
-        return Text.assemble(" ", bar(share, width - 1, tone, palette.free, self.look))
+        tone = palette.good if share >= 0.9 else palette.text if share >= 0.75 else palette.warn
+        return Text(f"{share:.0%}".rjust(width), tone)
 
     def _axis(self, moment: Moment, across: int) -> Text:
         """Positions and turn marks under the cells."""

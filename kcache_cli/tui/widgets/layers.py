@@ -17,8 +17,19 @@ from kcache_cli.tui.model.words import bytes_short, count, percent
 from kcache_cli.tui.widgets.chart import bar
 from kcache_cli.tui.widgets.panel import Panel, cut
 
-_COLUMNS = (("layer", 5), ("mass", 13), ("again", 6), ("hits", 6), ("rows", 7), ("link", 7), ("device", 7), ("host", 7))
-_NARROW = (("layer", 5), ("mass", 6), ("rows", 6), ("link", 6), ("device", 6), ("host", 6))
+Table = tuple[tuple[str, int], ...]
+_WIDE: Table = tuple(zip(SORTS, (6, 14, 7, 6, 7, 7, 8, 7), strict=True))
+_USUAL: Table = (("layer", 6), ("mass", 6), ("again", 7), ("rows", 6), ("link", 6), ("device", 7), ("host", 6))
+_NARROW: Table = (("layer", 6), ("mass", 6), ("rows", 6), ("link", 6), ("host", 6))
+_STAYS = "exact, V stays here"
+
+
+def table_for(width: int) -> Table:
+    """The columns that there is room for."""
+    for table in (_WIDE, _USUAL):
+        if sum(each for _, each in table) <= width:
+            return table
+    return _NARROW
 
 
 class LayersPanel(Panel):
@@ -70,7 +81,7 @@ class LayersPanel(Panel):
         at = next((at for at, row in enumerate(self._rows) if row.layer == self.at_layer), 0)
         self._top = min(max(self._top, at - shown + 1), at, max(0, len(self._rows) - shown))
         self._top = max(0, self._top)
-        table = _COLUMNS if width >= sum(each for _, each in _COLUMNS) + 1 else _NARROW
+        table = table_for(width)
         lines = [self._head(table, width)]
         lines += [self._line(row, table, width) for row in self._rows[self._top : self._top + shown]]
         self.border_subtitle = self._subtitle(moment)
@@ -90,7 +101,7 @@ class LayersPanel(Panel):
         count = 0 if moment.frame is None else len(moment.frame.layers)
         return f"{self.filter} · {len(self._rows)} of {count}".replace("[", r"\[")
 
-    def _head(self, table: tuple[tuple[str, int], ...], width: int) -> Text:
+    def _head(self, table: Table, width: int) -> Text:
         palette, signs = self.look.palette, self.look.signs
         text = Text()
         for name, each in table:
@@ -99,13 +110,17 @@ class LayersPanel(Panel):
             text.append(f"{name}{sign}".rjust(each), f"bold {palette.accent}" if chosen else palette.muted)
         return cut(text, width)
 
-    def _line(self, row: LayerRow, table: tuple[tuple[str, int], ...], width: int) -> Text:
-        palette = self.look.palette
-        text = Text()
+    def _line(self, row: LayerRow, table: Table, width: int) -> Text:
+        text, palette = Text(), self.look.palette
+        exact = row.mass is None and row.kind == "resident"
         for name, each in table:
-            text.append_text(self._cell(row, name, each))
-        kind = {"tiered": "", "resident": " stays", "stock": " stock"}[row.kind]
-        text.append(kind, palette.muted)
+            if exact and name in ("again", "hits", "rows", "link"):
+                continue
+            if exact and name == "mass":
+                room = sum(wide for column, wide in table if column in ("mass", "again", "hits", "rows", "link"))
+                text.append(_STAYS.rjust(room)[:room], palette.muted)
+            else:
+                text.append_text(self._cell(row, name, each))
         text = cut(text, width)
         if row.layer == self.at_layer and self.has_focus:
             text.append(" " * (width - text.cell_len))
@@ -176,8 +191,7 @@ class LayersPanel(Panel):
                 self.action_open()
 
     def _sort_at(self, x: int) -> None:
-        table = _COLUMNS if self.size.width >= sum(each for _, each in _COLUMNS) + 1 else _NARROW
-        for name, width in table:
+        for name, width in table_for(self.size.width):
             if x < width:
                 self.backwards = not self.backwards if name == self.sort else False
                 self.sort = name

@@ -48,7 +48,7 @@ class MemoryPanel(Panel):
         right = Text()
         if bar.free is not None:
             right = Text.assemble((size(bar.free), palette.text), (" free", palette.muted))
-            if bar.total is not None:
+            if bar.total is not None and left.cell_len + right.cell_len + 18 < width:
                 right.append(f" of {size(bar.total)}", palette.muted)
         return columns(left, right, width)
 
@@ -70,7 +70,7 @@ class MemoryPanel(Panel):
         parts: list[tuple[str, int]] = [
             (getattr(palette, segment.part), end) for segment, end in zip(bar.segments, ends, strict=True)
         ]
-        ghost = {getattr(palette, "ghost")} if any(segment.part == "ghost" for segment in bar.segments) else set()
+        ghost = {palette.ghost} if any(segment.part == "ghost" for segment in bar.segments) else set()
         parts.append((palette.free, width * 8))
         text, at, used = Text(), 0, 0
         for number, (colour, end) in enumerate(parts):
@@ -79,7 +79,10 @@ class MemoryPanel(Panel):
                 continue
             whole = stop // 8 - at
             if whole > 0:
-                text.append(look.signs.hatch * whole if colour in ghost else "█" * whole, colour)
+                if colour in ghost:
+                    text.append(look.signs.hatch * whole, f"{colour} on {palette.free}")
+                else:
+                    text.append(" " * whole, f"on {colour}")
                 at += whole
             rest = stop - at * 8
             if rest > 0 and at < width and number + 1 < len(parts):

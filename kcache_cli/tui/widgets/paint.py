@@ -33,7 +33,7 @@ def legend(look: Look, width: int, low: str, high: str) -> Text:
     for at in range(width):
         value = (at + 0.5) / width
         if look.halves:
-            text.append("█", colour(value, ramp))
+            text.append(" ", f"on {colour(value, ramp)}")
         else:
             text.append(shade(value, look), palette.text)
     text.append(f" {high}", palette.muted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import ClassVar
 
 from rich.segment import Segment
@@ -78,7 +79,7 @@ def strip(text: Text) -> Strip:
     segments: list[Segment] = []
     plain = text.plain
     marks = sorted({0, len(plain), *(edge for span in text.spans for edge in (span.start, span.end))})
-    for start, end in zip(marks, marks[1:], strict=False):
+    for start, end in pairwise(marks):
         if start >= len(plain):
             break
         style = _style(text.style)
