@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from rich.text import Text
+from textual import on
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Horizontal
@@ -22,6 +23,7 @@ from textual.widgets import Footer, Input
 from kcache.watch.source import Source
 from kcache_cli.tui.actions import Actions
 from kcache_cli.tui.clock import Clock, SystemClock
+from kcache_cli.tui.conversation import Said
 from kcache_cli.tui.feed import Feed
 from kcache_cli.tui.keys import bindings
 from kcache_cli.tui.layout import PANELS, arrange
@@ -70,6 +72,13 @@ class Dashboard(Actions):
 
     class Arrived(Message):
         """The reader has a newer moment."""
+
+    class Ended(Message):
+        """The work that is watched is over."""
+
+        def __init__(self, failed: BaseException | None) -> None:
+            super().__init__()
+            self.failed = failed
 
     def __init__(
         self,
@@ -127,11 +136,25 @@ class Dashboard(Actions):
         """Let the reader go."""
         self.feed.stop()
         if self.conversation is not None:
-            self.conversation.stop()
+            self.conversation.close()
+
+    @on(Said)
+    def _heard(self) -> None:
+        if self.conversation is not None:
+            self.query_one(WordsPanel).said = self.conversation.text(self.look)
 
     def _tell_of_arrival(self) -> None:
         """Said by the reader's thread."""
         self.post_message(self.Arrived())
+
+    def work_ended(self, failed: BaseException | None) -> None:
+        """Say that the work is over; from any thread, and also when the screen is gone."""
+        self.post_message(self.Ended(failed))
+
+    @on(Ended)
+    def _ended(self, event: Ended) -> None:
+        said = "the job is done" if event.failed is None else "the job has ended"
+        self.notify(f"{said}; q leaves the dashboard", timeout=60)
 
     # -- the way of the data ---------------------------------------------------------------------------------------
 

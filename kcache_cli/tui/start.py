@@ -24,11 +24,16 @@ def check_terminal() -> None:
     ------
     InputError
     """
-    if sys.stdin is None or not sys.stdin.isatty() or not sys.stdout.isatty():
+    if not has_terminal():
         raise InputError(NO_TERMINAL)
 
 
-def dashboard(source: Source, *, talk: Talk | None = None, stop: Callable[[], bool] | None = None) -> Dashboard:
+def has_terminal() -> bool:
+    """Whether there is somebody to draw for and to ask."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def dashboard(source: Source, stop: Callable[[], bool] | None = None, *, talk: Talk | None = None) -> Dashboard:
     """Make the app, as the settings want it."""
     from textual.theme import BUILTIN_THEMES
 
@@ -58,6 +63,27 @@ def watch(source: Source) -> None:
     """
     check_terminal()
     dashboard(source).run()
+
+
+def pick() -> int | None:
+    """Ask which process to watch, if several publish; None leaves it to the usual choice.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        If the user wants none of them.
+    """
+    from kcache.watch.attach import find
+
+    places = find()
+    if len(places) < 2:
+        return None
+    from kcache_cli.tui.menu import Menu, candidates
+
+    chosen = Menu(candidates(places)).run()
+    if chosen is None:
+        raise KeyboardInterrupt
+    return chosen.place.pid
 
 
 def parse_keys(text: str | None) -> dict[str, str]:
