@@ -40,6 +40,7 @@ class Palette:
     prompt: str
     answer: str
     cursor: str
+    on_bar: str
     heat: tuple[str, ...]
 
     @property
@@ -58,7 +59,7 @@ DARK = Palette(
     good="#69d58c",
     warn="#f0b64c",
     bad="#ff6b6b",
-    weights="#56637f",
+    weights="#6d7b99",
     k="#4b9bff",
     v="#9a7cff",
     overhead="#f0b64c",
@@ -72,6 +73,7 @@ DARK = Palette(
     prompt="#8fb8ff",
     answer="#d8deea",
     cursor="#ffffff",
+    on_bar="#0b0e14",
     heat=("#141925", "#25204f", "#5b1f78", "#a52c60", "#e0523f", "#f8952c", "#fbd44f", "#fffbe3"),
 )
 LIGHT = Palette(
@@ -98,6 +100,7 @@ LIGHT = Palette(
     prompt="#2458b0",
     answer="#22262f",
     cursor="#000000",
+    on_bar="#ffffff",
     heat=("#f1efe9", "#fbe3b6", "#f8bd74", "#ee8a4e", "#d2513f", "#9b2850", "#5a1850", "#22092f"),
 )
 
@@ -133,16 +136,56 @@ class Signs:
     live: str
     knob: str
     line: str
+    full: str
+    half_line: str
     ellipsis: str
     dot: str
     quote: tuple[str, str]
 
 
 UNICODE = Signs(
-    "▀", " ░▒▓█", " ▏▎▍▌▋▊▉█", " ▁▂▃▄▅▆▇█", "╱", "─", "■", "▲", "▼", "┃", "▶", "Ⅱ", "●", "●", "━", "…", "·", ("“", "”")
+    "▀",
+    " ░▒▓█",
+    " ▏▎▍▌▋▊▉█",
+    " ▁▂▃▄▅▆▇█",
+    "╱",
+    "─",
+    "■",
+    "▲",
+    "▼",
+    "┃",
+    "▶",
+    "Ⅱ",
+    "●",
+    "●",
+    "━",
+    "━",
+    "╸",
+    "…",
+    "·",
+    ("“", "”"),
 )
 ASCII = Signs(
-    "", " .:-=+*#%@", "  #", " .:|#", "/", "-", "#", "^", "v", "|", ">", "=", "*", "O", "-", "~", "-", ('"', '"')
+    "",
+    " .:-=+*#%@",
+    "  #",
+    " .:|#",
+    "/",
+    "-",
+    "#",
+    "^",
+    "v",
+    "|",
+    ">",
+    "=",
+    "*",
+    "O",
+    "-",
+    "#",
+    " ",
+    "~",
+    "-",
+    ('"', '"'),
 )
 
 

@@ -85,6 +85,7 @@ class Trace:
         self._frame: Frame | None = None
         self._decayed = np.zeros((0, 0))
         self._last_step = np.zeros((0, 0), np.int64)
+        self._weight = 0.0
         self._heads = 1
         self._picked: Frame | None = None
         self._recent: deque[Frame] = deque(maxlen=_WINDOW)
@@ -104,6 +105,7 @@ class Trace:
         if heat.any() and (steps > 0 or frame.phase == "decode"):
             kept = 0.5 ** (max(0, steps) / HALF_LIFE_STEPS)
             self._decayed = self._decayed * kept + heat * (1 - kept)
+            self._weight = self._weight * kept + 1 - kept
             self._last_step[heat > 0] = frame.step
         self._note_picks(frame)
         self._frame = frame
@@ -115,13 +117,13 @@ class Trace:
     def past(self) -> Past:
         """The histories as they are now."""
         earlier = self._recent[0] if self._recent else None
-        heat = self._decayed.copy(), self._last_step.copy()
+        heat = self._decayed / max(self._weight, 1e-9), self._last_step.copy()
         return Past(tuple(self._points), *heat, self._heads, self._picked, earlier)
 
     def _begin(self, frame: Frame) -> None:
         shape = (len(frame.layers), frame.buckets)
         self._decayed, self._last_step = np.zeros(shape), np.full(shape, -1, np.int64)
-        self._picked, self._heads = None, 1
+        self._picked, self._heads, self._weight = None, 1, 0.0
 
     def _note_picks(self, frame: Frame) -> None:
         shapes = [layer.picks.shape for layer in frame.layers if layer.picks is not None]

@@ -17,7 +17,7 @@ from kcache_cli.tui.model.detail import Detail, detail
 from kcache_cli.tui.model.heat import rebin, scaled
 from kcache_cli.tui.model.moment import Moment
 from kcache_cli.tui.model.words import count, percent, size
-from kcache_cli.tui.widgets.chart import bar
+from kcache_cli.tui.widgets.chart import rule
 from kcache_cli.tui.widgets.paint import colour, shade
 
 _LABEL = 22
@@ -35,8 +35,8 @@ class DetailScreen(ModalScreen[None]):
     ]
     DEFAULT_CSS = """
     DetailScreen { align: center middle; background: $background 60%; }
-    DetailScreen > VerticalScroll { width: 78; max-width: 100%; height: auto; max-height: 96%; border: round $accent;
-        border-title-color: $accent; background: $surface; padding: 1 2; }
+    DetailScreen > VerticalScroll { width: 78; max-width: 100%; height: auto; max-height: 100%; border: round $accent;
+        border-title-color: $accent; background: $surface; padding: 0 2; scrollbar-size-vertical: 1; }
     DetailScreen Static { width: 1fr; height: auto; }
     """
 
@@ -77,7 +77,7 @@ class DetailScreen(ModalScreen[None]):
 
     def _show(self) -> None:
         found = None if self.moment is None else detail(self.moment, self.at_layer)
-        if not self.is_mounted or self.moment is None or found is None:
+        if self.moment is None or found is None or not self.query("#detail"):
             return
         self.query_one(VerticalScroll).border_title = f"layer {self.at_layer}"
         self.query_one("#detail", Static).update(describe(found, self.moment, look_of(self.app)))
@@ -102,7 +102,11 @@ def describe(found: Detail, moment: Moment, look: Look) -> Text:
     line("kind", (row.kind, "bold"), (f"  {kinds[row.kind]}", palette.muted))
     line("last step", (modes[row.mode], "bold"), _would(found, palette.warn))
     line("device, host", (size(row.device), "bold"), "   ", (size(row.host), "bold"))
-    line("rows per step", ("–" if row.rows is None else count(row.rows), "bold"), _per_head(found, palette.muted))
+    line(
+        "rows per step",
+        ("–" if row.rows is None else f"{count(row.rows)} on average", "bold"),
+        _per_head(found, palette.muted),
+    )
     line("picked again", *_share(row.again, palette.accent, look), ("  of the step before", palette.muted))
     line("hot set", *_share(row.hits, palette.accent, look), ("  of all rows so far", palette.muted))
     line("to the device", (size(stats.bytes_h2d), "bold"), ("   to the host ", palette.muted), size(stats.bytes_d2h))
@@ -123,13 +127,13 @@ def _per_head(found: Detail, tone: str) -> Text:
     if not found.picked:
         return Text()
     heads = ", ".join(str(rows) for rows in found.picked[:12])
-    return Text(f"   last, by KV head: {heads}{', …' if len(found.picked) > 12 else ''}", tone)
+    return Text(f"   last by KV head: {heads}{', …' if len(found.picked) > 12 else ''}", tone)
 
 
 def _share(value: float | None, tone: str, look: Look) -> tuple[Text, tuple[str, str]]:
     if value is None:
         return Text("–"), ("", "")
-    return bar(value, _BAR, tone, look.palette.free, look), (f" {percent(value)}", "bold")
+    return rule(value, _BAR, tone, look), (f" {percent(value)}", "bold")
 
 
 def _add_mass(text: Text, found: Detail, look: Look) -> None:
@@ -145,7 +149,7 @@ def _add_mass(text: Text, found: Detail, look: Look) -> None:
             head = f"KV head {number}" if at == 0 else ""
             text.append(f"{head:<13}{query:>4}     ", palette.muted)
             tone = palette.good if share >= 0.9 else palette.accent if share >= 0.75 else palette.warn
-            text.append_text(bar(share, _BAR, tone, palette.free, look))
+            text.append_text(rule(share, _BAR, tone, look))
             text.append(f" {percent(share)}\n", "bold")
             query += 1
     text.append("\n")

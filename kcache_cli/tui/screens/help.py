@@ -15,13 +15,20 @@ from kcache_cli.tui.keys import KEYS
 from kcache_cli.tui.look import look_of
 
 _PANELS = (
-    ("memory", "what the device tier and the host tier hold, and what a full KV cache would take, to one scale"),
-    ("link", "bytes that cross between the tiers: to the device above, to the host below"),
-    ("heat map", "layers × context; the brighter, the larger a share of a cell's tokens the last step picked"),
-    ("mass", "share of its attention that a layer's picks hold; what stands in for the rest is the tail"),
+    ("memory", "what the tiers hold, and what a full KV cache would take, to one scale"),
+    ("link", "bytes between the tiers over time: to the device above, to the host below"),
+    ("heat map", "layers × context; the brighter, the more of a cell's tokens were picked"),
+    ("mass", "share of a layer's attention that its picks hold"),
     ("again", "share of a layer's picks that the step before had picked as well"),
     ("hits", "share of the rows that were still on the device"),
 )
+_MORE = (
+    ("1 - 6", "go to a panel"),
+    ("↑ ↓ a d", "move the heat map's cursor; the mouse reads a cell, a drag zooms"),
+    ("z x", "zoom in and out; backspace shows the whole context"),
+    ("enter", "open the chosen layer"),
+)
+_APART = ("memory", "link", "heat", "layers", "speed", "text", "mode_back", "reverse", "previous_turn")
 
 
 class HelpScreen(ModalScreen[None]):
@@ -30,8 +37,8 @@ class HelpScreen(ModalScreen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [("escape,q,question_mark", "close", "close")]
     DEFAULT_CSS = """
     HelpScreen { align: center middle; background: $background 60%; }
-    HelpScreen > VerticalScroll { width: 92; max-width: 96%; height: auto; max-height: 90%; border: round $accent;
-        border-title-color: $accent; background: $surface; padding: 1 2; }
+    HelpScreen > VerticalScroll { width: 96; max-width: 100%; height: auto; max-height: 100%; border: round $accent;
+        border-title-color: $accent; background: $surface; padding: 0 1; scrollbar-size-vertical: 1; }
     HelpScreen Static { width: 1fr; height: auto; }
     """
 
@@ -42,26 +49,27 @@ class HelpScreen(ModalScreen[None]):
             yield Static(self._text())
 
     def _text(self) -> Text:
-        palette = look_of(self.app).palette
+        look = look_of(self.app)
+        palette = look.palette
         text = Text()
-        for key in KEYS:
-            shown = key.display or " ".join(self.app.get_key_display(binding) for binding in self._bound(key.id))
-            text.append(f"{shown:>12}  ", f"bold {palette.accent}")
-            text.append(f"{key.long}\n", palette.text)
-        text.append("\n")
-        rest = (
-            ("↑ ↓ a d", "move the heat map's cursor; the mouse reads a cell, a drag zooms"),
-            ("z x ⌫", "zoom in, out, all the way out"),
-            ("enter", "open the chosen layer"),
-        )
-        for shown, what in rest:
-            text.append(f"{shown:>12}  ", f"bold {palette.accent}")
+
+        def line(name: str, what: str, tone: str) -> None:
+            text.append(f"{name:>10}  ", f"bold {tone}")
             text.append(f"{what}\n", palette.text)
+
+        for key in KEYS:
+            if key.id not in _APART:
+                line(key.display or self._display(key.id), key.long, palette.accent)
+        for shown, what in _MORE:
+            line(shown, what, palette.accent)
         text.append("\n")
         for name, what in _PANELS:
-            text.append(f"{name:>12}  ", f"bold {palette.warn}")
-            text.append(f"{what}\n", palette.muted)
+            line(name, what, palette.warn)
+        text.right_crop(1)
         return text
+
+    def _display(self, name: str) -> str:
+        return " ".join(self.app.get_key_display(binding) for binding in self._bound(name))
 
     def _bound(self, name: str) -> list[Binding]:
         return [

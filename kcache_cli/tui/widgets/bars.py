@@ -32,7 +32,7 @@ class Line(Widget):
         """Give the line to the screen."""
         width = self.size.width
         text = self.draw(width) if y == 0 else Text()
-        return strip(cut(text, width)).adjust_cell_length(width).apply_style(self.rich_style)
+        return strip(cut(text, width), look_of(self.app).ascii).adjust_cell_length(width).apply_style(self.rich_style)
 
 
 class Headline(Line):
@@ -99,9 +99,9 @@ class Timeline(Line):
             return Text()
         place = moment.place
         sign = signs.pause if place.paused else signs.play
-        left = Text(f" {sign} ", f"bold {palette.accent}")
+        left = Text.assemble((f" {sign} ", f"bold {palette.accent}"))
         at = place.index - place.span.start + 1
-        right = Text(f"  {at:,}/{len(place.span):,}", palette.text)
+        right = Text.assemble((f"  {at:,}/{len(place.span):,}", palette.text))
         if place.times is not None:
             right.append(f"  {clock(place.times[0])} / {clock(place.times[1])} ", palette.muted)
         room = max(1, width - left.cell_len - right.cell_len)

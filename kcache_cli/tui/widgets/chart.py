@@ -60,9 +60,21 @@ def bar(share: float | None, width: int, colour: str, back: str, look: Look) -> 
     whole, rest = divmod(filled, 8)
     signs = look.signs.eighths
     plain = look.ascii or not look.colour
-    text = Text(signs[-1] * whole, colour) if plain else Text(" " * whole, f"on {colour}")
+    text = Text.assemble((signs[-1] * whole, colour) if plain else (" " * whole, f"on {colour}"))
     if whole < width:
         end = signs[rest * (len(signs) - 1) // 8] if rest else " "
         text.append(end, colour if plain else f"{colour} on {back}")
         text.append((look.signs.dot if plain else " ") * (width - whole - 1), back if plain else f"on {back}")
     return text
+
+
+def rule(share: float | None, width: int, colour: str, look: Look) -> Text:
+    """A thin bar for a share of 1, to half a cell: for many of them below each other."""
+    filled = 0 if share is None else round(min(max(share, 0), 1) * width * 2)
+    whole, half = divmod(filled, 2)
+    signs, faint = look.signs, look.palette.faint
+    rest = signs.line if look.colour and not look.ascii else " "
+    text = Text.assemble((signs.full * whole, colour))
+    if half:
+        text.append(signs.half_line, colour)
+    return text.append(rest * (width - whole - half), faint)

@@ -129,7 +129,7 @@ class HeatPanel(Panel):
         at = line * place.per_line
         here = self._is_cursor_line(line)
         label = self._grid.rows[row] if row < len(self._grid.rows) else 0
-        text = Text(f"{self._cursor_label(line, label):>3} ", f"bold {palette.accent}" if here else palette.muted)
+        text = Text.assemble((self._label(line, label), f"bold {palette.accent}" if here else palette.muted))
         upper = place.values[at]
         lower = place.values[at + 1] if place.per_line == 2 and at + 1 < len(place.values) else None
         column = None if self.cursor is None else self._column_of(self.cursor)
@@ -158,8 +158,13 @@ class HeatPanel(Panel):
             return False
         return self._slots.slot(self._cursor_row()) // self._slots.per_line == line
 
-    def _cursor_label(self, line: int, label: int) -> int:
-        return self._cursor_row() if self._is_cursor_line(line) else label
+    def _label(self, line: int, row: int) -> str:
+        """The row's number on its first line; the cursor's where it is."""
+        assert self._slots is not None
+        if self._is_cursor_line(line):
+            return f"{self._cursor_row():>3} "
+        is_first = line == 0 or self._slots.row(line) != self._slots.row(line - 1)
+        return f"{row:>3} " if is_first else " " * _LABELS
 
     def _mass_of(self, moment: Moment, line: int, width: int) -> Text:
         """The share of attention that a line's layers have captured, mean over them."""
@@ -208,11 +213,15 @@ class HeatPanel(Panel):
             numbers.append(f" head {found.head}", "bold")
         numbers.append(f" {found.layer.kind} {self.look.signs.dot} ", palette.muted)
         start, stop = found.positions.start, found.positions.stop - 1
+        picks = bool(found.layer.histogram.any())
         numbers.append("tokens " if start < stop else "token ", palette.muted)
         numbers.append(f"{start:,}–{stop:,}" if start < stop else f"{start:,}", "bold")
         numbers.append(f" {self.look.signs.dot} ", palette.muted)
-        numbers.append(f"{'' if found.is_exact else '~'}{found.count:,}", "bold")
-        numbers.append(f" picks, {percent(found.share)} of the layer's", palette.muted)
+        if not picks:
+            numbers.append("attends exactly, picks nothing", palette.muted)
+        else:
+            numbers.append(f"{'' if found.is_exact else '~'}{found.count:,}", "bold")
+            numbers.append(f" picks, {percent(found.share)} of the layer's", palette.muted)
         if found.mass is not None:
             numbers.append(f" {self.look.signs.dot} which hold ", palette.muted)
             numbers.append(percent(found.mass), "bold")
@@ -240,7 +249,12 @@ class HeatPanel(Panel):
         return self._grid.column(min(max(position, self._grid.start), self._grid.end - 1))
 
     def watch_mode(self) -> None:
-        """Draw in the other mode."""
+        """Draw in the other mode; one that shows a layer's heads takes a layer that picks."""
+        picked = None if self.moment is None else self.moment.past.picked
+        if self.mode is Mode.HEADS and picked is not None:
+            picking = [layer.index for layer in picked.layers if layer.picks is not None]
+            if picking and self.at_layer not in picking:
+                self.at_layer = min(picking, key=lambda layer: abs(layer - self.at_layer))
         self.redraw()
 
     def watch_at_layer(self) -> None:
@@ -273,15 +287,15 @@ class HeatPanel(Panel):
     def action_row(self, by: int) -> None:
         """Move the cursor to another layer, or head."""
         count = len(self._grid.rows) if self._grid is not None else 0
-        if not count:
-            return
+        layers = 0 if self.moment is None or self.moment.frame is None else len(self.moment.frame.layers)
         if self.cursor is None:
             self.action_column(0)
-        if self.mode is Mode.HEADS:
-            self.head = min(max(0, self.head + by), count - 1)
+        if self.mode is Mode.HEADS and 0 <= self.head + by < count:
+            self.head += by
             self._tell()
-        else:
-            self.at_layer = min(max(0, self.at_layer + by), count - 1)
+        elif 0 <= self.at_layer + by < layers:  # past the last head comes the next layer
+            self.head = 0 if by > 0 else max(0, count - 1)
+            self.at_layer += by
 
     def action_column(self, by: int) -> None:
         """Move the cursor along the context, by columns of the map."""

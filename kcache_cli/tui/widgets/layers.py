@@ -14,7 +14,7 @@ from kcache.errors import InputError
 from kcache_cli.tui.model.layers import SORTS, LayerRow, layer_rows, parse_filter, sort_rows
 from kcache_cli.tui.model.moment import Moment
 from kcache_cli.tui.model.words import bytes_short, count, percent
-from kcache_cli.tui.widgets.chart import bar
+from kcache_cli.tui.widgets.chart import rule
 from kcache_cli.tui.widgets.panel import Panel, cut
 
 Table = tuple[tuple[str, int], ...]
@@ -139,7 +139,7 @@ class LayersPanel(Panel):
             tone = palette.good if value >= 0.9 else palette.accent if value >= 0.75 else palette.warn
             if width < 10:
                 return Text(percent(value).rjust(width), tone)
-            return Text.assemble("  ", bar(value, width - 8, tone, palette.free, self.look), percent(value).rjust(6))
+            return Text.assemble("  ", rule(value, width - 8, tone, self.look), percent(value).rjust(6))
         if name in ("again", "hits"):
             return Text(percent(value).rjust(width), palette.text)
         words = count(value) if name == "rows" else bytes_short(value)

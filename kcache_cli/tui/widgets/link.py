@@ -27,10 +27,12 @@ class LinkPanel(Panel):
         if height < 6:
             tail = max(0, height - 2)
             head = columns(Text.assemble(up, "  ", down), token, width)
-            return [head, *self._graph(moment, width, tail, False), self._hits(view, width)][:height]
+            return [head, *self._graph(moment, width, tail, False), self._hits(view, width, moment.info.host_only)][
+                :height
+            ]
         lines = [columns(Text.assemble(up, "   ", down), token, width)]
         lines += self._graph(moment, width, height - 3, True)
-        return [*lines, self._hits(view, width), self._totals(view, width)]
+        return [*lines, self._hits(view, width, moment.info.host_only), self._totals(view, width)]
 
     def _per_token(self, view: LinkView) -> Text:
         if view.per_token is None:
@@ -52,11 +54,11 @@ class LinkPanel(Panel):
             lines[0] = _over(lines[0], Text(f" {rate(most)}", palette.muted))
         return lines
 
-    def _hits(self, view: LinkView, width: int) -> Text:
+    def _hits(self, view: LinkView, width: int, host_only: bool) -> Text:
         palette = self.look.palette
-        left = Text("hot set ", palette.muted)
+        left = Text.assemble(("hot set ", palette.muted))
         if view.hit_rate is None:
-            left.append("no hits", palette.muted)
+            left.append("–" if not self.look.ascii else "-", palette.muted)
         else:
             left.append_text(bar(view.hit_rate, 10, palette.accent, palette.free, self.look))
             left.append(f" {percent(view.hit_rate)}", "bold")
@@ -67,7 +69,7 @@ class LinkPanel(Panel):
                 (f" of {view.measured_s / 1e9:.1f} GB/s", palette.muted),
             )
         else:
-            right = Text("bandwidth not measured", palette.muted)
+            right = Text("no link here" if host_only else "link not measured", palette.muted)
         return columns(left, right, width)
 
     def _totals(self, view: LinkView, width: int) -> Text:

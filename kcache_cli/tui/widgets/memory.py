@@ -56,43 +56,49 @@ class MemoryPanel(Panel):
         palette = self.look.palette
         left = Text.assemble(("with a full KV cache", palette.text), "  ", (size(view.ghost.used), "bold"))
         if view.saved >= 0:
-            right = Text(f"{size(view.saved)} less on the device", palette.good)
+            right = Text(f"{size(view.saved)} saved", palette.good)
         else:
             right = Text(f"{size(-view.saved)} allocated ahead", palette.muted)
         return columns(left, right, width)
 
     def _bar(self, bar: Bar, scale: int, width: int) -> Text:
-        """A stacked bar; between two colours an eighth block has the one before and the one after."""
+        """A stacked bar to an eighth of a cell; a segment that is long enough has its name on it."""
         palette, look = self.look.palette, self.look
         ends = lengths(bar.segments, scale, width)
         if not look.colour or look.ascii:
             return self._plain_bar(bar, ends, width)
-        parts: list[tuple[str, int]] = [
-            (getattr(palette, segment.part), end) for segment, end in zip(bar.segments, ends, strict=True)
-        ]
-        ghost = {palette.ghost} if any(segment.part == "ghost" for segment in bar.segments) else set()
-        parts.append((palette.free, width * 8))
-        text, at, used = Text(), 0, 0
-        for number, (colour, end) in enumerate(parts):
-            stop = min(width * 8, used + end)
-            if stop <= used:
-                continue
-            whole = stop // 8 - at
-            if whole > 0:
-                if colour in ghost:
-                    text.append(look.signs.hatch * whole, f"{colour} on {palette.free}")
-                else:
-                    text.append(" " * whole, f"on {colour}")
-                at += whole
-            rest = stop - at * 8
-            if rest > 0 and at < width and number + 1 < len(parts):
-                following = parts[number + 1][0]
-                text.append(look.signs.eighths[rest], f"{colour} on {following}" if following not in ghost else colour)
-                at += 1
-                used = at * 8
+        cells = [(" ", f"on {palette.free}")] * width
+        used = 0
+        for at, (segment, length) in enumerate(zip(bar.segments, ends, strict=True)):
+            colour = getattr(palette, segment.part)
+            first, used = -(-used // 8), used + length
+            whole, rest = divmod(min(used, width * 8), 8)
+            if segment.part == "ghost":
+                whole = min(width, whole + (rest > 0))
+                cells[first:whole] = [(look.signs.hatch, f"{colour} on {palette.free}")] * (whole - first)
             else:
-                used = stop
+                cells[first:whole] = [(" ", f"on {colour}")] * (whole - first)
+                following = bar.segments[at + 1] if at + 1 < len(bar.segments) else None
+                solid = following is not None and following.part != "ghost"
+                after = getattr(palette, following.part) if following is not None and solid else palette.free
+                if rest and whole < width:
+                    cells[whole] = (look.signs.eighths[rest], f"{colour} on {after}")
+            self._label(cells, segment, first, whole)
+        text = Text()
+        for sign, style in cells[:width]:
+            text.append(sign, style)
         return text
+
+    def _label(self, cells: list[tuple[str, str]], segment: Segment, first: int, end: int) -> None:
+        """Write a segment's name on it."""
+        palette = self.look.palette
+        name = f" {segment.label} "
+        if end - first < len(name) + 1:
+            return
+        back = palette.free if segment.part == "ghost" else getattr(palette, segment.part)
+        tone = palette.text if segment.part == "ghost" else palette.on_bar
+        for at, sign in enumerate(name):
+            cells[first + at] = sign, f"{tone} on {back}"
 
     def _plain_bar(self, bar: Bar, ends: list[int], width: int) -> Text:
         fills = _ASCII_FILL if self.look.ascii else _MONO_FILL

@@ -28,7 +28,7 @@ def colour(value: float, ramp: Sequence[str]) -> str:
 def legend(look: Look, width: int, low: str, high: str) -> Text:
     """The scale with the words for its ends."""
     palette = look.palette
-    text = Text(f"{low} ", palette.muted)
+    text = Text.assemble((f"{low} ", palette.muted))
     ramp = palette.ramp
     for at in range(width):
         value = (at + 0.5) / width

@@ -62,7 +62,7 @@ class Panel(Widget, can_focus=True):
             lines = self.draw_empty(width, height)
         else:
             lines = self.draw(moment, width, height)
-        return [strip(line) for line in lines]
+        return [strip(line, self.look.ascii) for line in lines]
 
     def render_line(self, y: int) -> Strip:
         """Give one line to the screen."""
@@ -74,10 +74,12 @@ class Panel(Widget, can_focus=True):
         return line.adjust_cell_length(size[0]).apply_style(self.rich_style)
 
 
-def strip(text: Text) -> Strip:
-    """A styled line as a strip."""
+def strip(text: Text, ascii: bool = False) -> Strip:
+    """A styled line as a strip; with ``ascii`` other characters give way to some that look like them."""
     segments: list[Segment] = []
     plain = text.plain
+    if ascii:
+        plain = plain.translate(_ASCII).encode("ascii", "replace").decode()
     marks = sorted({0, len(plain), *(edge for span in text.spans for edge in (span.start, span.end))})
     for start, end in pairwise(marks):
         if start >= len(plain):
@@ -88,6 +90,9 @@ def strip(text: Text) -> Strip:
                 style += _style(span.style)
         segments.append(Segment(plain[start:end], style))
     return Strip(segments)
+
+
+_ASCII = str.maketrans({"–": "-", "—": "-", "·": "-", "…": "~", "×": "x", "≤": "<", "“": '"', "”": '"', "’": "'"})
 
 
 def _style(style: str | Style) -> Style:

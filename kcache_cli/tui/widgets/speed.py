@@ -22,7 +22,7 @@ class SpeedPanel(Panel):
         """See :class:`~kcache_cli.tui.widgets.panel.Panel`."""
         palette = self.look.palette
         view = speed_view(moment)
-        fast = Text("–" if view.tok_s is None else f"{view.tok_s:.1f}", f"bold {palette.accent}")
+        fast = Text.assemble(("–" if view.tok_s is None else f"{view.tok_s:.1f}", f"bold {palette.accent}"))
         fast.append(" tok/s", palette.muted)
         first = Text.assemble(("TTFT ", palette.muted), seconds(view.ttft_s))
         lines = [columns(fast, first, width)]

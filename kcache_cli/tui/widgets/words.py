@@ -91,7 +91,7 @@ class WordsPanel(Panel):
     def _sequence(self, index: int, sequence: SequenceFrame, longest: int, width: int) -> Text:
         palette = self.look.palette
         label = Text(f"{index:>3} ", palette.muted)
-        tail = Text(f" {sequence.completion_tokens:>5,}", palette.good if sequence.done else palette.text)
+        tail = Text.assemble((f" {sequence.completion_tokens:>5,}", palette.good if sequence.done else palette.text))
         tail.append(" done" if sequence.done else "     ", palette.good)
         tone = palette.good if sequence.done else palette.accent
         share = sequence.completion_tokens / longest
