@@ -67,7 +67,7 @@ def memory_view(moment: Moment) -> MemoryView:
         segments.append(Segment("other", "other", max(0, others)))
     ghost = (
         Segment("weights", "weights", weights),
-        Segment("ghost", "full KV cache", totals.full_kv_bytes),
+        Segment("ghost", "full KV", totals.full_kv_bytes),
     )
     most = max(used, weights + totals.full_kv_bytes, totals.host_bytes, 1)
     total = memory.device_total or 0
@@ -85,7 +85,7 @@ def memory_view(moment: Moment) -> MemoryView:
             memory.host_total or None,
             True,
         ),
-        Bar("full KV cache", ghost, weights + totals.full_kv_bytes),
+        Bar("full KV cache", tuple(each for each in ghost if each.bytes), weights + totals.full_kv_bytes),
         scale,
         totals.full_kv_bytes - kv,
     )

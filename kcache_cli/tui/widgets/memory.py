@@ -55,7 +55,9 @@ class MemoryPanel(Panel):
     def _ghost_head(self, view: MemoryView, width: int) -> Text:
         palette = self.look.palette
         left = Text.assemble(("with a full KV cache", palette.text), "  ", (size(view.ghost.used), "bold"))
-        if view.saved >= 0:
+        if not view.saved:
+            right = Text("nothing offloaded yet", palette.muted)
+        elif view.saved > 0:
             right = Text(f"{size(view.saved)} saved", palette.good)
         else:
             right = Text(f"{size(-view.saved)} allocated ahead", palette.muted)
