@@ -204,7 +204,7 @@ class Dashboard(Actions):
 
     def on_resize(self) -> None:
         """Share the terminal anew."""
-        self.place_panels()
+        self.call_after_refresh(self.place_panels)
 
     def place_panels(self) -> None:
         """Give each row its height, and show what has one."""

@@ -54,7 +54,7 @@ async def running(
     source = source or FakeSource(conversation())
     clock = FakeClock()
     app = Dashboard(source, clock=clock, **options)
-    async with app.run_test(size=size) as pilot:
+    async with app.run_test(size=size, notifications=True) as pilot:
         driver = Driver(app, pilot, clock, source)
         await driver.settle()
         yield driver

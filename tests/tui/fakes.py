@@ -28,6 +28,22 @@ LAYERS, KV_HEADS, GROUP, TOPN = 30, 3, 3, 64
 PROMPT = 6000
 NEEDLE = range(3300, 3316)
 """Where the made-up model looks in its middle layers."""
+_SAID = [
+    "The",
+    "secret",
+    "code",
+    "of",
+    "the",
+    "blue",
+    "lighthouse",
+    "is",
+    "7413",
+    "and",
+    "nobody",
+    "else",
+    "knows",
+    "it",
+]
 
 INFO = Info(
     pid=4242,
@@ -170,8 +186,7 @@ class FakeSource:
     @staticmethod
     def _word(at: int) -> str:
         if at in NEEDLE:
-            needle = "The secret code of the blue lighthouse is 7413 and nobody but you knows it".split()
-            return f" {needle[at - NEEDLE.start]}" if at - NEEDLE.start < len(needle) else "."
+            return f" {_SAID[at - NEEDLE.start]}" if at - NEEDLE.start < len(_SAID) else "."
         if at % 200 == 0:
             return "<|im_start|>"
         words = ("the", "sea", "was", "calm", "and", "grey", "as", "slate", "under", "a", "low", "sky")

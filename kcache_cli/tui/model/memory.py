@@ -57,8 +57,8 @@ def memory_view(moment: Moment) -> MemoryView:
     segments = [
         Segment("weights", "weights", weights),
         Segment("k", "K", totals.k_bytes),
-        Segment("v", "resident V", totals.resident_v_bytes),
-        Segment("overhead", "tail + hot rows", totals.overhead_bytes),
+        Segment("v", "V", totals.resident_v_bytes),
+        Segment("overhead", "overhead", totals.overhead_bytes),
         Segment("activations", "activations", activations),
     ]
     used = weights + kv + activations

@@ -118,7 +118,7 @@ class MemoryPanel(Panel):
     def _legend(self, view: MemoryView, width: int, height: int) -> list[Text]:
         """Names, colours and bytes of the segments, as many lines as there is room for."""
         lines = [Text()]
-        for segment in (*view.device.segments, *view.host.segments):
+        for segment in (*view.device.segments[1:], *view.host.segments):
             entry = self._entry(segment)
             if lines[-1].cell_len + entry.cell_len > width:
                 if len(lines) >= height:
