@@ -113,7 +113,7 @@ class HeatPanel(Panel):
         window = self.window
         if window.end is not None:
             left.append(f"  {window.start:,}–{window.end:,}", palette.warn)
-        elif self._grid is not None and self._grid.note and width >= _WIDE:
+        elif self._grid is not None and self._grid.note and self._grid.values.any() and width >= _WIDE:
             left.append(f"  {self._grid.note}", palette.warn)
         if self.mode is Mode.AGE:
             scale = legend(look, 12, "long ago", "just picked")
