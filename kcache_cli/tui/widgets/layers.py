@@ -86,7 +86,9 @@ class LayersPanel(Panel):
         table = table_for(width)
         lines = [self._head(table, width)]
         lines += [self._line(row, table, width) for row in self._rows[self._top : self._top + shown]]
-        self.border_subtitle = self._subtitle(moment)
+        subtitle = self._subtitle(moment)
+        if subtitle != self.border_subtitle:  # setting it draws the panel once more
+            self.border_subtitle = subtitle
         return lines
 
     def rows(self, moment: Moment) -> list[LayerRow]:
@@ -120,7 +122,7 @@ class LayersPanel(Panel):
                 continue
             if exact and name == "mass":
                 room = sum(wide for column, wide in table if column in ("mass", "again", "hits", "rows", "link"))
-                text.append(_STAYS.rjust(room)[:room], palette.muted)
+                text.append((_STAYS if room > len(_STAYS) + 1 else "exact").rjust(room), palette.muted)
             else:
                 text.append_text(self._cell(row, name, each))
         text = cut(text, width)
