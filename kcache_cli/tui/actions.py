@@ -46,6 +46,10 @@ class Actions(App[None]):
         """Fill the text panel; see the app."""
         raise NotImplementedError
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Whether a key does something now: the filter's is a letter like any other while something is written."""
+        return not (action == "filter" and isinstance(self.focused, Input))
+
     # -- panels ----------------------------------------------------------------------------------------------------
 
     def action_panel(self, name: str) -> None:

@@ -219,6 +219,7 @@ class Dashboard(Actions):
             row.styles.height = max(1, share)
         for name in PANELS:
             screen.query_one(f"#{name}").display = name in plan.shown
+        self.call_after_refresh(self.show_words)  # as much text as the panel has room for now
 
     def watch_chosen(self) -> None:
         """Small terminals show it in the middle."""
