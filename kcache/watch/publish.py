@@ -218,7 +218,8 @@ class Publication:
             if captured is not None:
                 self._show(captured)
             elif self._board.frame is not None:  # the cache is gone; its last state stays
-                self._put({**self._board.frame, "time": time.time(), "phase": PHASES.index(phase)})
+                job = None if self._job is None else list(self._job)
+                self._put({**self._board.frame, "time": time.time(), "phase": PHASES.index(phase), "job": job})
             else:
                 self._show(Captured(self._tokens.run, time.time(), 0, [], b"", b""))
         self._phase = phase
@@ -232,6 +233,8 @@ class Publication:
         self._put(build(captured, self._tokens, self._gauges.read(), self._phase_now(), 0, self._job))
 
     def _put(self, frame: Message) -> None:
+        if self._board.info is None and self._capture.cache is not None:
+            self._board.info = asdict(self._present_info())
         self._number += 1
         frame["number"] = self._number
         self._shown_s = time.monotonic()
