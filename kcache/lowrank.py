@@ -6,9 +6,9 @@ the mean of what they leave out. Only ``c``, a sixteenth of V by default, stays 
 is lost is nearly independent from row to row, so over many rows of little weight it averages out; a mean over
 neighbouring rows loses fifteen sixteenths of a row's variance, the directions lose much less (docs/log.md).
 
-U and base are fitted once, on the first rows a layer offloads, per sequence and KV head, and again when rows have
-doubled while they were few. The directions are the leading principal components, found by subspace iteration
-(Halko, Martinsson & Tropp, 2011), which is all batched products and needs no full eigendecomposition.
+U and base are fitted per sequence and KV head on the first rows that a layer offloads, and again whenever a sequence
+may have twice as many real rows, until there are 2,048. The directions are the leading principal components, found by
+subspace iteration (Halko, Martinsson & Tropp, 2011), which is all batched products and needs no full eigendecomposition.
 """
 
 from __future__ import annotations
@@ -65,12 +65,13 @@ class LowRankTail:
     Attributes
     ----------
     length, fitted : int
-        Rows taken in, and how many of them base and basis were fitted on.
+        Rows taken in, and how many real ones base and basis were fitted on in the sequence that has fewest.
     """
 
     def __init__(self, rank: int | None, device: torch.device, room: Callable[[], int] | None = None) -> None:
         self.length = 0
         self.fitted = 0
+        self._due = 0
         self._rank = rank
         self._coefficients = RowBuffer(device, room, axis=3)
         self._base: torch.Tensor | None = None
@@ -89,7 +90,7 @@ class LowRankTail:
 
     def begins_at(self, end: int) -> int:
         """The first row that :meth:`append` must be given to come to ``end`` rows: 0 when a fit is due."""
-        return 0 if self.fitted < _ENOUGH and end >= 2 * self.fitted else self.length
+        return 0 if self.fitted < _ENOUGH and end >= self._due else self.length
 
     def append(self, rows: torch.Tensor, valid: torch.Tensor | None, start: int) -> None:
         """Take in rows; from the first one on, they are fitted.
@@ -115,9 +116,15 @@ class LowRankTail:
 
     def _fit(self, rows: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Find base and basis of ``rows``, whose invalid ones are 0."""
-        self.fitted = rows.shape[2]
-        step = -(-self.fitted // _ENOUGH)
-        sample = rows[:, :, ::step].float()
+        count = rows.shape[2]
+        self.fitted = count if valid is None else int(valid.sum(1).min())
+        self._due = count + max(1, self.fitted)
+        with torch.autocast(rows.device.type, enabled=False):
+            self._fit_sample(rows, valid, -(-count // _ENOUGH))
+
+    def _fit_sample(self, rows: torch.Tensor, valid: torch.Tensor | None, step: int) -> None:
+        """Find base and basis of every ``step``-th row."""
+        sample = rows[:, :, ::step].float().nan_to_num(0.0, 0.0, 0.0)
         kept = None if valid is None else valid[:, None, ::step, None].to(sample.dtype)
         count = float(sample.shape[2]) if kept is None else kept.sum(2, keepdim=True).clamp(min=1)
         mean = sample.sum(2, keepdim=True) / count
@@ -129,9 +136,12 @@ class LowRankTail:
         self._base = mean - torch.matmul(along.transpose(2, 3), basis).squeeze(2)
 
     def crop(self, length: int) -> None:
-        """Cut back to ``length`` rows; what was fitted stays."""
-        self._coefficients.wipe(length, self.length)
-        self.length = min(self.length, length)
+        """Cut back to ``length`` rows; base and basis stay until more rows follow than they would be right for."""
+        if length < self.length:
+            self._coefficients.wipe(length, self.length)
+            self.length = length
+            self.fitted = min(self.fitted, length)
+            self._due = min(self._due, length + max(1, self.fitted))
 
     def select(self, index: torch.Tensor) -> None:
         """Keep the batch rows ``index`` ``[B']``."""
@@ -146,7 +156,9 @@ def _leading(covariance: torch.Tensor, rank: int) -> torch.Tensor:
     dim = covariance.shape[-1]
     carried = min(dim, rank + _SPARE)
     at = covariance.diagonal(dim1=-2, dim2=-1).topk(carried).indices
-    span = torch.zeros(*at.shape[:-1], dim, carried, device=at.device).scatter_(-2, at.unsqueeze(-2), 1.0)
+    span = torch.zeros(*at.shape[:-1], dim, carried, dtype=torch.float32, device=at.device).scatter_(
+        -2, at.unsqueeze(-2), 1.0
+    )
     for _ in range(_ROUNDS):
         span = torch.linalg.qr(torch.matmul(covariance, span)).Q
     small = torch.matmul(span.transpose(-2, -1), torch.matmul(covariance, span))

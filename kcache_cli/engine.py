@@ -176,8 +176,9 @@ class KCacheEngine:
     def load(self, model: ModelOptions, progress: Progress) -> Any:
         """See :class:`Engine`."""
         import kcache
+        from kcache.backends.cpu import compile_ahead
 
-        return kcache.load(
+        lm = kcache.load(
             model.name,
             device_map=_device_map(model),
             tensor_parallel=1 if self.split is None else self.split.ranks,
@@ -187,6 +188,8 @@ class KCacheEngine:
             trust_remote_code=model.trust_remote_code,
             progress=progress,
         )
+        compile_ahead(lm.device, lm.model.dtype)
+        return lm
 
     def session(self, lm: Any, policy: Policy, **options: Any) -> Any:
         """See :class:`Engine`."""

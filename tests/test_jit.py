@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +22,7 @@ from kcache.backends.reference import ReferenceBackend
 from kcache.policy import Policy
 from tests.test_backends import problem
 
-TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 8e-3}
 KERNELS = Kernels()
 
 policies = st.builds(
@@ -49,7 +53,7 @@ def rows_of(result: DecodeResult) -> list[set[int]]:
     return [{row for row in rows if row >= 0} for rows in result.picks.flatten(0, -2).tolist()]
 
 
-def check_decode(step: DecodeStep, kernels: Kernels = KERNELS, ties: bool = False) -> None:
+def check_decode(step: DecodeStep, kernels: Kernels = KERNELS) -> None:
     got, want = kernels.decode(step), ReferenceBackend().decode(step)
     if got is None:
         assert step.threshold is not None
@@ -57,11 +61,10 @@ def check_decode(step: DecodeStep, kernels: Kernels = KERNELS, ties: bool = Fals
     tolerance = TOLERANCE[step.keys.dtype]
     assert got.out.dtype == step.query.dtype
     assert got.mass.shape == want.mass.shape
-    if step.keys.dtype == torch.float32 and not ties:
-        assert rows_of(got) == rows_of(want)
-        torch.testing.assert_close(got.mass, want.mass, atol=1e-5, rtol=1e-4)
-    if not ties:
-        torch.testing.assert_close(got.out.float(), want.out.float(), atol=tolerance, rtol=tolerance)
+    assert rows_of(got) == rows_of(want)
+    torch.testing.assert_close(got.mass, want.mass, atol=1e-5, rtol=1e-4)
+    error = (got.out.float() - want.out.float()).square().mean().sqrt()
+    assert error <= tolerance * want.out.float().square().mean().sqrt() + 1e-6
 
 
 @settings(max_examples=120, derandomize=True, deadline=None, database=None)
@@ -77,7 +80,7 @@ def test_dense_equals_the_reference(step: DecodeStep) -> None:
     assert KERNELS.serves_dense(step)
     tolerance = TOLERANCE[step.keys.dtype]
     got, want = KERNELS.dense(step).float(), ReferenceBackend().dense(step).float()
-    torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+    assert (got - want).square().mean().sqrt() <= tolerance * want.square().mean().sqrt() + 1e-6
 
 
 def test_ties_pick_each_row_once() -> None:
@@ -96,6 +99,62 @@ def test_a_sequence_with_every_row_masked_gives_zeros() -> None:
     assert (result.mass == 0).all()
     assert (result.out == 0).all()
     assert (KERNELS.dense(step) == 0).all()
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("threshold", [None, 0.01])
+def test_two_threads(threshold: float | None) -> None:
+    step = problem(length=5000, masked=True, threshold=threshold)
+    check_decode(step)
+    torch.testing.assert_close(KERNELS.dense(step), ReferenceBackend().dense(step), atol=3e-5, rtol=3e-5)
+
+
+def test_fewer_threads_than_asked_for() -> None:
+    """OpenMP may give a region a smaller team; its pieces must all be done."""
+    code = "import torch; torch.set_num_threads(2); from tests.test_jit import *; check_decode(problem(length=5000))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "OMP_THREAD_LIMIT": "1"}, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("what", ["query", "keys"])
+def test_nan_comes_out_where_it_went_in(what: str) -> None:
+    step = problem(length=300, policy=Policy(topn=9))
+    tensor = getattr(step, what).clone()
+    tensor[0, 0, 3] = float("nan")
+    step = replace(step, **{what: tensor})
+    for got, want in (
+        (KERNELS.dense(step), ReferenceBackend().dense(step)),
+        (KERNELS.decode(step), ReferenceBackend().decode(step)),
+    ):
+        got, want = (x.out if isinstance(x, DecodeResult) else x for x in (got, want))
+        assert torch.equal(got.isnan(), want.isnan())
+        assert want.isnan().any()
+
+
+def test_torchs_default_dtype_is_not_theirs() -> None:
+    step = problem(length=300)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = KERNELS.decode(step)
+    finally:
+        torch.set_default_dtype(before)
+    assert got is not None
+    torch.testing.assert_close(got.out, ReferenceBackend().decode(step).out, atol=3e-5, rtol=3e-5)
+
+
+def test_a_short_mask_is_not_read_past_its_end() -> None:
+    assert not KERNELS.serves_decode(replace(problem(length=300), mask=torch.ones(2, 100, dtype=torch.bool)))
 
 
 def test_one_thread_without_openmp(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ are rounded to K's dtype, which moves the logits of a whole model no more than s
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,9 @@ class CpuBackend(ReferenceBackend):
             from kcache.backends.jit.steps import Kernels
 
             self._kernels = Kernels()
-        return self._kernels
+        # One thread of ours against all of torch's pays where torch has no product for the type.
+        alone = self._kernels.alone and torch.get_num_threads() > 1
+        return None if alone and step.keys.dtype == torch.float32 else self._kernels
 
     def dense(self, step: DecodeStep) -> torch.Tensor:
         """Exact attention over K and V on the device, ``[B, Hq, Dv]``.
@@ -175,9 +177,22 @@ class CpuBackend(ReferenceBackend):
         return torch.bmm(weights, means.view(-1, capacity, dim)).view(batch, heads, group, dim)
 
 
+def compile_ahead(device: torch.device, dtype: torch.dtype) -> None:
+    """Compile what decode steps on a CPU will call, so that no step waits for it; seconds once on a machine."""
+    if device.type == "cpu" and _has_numba():
+        from kcache.backends.jit.steps import compile_steps
+
+        compile_steps(dtype)
+
+
 @lru_cache
 def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    """Whether Numba is there and works: one that is too old for NumPy, say, is as good as none."""
+    try:
+        importlib.import_module("kcache.backends.jit.steps")
+    except ImportError:
+        return False
+    return True
 
 
 def _is_plain(step: DecodeStep) -> bool:

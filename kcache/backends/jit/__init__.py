@@ -4,6 +4,6 @@ No torch operator reads 16-bit K in place: a matrix product repacks it every ste
 code ten times slower than the memory. These kernels widen rows to fp32 in registers and need no compiler on the
 machine, only Numba's wheels. Where Numba is missing, :class:`~kcache.backends.cpu.CpuBackend` does the same in torch.
 
-``bits`` is what Numba lacks, ``rows`` the products, ``score``, ``weigh`` and ``combine`` the verbs over a piece of a
-head, ``regions`` the decode steps made of them, ``team`` the threads, ``steps`` what the backend calls.
+``bits`` is what Numba lacks, ``rows`` the products, ``verbs`` what is done to a piece of a head, ``regions`` the decode
+steps made of them, ``team`` the threads, ``steps`` what the backend calls.
 """

@@ -15,8 +15,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
-_FAST = {"nnan", "nsz", "arcp", "contract", "afn", "reassoc"}
-"""Sums may be reordered and there are no NaN; infinities are used, so ``ninf`` is not among them."""
+_FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}
+"""Sums may be reordered. Infinities are used, and NaN must come out where it went in."""
 intrinsic: Any = _intrinsic
 _I32, _F32 = ir.IntType(32), ir.FloatType()
 _LEAST = np.float32(-87.0)
@@ -27,8 +27,17 @@ _ZERO = np.float32(0.0)
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function that only compiled code calls: no way in from Python, which halves the time it takes."""
+    return _compile(function, _FAST)
+
+
+def kernel_of_numbers(function: Callable[..., Any]) -> Any:
+    """As :func:`kernel`, where NaN may be taken for any number: a maximum vectorises only then."""
+    return _compile(function, _FAST | {"nnan"})
+
+
+def _compile(function: Callable[..., Any], flags: set[str]) -> Any:
     decorate: Any = njit
-    return decorate(fastmath=_FAST, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    return decorate(fastmath=flags, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
 @intrinsic
@@ -105,8 +114,8 @@ def call_void(context: Any, address: Any) -> Any:
 
 @kernel
 def exponential(x: Any) -> Any:
-    """``exp(x)`` for ``x <= 0`` in fp32, 0 below -87, to a relative 2e-7: a polynomial that vectorises."""
-    at_least = x if x > _LEAST else _LEAST
+    """``exp(x)`` for ``x <= 0`` in fp32, 0 below -87, to a relative 2e-6: a polynomial that vectorises."""
+    at_least = _LEAST if x < _LEAST else x
     y = at_least * _LOG2E
     whole = np.floor(y + _HALF)
     rest = y - whole
@@ -117,4 +126,4 @@ def exponential(x: Any) -> Any:
     result = result * rest + np.float32(2.402265069591007e-1)
     result = result * rest + np.float32(6.931471805599453e-1)
     result = result * rest + np.float32(1.0)
-    return result * power_of_two(whole) if x > _LEAST else _ZERO
+    return _ZERO if x < _LEAST else result * power_of_two(whole)

@@ -32,7 +32,7 @@ from kcache.backends.jit.verbs import (
 )
 
 _NAMES = (
-    "threads number barrier items kv_heads length piece group rank most passes renormalises "
+    "threads number size barrier items kv_heads length piece group rank most passes renormalises "
     "k_words v_words half half_v k_capacity v_capacity c_capacity mask_stride "
     "query keys values mask sinks scores peaks totals weights threshold lists counts picks found "
     "coefficients base basis along mass out"
@@ -44,8 +44,8 @@ SCORE, COMBINE = 1, 2
 """Bits of ``passes``."""
 
 (
-    _THREADS, _NUMBER, _BARRIER, _ITEMS, _KV_HEADS, _LENGTH, _PIECE, _GROUP, _RANK, _MOST, _PASSES, _RENORMALISES,
-    _K_WORDS, _V_WORDS, _HALF, _HALF_V, _K_CAPACITY, _V_CAPACITY, _C_CAPACITY, _MASK_STRIDE,
+    _THREADS, _NUMBER, _SIZE, _BARRIER, _ITEMS, _KV_HEADS, _LENGTH, _PIECE, _GROUP, _RANK, _MOST, _PASSES,
+    _RENORMALISES, _K_WORDS, _V_WORDS, _HALF, _HALF_V, _K_CAPACITY, _V_CAPACITY, _C_CAPACITY, _MASK_STRIDE,
     _QUERY, _KEYS, _VALUES, _MASK, _SINKS, _SCORES, _PEAKS, _TOTALS, _WEIGHTS, _THRESHOLD, _LISTS, _COUNTS, _PICKS,
     _FOUND, _COEFFICIENTS, _BASE, _BASIS, _ALONG, _MASS, _OUT,
 ) = range(_FIELDS)  # fmt: skip
@@ -53,8 +53,11 @@ SCORE, COMBINE = 1, 2
 
 @kernel
 def thread_number(at: Any) -> Any:
-    """Number of the calling thread in its team."""
-    return call_number(at[_NUMBER]) if at[_THREADS] > 1 else np.int32(0)
+    """Number of the calling thread in its team, of which there may be fewer threads than were asked for."""
+    if at[_THREADS] == 1:
+        return np.int32(0)
+    at[_THREADS] = call_number(at[_SIZE])
+    return call_number(at[_NUMBER])
 
 
 @kernel
@@ -288,8 +291,12 @@ def _entries(sources: int) -> dict[tuple[str, torch.dtype], Callable[[Any], None
 
 @lru_cache
 def compiled(name: str, dtype: torch.dtype) -> int:
-    """Address of a region: ``decode`` or ``dense``. Compiled on first use, which takes seconds, and kept on disk."""
+    """Address of a region: ``decode`` or ``dense``. Compiled on first use, which takes seconds; kept on disk."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     sources = 1 + zlib.crc32(b"".join(path.read_bytes() for path in files))
-    region: Any = cfunc(types.void(types.voidptr), cache=True)(_entries(sources)[name, dtype])
+    entry, signature = _entries(sources)[name, dtype], types.void(types.voidptr)
+    try:
+        region: Any = cfunc(signature, cache=True)(entry)
+    except RuntimeError:  # no folder that can be written to
+        region = cfunc(signature)(entry)
     return int(region.address)

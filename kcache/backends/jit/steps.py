@@ -18,13 +18,24 @@ _PIECE = 1024
 _TYPES = (torch.bfloat16, torch.float32)
 
 
+def compile_steps(dtype: torch.dtype) -> None:
+    """Compile the regions for rows of ``dtype``, or read them from disk."""
+    if dtype in _TYPES:
+        for name in ("decode", "dense"):
+            compiled(name, dtype)
+
+
 class Kernels:
     """The compiled decode steps, with scratch memory that layers and steps share."""
 
     def __init__(self) -> None:
         self._team = find_team()
         self._scratch: dict[str, torch.Tensor] = {}
-        self._at = np.zeros(len(FIELDS), np.int64)
+
+    @property
+    def alone(self) -> bool:
+        """Whether they run on one thread, for want of a runtime to share."""
+        return self._team.parallel is None
 
     @staticmethod
     def serves_dense(step: DecodeStep) -> bool:
@@ -32,11 +43,17 @@ class Kernels:
         keys, values = step.keys, step.values
         whole = keys.is_contiguous() and values.is_contiguous() and keys.dtype == values.dtype == step.query.dtype
         even = keys.shape[3] % 2 == 0 and values.shape[3] % 2 == 0
-        return whole and even and keys.dtype in _TYPES and step.softcap is None
+        fits = step.mask is None or (step.mask.dtype == torch.bool and step.mask.shape[1] >= step.length)
+        return whole and even and fits and keys.dtype in _TYPES and step.softcap is None
 
     @classmethod
     def serves_decode(cls, step: DecodeStep) -> bool:
         """Whether :meth:`decode` can answer this step."""
+        tail = step.lowrank
+        if tail is not None:
+            rows = tail.coefficients
+            if not rows.is_contiguous() or rows.dtype != step.values.dtype or rows.shape[3] < step.length:
+                return False
         return cls.serves_dense(step) and step.policy.select == "group" and step.policy.tail != "block"
 
     def decode(self, step: DecodeStep) -> DecodeResult | None:
@@ -48,34 +65,34 @@ class Kernels:
         rank = 0 if tail is None else tail.basis.shape[2]
         count = min(policy.topn, step.length)
         most = count if step.threshold is None else min(MOST * count, step.length)
-        picks = torch.empty(items, most, dtype=torch.int64)
-        found = torch.full((items,), count, dtype=torch.int64)
-        mass = torch.empty(items, group)
+        picks = torch.empty(items, most, dtype=torch.int64, device="cpu")
+        found = torch.full((items,), count, dtype=torch.int64, device="cpu")
+        mass = _floats(items, group)
         self._set(at, rank=rank, most=most, renormalises=int(policy.tail == "renormalise"))
         self._point(at, picks=picks, found=found, mass=mass)
         self._point(at, along=self._take("along", items * pieces * group * (rank + 1)))
         if tail is not None:
-            base, basis = (_split(part, step.values.dtype).contiguous() for part in (tail.base, tail.basis))
+            base, basis = (_split(part.float(), step.values.dtype).contiguous() for part in (tail.base, tail.basis))
             keep += (base, basis)
             self._point(at, base=base, basis=basis, coefficients=tail.coefficients)
             self._set(at, c_capacity=tail.coefficients.shape[3])
-        out = torch.empty(items, group, 2, dim_v // 2)
+        out = _floats(items, group, 2, dim_v // 2)
         self._point(at, out=out)
         region = compiled("decode", step.keys.dtype)
         if step.threshold is not None:
             least = step.threshold.float().contiguous()
             self._point(at, threshold=least, lists=self._take("lists", items * pieces * _PIECE, torch.int32))
             self._point(at, counts=self._take("counts", items * pieces, torch.int64))
-            self._run(region, SCORE | COMBINE)
+            self._run(at, region, SCORE | COMBINE)
             longest = int(found.max())
             if longest > most:
                 return None
             picks = picks[:, : max(1, longest)]
         else:
-            self._run(region, SCORE)
+            self._run(at, region, SCORE)
             weights = self._scratch["weights"][: items * pieces * _PIECE].view(items, -1)[:, : step.length]
-            torch.topk(weights, count, sorted=False, out=(torch.empty(items, count), picks))
-            self._run(region, COMBINE)
+            torch.topk(weights, count, sorted=False, out=(_floats(items, count), picks))
+            self._run(at, region, COMBINE)
         joined = _joined(out, step.values.dtype).reshape(batch, kv_heads * group, dim_v).to(step.query.dtype)
         return DecodeResult(joined, picks.view(batch, kv_heads, -1), mass.view(batch, kv_heads, group))
 
@@ -84,9 +101,9 @@ class Kernels:
         at, items, group, keep = self._begin(step)
         batch, kv_heads = step.keys.shape[:2]
         dim_v, pieces = step.values.shape[3], -(-step.length // _PIECE)
-        out = torch.empty(items, group, 2, dim_v // 2)
+        out = _floats(items, group, 2, dim_v // 2)
         self._point(at, out=out, along=self._take("along", items * pieces * group * dim_v))
-        self._run(compiled("dense", step.keys.dtype), 0)
+        self._run(at, compiled("dense", step.keys.dtype), 0)
         del keep
         return _joined(out, step.values.dtype).reshape(batch, kv_heads * group, dim_v).to(step.query.dtype)
 
@@ -94,15 +111,14 @@ class Kernels:
         """Write down what both steps share; returns the places, items, G, and tensors that must outlive the region."""
         batch, kv_heads, capacity, dim = step.keys.shape
         items, group = batch * kv_heads, step.query.shape[1] // kv_heads
-        at = self._at
-        at[:] = 0
+        at = np.zeros(len(FIELDS), np.int64)
         pieces = -(-step.length // _PIECE)
         query = _split((step.query.float() * step.scaling).view(items, group, dim), step.keys.dtype).contiguous()
         keep: tuple[torch.Tensor, ...] = (query,)
         self._set(
             at,
-            threads=self._team.threads,
             number=self._team.number,
+            size=self._team.size,
             barrier=self._team.barrier,
             items=items,
             kv_heads=kv_heads,
@@ -137,16 +153,17 @@ class Kernels:
             self._point(at, sinks=sinks)
         return at, items, group, keep
 
-    def _run(self, region: int, passes: int) -> None:
-        self._set(self._at, passes=passes)
-        self._team.run(region, self._at.ctypes.data, int(self._at[AT["threads"]]))
+    def _run(self, at: np.ndarray, region: int, passes: int) -> None:
+        threads = self._team.threads
+        self._set(at, passes=passes, threads=threads)
+        self._team.run(region, at.ctypes.data, threads)
 
     def _take(self, name: str, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Scratch memory under a name, grown as needed; what it held before is lost."""
         held = self._scratch.get(name)
         if held is None or held.numel() < count:
             with torch.inference_mode(False):
-                held = self._scratch[name] = torch.empty(count + count // 8, dtype=dtype)
+                held = self._scratch[name] = torch.empty(count + count // 8, dtype=dtype, device="cpu")
         return held
 
     @staticmethod
@@ -158,6 +175,11 @@ class Kernels:
     def _point(at: np.ndarray, **tensors: torch.Tensor) -> None:
         for name, tensor in tensors.items():
             at[AT[name]] = tensor.data_ptr()
+
+
+def _floats(*shape: int) -> torch.Tensor:
+    """What a region writes fp32 to, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _split(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The threads that run a compiled region: torch's own.
 
 A second pool of threads would fight torch's over the cores, since OpenMP's threads keep spinning for a while after
-each operator. So a region is started with the very runtime that torch has loaded, through the entry point that
+each operator. So a region is started with the runtime that torch has loaded, through the entry point that
 compilers emit for ``#pragma omp parallel``. Where the runtime has none by that name, a region runs on one thread.
 """
 
@@ -17,10 +17,11 @@ import torch
 
 @dataclass(frozen=True)
 class Team:
-    """How to start a region, and the addresses a region calls: its thread's number and a barrier (0 for one thread)."""
+    """How to start a region, and the addresses it calls: its thread's number, how many there are, and a barrier."""
 
     parallel: Any | None = None
     number: int = 0
+    size: int = 0
     barrier: int = 0
 
     def run(self, region: int, data: int, threads: int) -> None:
@@ -42,11 +43,12 @@ def find_team() -> Team:
     try:
         process = ctypes.CDLL(None)
         parallel, number, barrier = process.GOMP_parallel, process.omp_get_thread_num, process.GOMP_barrier
+        size = process.omp_get_num_threads
     except (AttributeError, OSError, TypeError):
         return Team()
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
-    return Team(parallel, _address(number), _address(barrier))
+    return Team(parallel, _address(number), _address(size), _address(barrier))
 
 
 def _address(function: Any) -> int:

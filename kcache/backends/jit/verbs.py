@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kcache.backends.jit.bits import exponential, kernel
+from kcache.backends.jit.bits import exponential, kernel, kernel_of_numbers
 from kcache.backends.jit.rows import first, second, value
 
 LOWEST = np.float32(-np.inf)
@@ -27,17 +27,35 @@ def mask_out(scores: Any, mask: Any) -> None:
             scores[g, row] = scores[g, row] if mask[row] != 0 else LOWEST
 
 
+@kernel_of_numbers
+def largest(values: Any, count: Any) -> Any:
+    """The largest of the first ``count`` values."""
+    peak = LOWEST
+    for at in range(count):
+        peak = values[at] if values[at] > peak else peak
+    return peak
+
+
+@kernel_of_numbers
+def raise_to(weights: Any, probs: Any) -> None:
+    """Each weight becomes the larger of itself and its probability."""
+    for row in range(weights.shape[0]):
+        weights[row] = probs[row] if probs[row] > weights[row] else weights[row]
+
+
 @kernel
 def sum_up(scores: Any, count: Any, peaks: Any, totals: Any) -> None:
     """Largest of ``count`` scores, and the sum of ``exp(score - largest)``."""
     for g in range(scores.shape[0]):
-        peak = LOWEST
-        for row in range(count):
-            peak = scores[g, row] if scores[g, row] > peak else peak
+        peak = largest(scores[g], count)
         total = ZERO
         if peak > LOWEST:
             for row in range(count):
                 total += exponential(scores[g, row] - peak)
+        else:  # every row is masked, or none is a number
+            for row in range(count):
+                if scores[g, row] != scores[g, row]:
+                    peak, total = ZERO, scores[g, row]
         peaks[g] = peak
         totals[g] = total
 
@@ -67,8 +85,7 @@ def weigh(scores: Any, norms: Any, weights: Any) -> None:
     for row in range(count):
         weights[row] = scores[0, row]
     for g in range(1, scores.shape[0]):
-        for row in range(count):
-            weights[row] = scores[g, row] if scores[g, row] > weights[row] else weights[row]
+        raise_to(weights, scores[g])
 
 
 @kernel
