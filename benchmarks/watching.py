@@ -78,7 +78,11 @@ class Viewer:
     def __init__(self, rate_hz: float) -> None:
         command = [sys.executable, str(Path(__file__)), "--view", "--rate", str(rate_hz)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         self.frames = 0
 
@@ -220,7 +224,9 @@ def table(result: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for way, row in result["ways"].items():
-        spread = ["–".join(f"{(value - 1) * 100:+.1f}" for value in row[name]) for name in ("ratio_95", "ratio_quartiles")]
+        spread = [
+            "–".join(f"{(value - 1) * 100:+.1f}" for value in row[name]) for name in ("ratio_95", "ratio_quartiles")
+        ]
         wanted = f"< {(TARGETS[way] - 1) * 100:.0f} %" if way in TARGETS else ""
         lines.append(
             f"| {way} | {row['step_ms']:.2f} | {(row['ratio'] - 1) * 100:+.2f} % | {spread[0]} | {spread[1]} | {wanted} |"

@@ -37,6 +37,10 @@ def inspect(
         str | None,
         typer.Option("--export-csv", metavar="FILE", help="Write a row per layer, of every recorded frame, and exit."),
     ] = None,
+    report: Annotated[
+        str | None,
+        typer.Option("--report", metavar="FILE", help="Write the run as one page of HTML, to keep or send, and exit."),
+    ] = None,
 ) -> None:
     """Look at a run: what is in which memory, what crosses the link, where attention looks.
 
@@ -49,16 +53,19 @@ def inspect(
       kcache inspect --once --json
       kcache inspect run.kcr --once
       kcache inspect run.kcr --export-csv run.csv
+      kcache inspect run.kcr --report run.html
     """
     from kcache_cli.inspect.choose import choose
     from kcache_cli.rows.store import check_file
 
     if as_json and not once:
         raise InputError("--json goes with --once")
-    target = check_file("--export-csv", export_csv)
+    target, page = check_file("--export-csv", export_csv), check_file("--report", report)
     with contextlib.closing(choose(file, pid, address)) as source:
         if target is not None:
             _export(source, target)
+        elif page is not None:
+            _report(source, page, file)
         elif once:
             _print(source, as_json)
         else:
@@ -94,6 +101,17 @@ def _export(source: Source, target: Path) -> None:
     if source.closed is not None:
         warn(source.closed)
     note(f"{frames:,} frame{'' if frames == 1 else 's'} in {target}")
+
+
+def _report(source: Source, target: Path, file: Path | None) -> None:
+    """The page of a recording; of a live run what was seen of it."""
+    from kcache_cli.exits import note, warn
+    from kcache_cli.report.page import write
+
+    write(source, target, "live" if file is None else file.name)
+    if source.closed is not None:
+        warn(source.closed)
+    note(f"{len(source.span()):,} frames in {target}")
 
 
 def _frames(source: Source) -> Iterator[Frame]:
