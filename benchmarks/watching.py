@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +162,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             times: dict[str, list[float]] = {}
             for way in order.sample(WAYS, len(WAYS)):
                 record = Path(folder) / f"{len(rounds)}.kcr" if way == "recording" else None
-                with published(steps, way, record) as publication:
-                    with viewer.watching(publication.path) if way == "viewer" else nullcontext():
-                        began = time.monotonic()
-                        times[way] = steps.turn(options.steps)
-                        watched_s += time.monotonic() - began if way == "viewer" else 0.0
+                with ExitStack() as stack:
+                    publication = stack.enter_context(published(steps, way, record))
+                    if way == "viewer":
+                        stack.enter_context(viewer.watching(publication.path))
+                    began = time.monotonic()
+                    times[way] = steps.turn(options.steps)
+                    watched_s += time.monotonic() - began if way == "viewer" else 0.0
             rounds.append(times)
         size = sum(path.stat().st_size for path in Path(folder).iterdir()) / len(rounds)
     viewer.close()
@@ -216,22 +218,23 @@ def interval(values: list[float], samples: int = 2000) -> tuple[float, float]:
 
 def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
+    cores = f"{result['env']['threads']} threads on {result['env']['cores']} cores"
     lines = [
         f"{result['model']}, {result['ctx']:,} tokens, {result['rounds']} rounds of {result['steps_per_turn']} steps, "
-        f"viewer at {result['viewer_hz']} frames/s, {result['env']['threads']} threads on {result['env']['cores']} cores",
+        f"viewer at {result['viewer_hz']} frames/s, {cores}",
         "",
         "| watched by | ms/step | slower by | 95 % interval | quartiles of rounds | wanted |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for way, row in result["ways"].items():
-        spread = [
-            "–".join(f"{(value - 1) * 100:+.1f}" for value in row[name]) for name in ("ratio_95", "ratio_quartiles")
-        ]
+        sure, rounds = (_percents(row[name]) for name in ("ratio_95", "ratio_quartiles"))
         wanted = f"< {(TARGETS[way] - 1) * 100:.0f} %" if way in TARGETS else ""
-        lines.append(
-            f"| {way} | {row['step_ms']:.2f} | {(row['ratio'] - 1) * 100:+.2f} % | {spread[0]} | {spread[1]} | {wanted} |"
-        )
+        lines.append(f"| {way} | {row['step_ms']:.2f} | {_percents([row['ratio']])} % | {sure} | {rounds} | {wanted} |")
     return "\n".join(lines)
+
+
+def _percents(ratios: list[float]) -> str:
+    return " to ".join(f"{(ratio - 1) * 100:+.1f}" for ratio in ratios)
 
 
 if __name__ == "__main__":

@@ -62,5 +62,5 @@ def _png(cells: np.ndarray, dark: bool) -> str:
     )
     colours[0] = (0, 0, 0, 0)
     out = io.BytesIO()
-    imsave(out, colours[cells], format="png", metadata={"Software": None})
+    imsave(out, colours[cells], format="png")
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")

@@ -19,24 +19,22 @@ LEVELS = 9
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of one bucket's tokens in a turn: its first and last position, and its shade from 0 to 9."""
+    """Text of one bucket's tokens in a turn: its first position, and its shade from 0 to 9; -1 for a remark."""
 
     text: str
     start: int
-    end: int
     shade: int
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A prompt or an answer of a sequence; ``left_out`` counts tokens in the middle whose text is not shown."""
+    """A prompt or an answer of a sequence."""
 
     sequence: int
     role: str
     start: int
     end: int
     pieces: list[Piece]
-    left_out: int
 
 
 def turns(source: Source, index: int, frame: Frame, heat: np.ndarray | None) -> list[Turn]:
@@ -61,9 +59,8 @@ def turns(source: Source, index: int, frame: Frame, heat: np.ndarray | None) -> 
         skip = _passed_over(pieces, room)
         for role, start, end in _boundaries(frame):
             cut = [*_cut(pieces, start, end, skip, frame.bucket_tokens, shades)]
-            left_out = len(range(max(start, skip.start), min(end, skip.stop)))
-            if cut or left_out:
-                found.append(Turn(sequence, role, start, end, cut, left_out))
+            if cut:
+                found.append(Turn(sequence, role, start, end, cut))
     return found
 
 
@@ -90,13 +87,15 @@ def _cut(pieces: list[str], start: int, end: int, skip: range, width: int, shade
     at = start
     while at < end:
         if at in skip:
-            at = skip.stop
+            count = min(end, skip.stop) - at
+            yield Piece(f"\n\n… {count:,} tokens are not shown …\n\n", at, -1)
+            at += count
             continue
         bucket = at // width
         stop = min(end, (bucket + 1) * width, skip.start if at < skip.start else end)
         text = printable("".join(pieces[at:stop]))
         if text:
-            yield Piece(text, at, stop - 1, int(shades[bucket]) if bucket < len(shades) else 0)
+            yield Piece(text, at, int(shades[bucket]) if bucket < len(shades) else 0)
         at = stop
 
 

@@ -26,7 +26,8 @@ def readout(samples: Samples, axis: Axis) -> list[str]:
     """What every point of the axis is: for the line under the pointer."""
     ends = axis.last(np.arange(len(samples))).astype(int)
     return [
-        f"{clock(samples.seconds[at])} · {samples.phase[at]} · step {samples.step[at]:,} · {samples.tokens[at]:,} tokens"
+        f"{clock(samples.seconds[at])} · {samples.phase[at]} · "
+        f"step {samples.step[at]:,} · {samples.tokens[at]:,} tokens"
         for at in ends.tolist()
     ]
 

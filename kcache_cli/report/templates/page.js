@@ -33,7 +33,7 @@
   }
 
   const spans = new Map();
-  for (const span of document.querySelectorAll(".words span[data-start]")) {
+  for (const span of document.querySelectorAll(".words span:not(.gap)")) {
     const bucket = Math.floor(span.dataset.start / data.bucket);
     if (!spans.has(bucket) && span.dataset.sequence === "0") spans.set(bucket, span);
   }
