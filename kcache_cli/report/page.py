@@ -93,7 +93,7 @@ def _shown(source: Source, found: Read, name: str) -> dict[str, Any]:
         "name": one_line(name),
         "info": info,
         "tier": "device tier (RAM)" if info.host_only else "device",
-        "began": datetime.fromtimestamp(info.started_s, UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "began": _date(info.started_s),
         "lasted": clock(samples.seconds[-1]),
         "problem": source.closed,
         "several_runs": len(found.ends) > 1,
@@ -125,6 +125,13 @@ def _shown(source: Source, found: Read, name: str) -> dict[str, Any]:
         "environment": {**info.environment, "device": info.device, "weights": size(info.weights_bytes)},
         "memory": {key: size(value) for key, value in asdict(frame.memory).items() if value},
     }
+
+
+def _date(seconds: float) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (ValueError, OverflowError, OSError):  # no date, whatever the recording says
+        return ""
 
 
 def _begins(samples: Samples, axis: Axis) -> list[float]:

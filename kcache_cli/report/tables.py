@@ -126,11 +126,10 @@ def _share(value: float | None) -> Cell:
 
 def turn_rows(frame: Frame) -> list[dict[str, Any]]:
     """Turns of the run that is shown."""
-    bounds = [*frame.marks]
-    ends = [*(mark.start for mark in bounds[1:]), frame.tokens]
+    starts = [*(mark.start for mark in frame.marks), frame.tokens]
     return [
         {"role": mark.role, "start": mark.start, "end": end - 1, "tokens": end - mark.start}
-        for mark, end in zip(bounds, ends, strict=True)
+        for mark, end in zip(frame.marks, starts[1:], strict=True)
         if end > mark.start
     ]
 

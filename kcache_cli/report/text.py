@@ -13,7 +13,10 @@ from kcache_cli.text import printable
 
 MOST_CHARACTERS = 300_000
 """Of all text on a page; then the middle of what is left is passed over."""
+MOST_TOKENS = 2**22
+"""Whatever a recording says of its length."""
 MOST_SEQUENCES = 8
+MOST_TURNS = 1000
 LEVELS = 9
 
 
@@ -53,7 +56,7 @@ def turns(source: Source, index: int, frame: Frame, heat: np.ndarray | None) -> 
     count = min(MOST_SEQUENCES, max(1, frame.batch))
     room = MOST_CHARACTERS // count
     for sequence in range(count):
-        pieces = source.pieces(0, frame.tokens, sequence, index)
+        pieces = source.pieces(0, min(frame.tokens, MOST_TOKENS), sequence, index)
         if not any(pieces):
             continue
         skip = _passed_over(pieces, room)
@@ -65,7 +68,7 @@ def turns(source: Source, index: int, frame: Frame, heat: np.ndarray | None) -> 
 
 
 def _boundaries(frame: Frame) -> Iterator[tuple[str, int, int]]:
-    starts = [(mark.role, mark.start) for mark in frame.marks if mark.start < frame.tokens]
+    starts = [(mark.role, mark.start) for mark in frame.marks if mark.start < frame.tokens][:MOST_TURNS]
     if not starts or starts[0][1] > 0:
         starts.insert(0, ("prompt", 0))
     for (role, start), end in zip(starts, [*(start for _, start in starts[1:]), frame.tokens], strict=True):

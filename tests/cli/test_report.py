@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -10,17 +11,24 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from kcache.errors import KCacheError
 from kcache.telemetry import Stats
-from kcache.watch.codec import pack, unpack
+from kcache.watch.codec import Message, pack, unpack
 from kcache.watch.columns import read_frame
 from kcache.watch.frame import Frame, Info
+from kcache.watch.kcr import DELTA, HEADER, KEY, MAGIC, START, VERSION, record
 from kcache.watch.recorder import Recorder
 from kcache.watch.recording import open_recording
 from kcache.watch.tokens import Pieces
+from kcache_cli.inspect.values import state
+from kcache_cli.inspect.view import show
 from kcache_cli.report.charts import Axis, nice
 from kcache_cli.report.colours import picture
 from kcache_cli.report.heat import HALF_LIFE_STEPS, Heat, rebucketed
@@ -189,6 +197,39 @@ def test_hostile_words_stay_words(tmp_path: Path) -> None:
     text = "".join(attacked.text)
     assert "<script>alert(1)</script>" in text and "{{ 7*7 }}" in text
     assert not re.search("[\x00-\x08\x1b\u202e]", text)
+
+
+_NUMBERS = st.sampled_from([0, 1, 3, 500, 2**31, 2**51, 2**62, -1]) | st.floats(-1e19, 1e19) | st.none()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    changes=st.dictionaries(st.sampled_from(["tokens", "time", "run", "batch", "observed", "phase"]), _NUMBERS),
+    marks=st.lists(st.tuples(_NUMBERS, st.integers(0, 2)).map(list), max_size=3),
+    speed=st.lists(_NUMBERS, min_size=3, max_size=3),
+    counts=st.integers(0, 2**51),
+    started=_NUMBERS,
+)
+def test_any_numbers_make_a_page(
+    changes: Message,
+    marks: list[Any],
+    speed: list[Any],
+    counts: int,
+    started: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """A recording whose checksums are right may say anything at all."""
+    path = tmp_path_factory.getbasetemp() / "numbers.kcr"
+    frame = small().step()
+    odd = {**frame, "marks": marks, "speed": speed, "counts": np.full_like(frame["counts"], counts), **changes}
+    info = {**asdict(INFO), "started_s": started}
+    parts = [record(HEADER, info), record(KEY, frame), record(KEY, odd), record(DELTA, {"delta": [], **changes})]
+    path.write_bytes(START.pack(MAGIC, VERSION) + b"".join(parts))
+    with contextlib.suppress(KCacheError):
+        source = open_recording(path)
+        assert "Where the cache is" in page(source, "x")
+        state(source)
+        show(source)
 
 
 def test_a_cut_recording_says_so(run: Run, tmp_path: Path) -> None:
