@@ -51,6 +51,9 @@ class Settings(BaseSettings):
         None, description="context to plan memory for, in tokens"
     )
     batch_size: int | None = Field(None, ge=1, description="prompts that generate decodes together")
+    theme: str | None = Field(None, description="colours of the dashboard: kcache-dark, kcache-light, nord, ...")
+    ascii: bool = Field(False, description="draw the dashboard with ASCII alone")
+    keys: str | None = Field(None, description="other keys for the dashboard, like pause=p,quit=ctrl+q")
 
     @classmethod
     def settings_customise_sources(

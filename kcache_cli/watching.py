@@ -41,8 +41,10 @@ class WatchOptions:
         Path | None, _option("--record", metavar="FILE", help="Write every step to a new recording (.kcr).")
     ] = None
 
+    dashboard: Annotated[bool, _option("--dashboard", help="Watch it in this terminal; see `kcache inspect`.")] = False
+
     def check(self) -> None:
-        """Refuse a recording that could not be made, before anything is loaded.
+        """Refuse a recording that could not be made, and a dashboard nobody sees, before anything is loaded.
 
         Raises
         ------
@@ -53,6 +55,10 @@ class WatchOptions:
         path = check_file("--record", None if self.record is None else str(self.record))
         if path is not None and path.exists():
             raise InputError(f"--record {self.record}: exists; give another name, or remove it")
+        if self.dashboard:
+            from kcache_cli.tui.start import check_terminal
+
+            check_terminal()
 
 
 @contextmanager
@@ -65,7 +71,7 @@ def watching(engine: Engine, lm: Any, command: str, options: WatchOptions) -> It
     from kcache_cli.inspect.choose import TOKEN
 
     publication = None
-    asked = options.record is not None or options.publish_port is not None
+    asked = options.record is not None or options.publish_port is not None or options.dashboard
     if options.publish or asked:
         try:
             publication = engine.publish(

@@ -149,6 +149,7 @@ class Capture:
         self._only = None if only is None else weakref.ref(only)
         self._cache: weakref.ref[KCache] | None = None
         self._latest: Picks | None = None
+        self._earlier: Picks | None = None
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -171,7 +172,7 @@ class Capture:
             return None
         try:
             picks = self._latest if self.running or self._latest is not None else _picks(cache, self.run)
-            return _captured(cache, self.run, picks, None)
+            return _captured(cache, self.run, picks, self._earlier)
         except AttributeError:  # the engine has just moved V of a layer; the frame at the end of its step will do
             return None
 
@@ -185,7 +186,7 @@ class Capture:
             return
         past, (batch, count) = cache.get_seq_length(), given.shape[:2]
         if self.cache is not cache or past == 0:
-            self._cache, self._latest = weakref.ref(cache), None
+            self._cache, self._latest, self._earlier = weakref.ref(cache), None, None
             self.run += 1
         prompt = count > 1 or cache.shared.force_exact
         mask = kwargs.get("attention_mask") if prompt and batch > 1 else None
@@ -214,9 +215,10 @@ class Capture:
         now = self.ended_s = time.perf_counter()
         self.running = cache.shared.probing = False
         if self.due_s == NEVER:
-            self._latest = None
+            self._latest = self._earlier = None
             return
         before, self._latest = self._latest, _picks(cache, self.run)
+        self._earlier = before
         if not self._taking and (self.probe or now < self.due_s):
             return
         if self.interval_s:

@@ -37,13 +37,17 @@ class Reply:
 
 @dataclass
 class Conversation:
-    """A session with the document that waits for the first question, and the longest answer wanted."""
+    """A session with the document that waits for the first question, and the longest answer wanted.
+
+    A ``quiet`` one says nothing on standard error while a prompt is read.
+    """
 
     session: Session
     model: str
     max_tokens: int
     host_only: bool
     document: str | None = None
+    quiet: bool = False
 
     def compose(self, message: str) -> str:
         """Put the document before the first question, in the same message."""
@@ -79,12 +83,12 @@ class Conversation:
         text = self.compose(message)
         reply = Reply()
         said: list[str] = []
-        label = self._label(text)
         events: Any = self.session.send(text, max_new_tokens=self.max_tokens)
         with ExitStack() as waiting:
             waiting.callback(events.close)
             spinner = waiting.enter_context(ExitStack())
-            spinner.enter_context(working(label))
+            if not self.quiet:
+                spinner.enter_context(working(self._label(text)))
             for event in events:
                 spinner.close()
                 said.append(event.text)

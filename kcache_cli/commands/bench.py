@@ -117,7 +117,7 @@ def bench(
     ] = None,
     *,
     policy_options: Annotated[PolicyOptions, Without(("topn", "offload", "ctx", "allow_overflow"))],
-    watch_options: WatchOptions,
+    watch_options: Annotated[WatchOptions, Without(("dashboard",))],
 ) -> None:
     """Time decode steps of KCache beside full attention and the caches of transformers.
 

@@ -43,6 +43,7 @@ def chat(
     --------
       kcache chat
       kcache chat -f report.txt --topn 128
+      kcache chat -f report.txt --dashboard
       echo "What is a KV cache?" | kcache chat --temperature 0
       kcache chat Qwen/Qwen3-8B --kv-budget 8GiB --ctx 32768
     """
@@ -78,9 +79,15 @@ def chat(
         allow_overflow=overflow,
     )
     length = max_tokens or settings.max_tokens or DEFAULT_MAX_TOKENS
-    conversation = Conversation(session, model.name, length, plan.host_only, document)
+    conversation = Conversation(session, model.name, length, plan.host_only, document, quiet=watch_options.dashboard)
     conversation.check_document()
-    with watching(engine, lm, "chat", watch_options):
+    with watching(engine, lm, "chat", watch_options) as publication:
+        if watch_options.dashboard and publication is not None:
+            from kcache_cli.tui.conversation import Conversing
+            from kcache_cli.tui.start import dashboard
+
+            dashboard(publication.source(), talk=Conversing(conversation)).run()
+            return
         if not at_terminal:
             answer_once(conversation, message, as_json)
             return

@@ -25,6 +25,8 @@ _EXAMPLES: dict[str, object] = {
     "backend": "auto",
     "ctx": 8192,
     "batch_size": 8,
+    "theme": "kcache-light",
+    "keys": "pause=p",
 }
 """Values for the template where nothing is built in, so that any line can be used as it stands."""
 

@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -132,6 +133,8 @@ def _run(
     from kcache_cli.batch.progress import Meter, progress_bar
     from kcache_cli.batch.run import plan_work, prepare, run_batches
     from kcache_cli.console import download_bar
+    from kcache_cli.tui.beside import Beside
+    from kcache_cli.tui.start import dashboard
 
     with download_bar(f"loading {job.model.name}") as progress:
         lm = job.engine.load(job.model, progress)
@@ -151,7 +154,8 @@ def _run(
     with contextlib.ExitStack() as stack:
         file = standard_output() if path is None else stack.enter_context(path.open("ab"))
         output = OrderedOutput(ids, file, written)
-        count = stack.enter_context(progress_bar(meter))
+        beside = Beside(meter, lambda: progress_bar(meter)) if watch_options.dashboard else None
+        count = stack.enter_context(progress_bar(meter)) if beside is None else beside.count
         publication = stack.enter_context(watching(job.engine, lm, "generate", watch_options))
 
         def watch(event: TokenEvent) -> None:
@@ -159,8 +163,14 @@ def _run(
             if publication is not None:
                 publication.job(meter.done, meter.total)
 
-        try:
+        def run() -> None:
             run_batches(job, lm, work, todo, output, journal, watch)
+
+        try:
+            if beside is not None and publication is not None:
+                beside.run(run, partial(dashboard, publication.source()))
+            else:
+                run()
         except KeyboardInterrupt:
             if journal is not None:
                 note("stopped; the same command goes on from the last finished batch")

@@ -44,11 +44,14 @@ def inspect(
 ) -> None:
     """Look at a run: what is in which memory, what crosses the link, where attention looks.
 
-    Finds `kcache chat`, `generate`, `bench` and any program that calls kcache.telemetry.publish(), as long as they run
-    as the same user; or reads what --record wrote. With nothing running it says so and exits with 1.
+    A full-screen dashboard, unless --once or --export-csv is given; ? lists its keys. Finds `kcache chat`, `generate`,
+    `bench` and any program that calls kcache.telemetry.publish(), as long as they run as the same user; or replays
+    what --record wrote. With nothing running it says so and exits with 1.
 
     Examples
     --------
+      kcache inspect
+      kcache inspect run.kcr
       kcache inspect --once
       kcache inspect --once --json
       kcache inspect run.kcr --once
@@ -61,6 +64,8 @@ def inspect(
     if as_json and not once:
         raise InputError("--json goes with --once")
     target, page = check_file("--export-csv", export_csv), check_file("--report", report)
+    if not once and target is None and page is None and file is None and pid is None and address is None:
+        pid = _ask()
     with contextlib.closing(choose(file, pid, address)) as source:
         if target is not None:
             _export(source, target)
@@ -69,7 +74,16 @@ def inspect(
         elif once:
             _print(source, as_json)
         else:
-            raise InputError("there is no full-screen view in this version; use --once")
+            from kcache_cli.tui.start import watch
+
+            watch(source)
+
+
+def _ask() -> int | None:
+    """Which of several processes, where there is a terminal to ask at."""
+    from kcache_cli.tui.start import has_terminal, pick
+
+    return pick() if has_terminal() else None
 
 
 def _print(source: Source, as_json: bool) -> None:

@@ -1,0 +1,94 @@
+"""Work and its dashboard in one process: the work in a thread, the dashboard at the terminal."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from kcache import TokenEvent
+    from kcache_cli.tui.app import Dashboard
+
+Count = Callable[["TokenEvent"], None]
+_LOOK_S = 0.2
+
+
+class Meter(Protocol):
+    """Counts tokens; see :class:`kcache_cli.batch.progress.Meter`."""
+
+    def count(self, event: TokenEvent) -> None:
+        """Take in one token."""
+
+
+class Beside:
+    """A batch job behind a dashboard.
+
+    Leaving the dashboard leaves the job running, with its plain progress bar; Ctrl-C stops the job, from either.
+
+    Parameters
+    ----------
+    meter : Meter
+        Counts the job's tokens.
+    progress : callable
+        Draws the meter once the dashboard is gone; yields what to call per token.
+    """
+
+    def __init__(self, meter: Meter, progress: Callable[[], AbstractContextManager[Count]]) -> None:
+        self._count: Count = meter.count
+        self._progress = progress
+        self._stopping = False
+        self._failed: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def count(self, event: TokenEvent) -> None:
+        """Take in a token, in the job's thread.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            If the user has stopped the job.
+        """
+        if self._stopping:
+            raise KeyboardInterrupt
+        self._count(event)
+
+    def stop(self) -> bool:
+        """Stop the job at its next token; whether it is running."""
+        self._stopping = True
+        return self._thread is not None and self._thread.is_alive()
+
+    def run(self, work: Callable[[], None], make: Callable[[Callable[[], bool]], Dashboard]) -> None:
+        """Run the work; returns when it is done and the dashboard is gone.
+
+        Parameters
+        ----------
+        work : callable
+        make : callable
+            Makes the dashboard, given what stops the work.
+        """
+        dashboard = make(self.stop)
+        self._thread = threading.Thread(target=self._work, args=(work, dashboard), name="kcache-engine", daemon=True)
+        self._thread.start()
+        dashboard.run()
+        if self._thread.is_alive():
+            with self._progress() as self._count:
+                self._wait(self._thread)
+        self._thread.join()
+        if self._failed is not None:
+            raise self._failed
+
+    def _work(self, work: Callable[[], None], dashboard: Dashboard) -> None:
+        try:
+            work()
+        except BaseException as error:  # raised again where the command waits
+            self._failed = error
+        dashboard.work_ended(self._failed)
+
+    def _wait(self, thread: threading.Thread) -> None:
+        while thread.is_alive():
+            try:
+                thread.join(_LOOK_S)
+            except KeyboardInterrupt:
+                self._stopping = True

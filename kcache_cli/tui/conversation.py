@@ -1,0 +1,135 @@
+"""The chat behind ``kcache chat --dashboard``: the engine in a thread of its own, what is said as text.
+
+The screen asks for :meth:`Conversing.text` when it is told that something was said; the engine never waits for it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import TYPE_CHECKING, Literal
+
+from rich.text import Text
+from textual.message import Message
+
+from kcache_cli.chat import slash
+from kcache_cli.chat.conversation import Conversation
+from kcache_cli.exits import describe
+from kcache_cli.text import printable
+from kcache_cli.tui.look import Look
+
+if TYPE_CHECKING:
+    from textual.app import App
+
+Who = Literal["you", "model", "remark", "error"]
+_GREETING = "write below; /help lists commands, esc goes to the panels, ctrl-c stops a reply"
+
+
+class Said(Message):
+    """Something was said."""
+
+
+class Conversing:
+    """A conversation whose engine runs in a thread; see :class:`~kcache_cli.tui.talk.Talk`.
+
+    Parameters
+    ----------
+    conversation : Conversation
+        Quiet: it draws nothing itself.
+    """
+
+    def __init__(self, conversation: Conversation) -> None:
+        self.conversation = conversation
+        self._lines: list[tuple[Who, list[str]]] = [("remark", [_GREETING])]
+        self._lock = threading.Lock()
+        self._asked: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._app: App | None = None
+        self._busy = False
+        self._told = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kcache-engine", daemon=True)
+        if conversation.document is not None:
+            self._lines.append(("remark", ["the document is read with your first question"]))
+
+    def begin(self, app: App) -> None:
+        """See :class:`~kcache_cli.tui.talk.Talk`."""
+        self._app = app
+        self._thread.start()
+        self._tell()
+
+    def say(self, text: str) -> None:
+        """See :class:`~kcache_cli.tui.talk.Talk`."""
+        self._add("you", text)
+        self._asked.put(text)
+
+    def stop(self) -> bool:
+        """See :class:`~kcache_cli.tui.talk.Talk`."""
+        if self._busy:
+            self.conversation.session.interrupt()
+        return self._busy
+
+    def close(self) -> None:
+        """Stop the reply and the thread."""
+        self._app = None
+        self.stop()
+        self._asked.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def text(self, look: Look) -> Text:
+        """Everything that was said, styled."""
+        self._told.clear()
+        palette = look.palette
+        tones = {"you": palette.prompt, "model": palette.answer, "remark": palette.muted, "error": palette.bad}
+        text = Text()
+        with self._lock:
+            lines = [(who, "".join(parts)) for who, parts in self._lines]
+        for number, (who, said) in enumerate(lines):
+            if number:
+                text.append("\n")
+            if who == "you":
+                text.append(f"{look.signs.play} ", f"bold {palette.accent}")
+            text.append(printable(said), tones[who])
+        return text
+
+    # -- the engine's thread ---------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while (asked := self._asked.get()) is not None:
+            self._busy = True
+            try:
+                self._answer(asked)
+            except slash.Leave:
+                if self._app is not None:
+                    self._app.call_from_thread(self._app.exit)
+            except Exception as error:  # whatever it is, the conversation goes on
+                self._add("error", describe(error))
+            finally:
+                self._busy = False
+
+    def _answer(self, asked: str) -> None:
+        command = slash.parse(asked)
+        if command is not None:
+            slash.run(self.conversation, *command, lambda remark: self._add("remark", remark))
+            return
+        self._add("model", "")
+        reply = self.conversation.ask(asked, self._write)
+        if reply.interrupted:
+            self._add("remark", "stopped")
+        if reply.figures is not None:
+            self._add("remark", reply.figures.footer(self.conversation.host_only))
+
+    def _write(self, piece: str) -> None:
+        with self._lock:
+            self._lines[-1][1].append(piece)
+        self._tell()
+
+    def _add(self, who: Who, text: str) -> None:
+        with self._lock:
+            self._lines.append((who, [text]))
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell the screen, unless it knows and has not looked yet."""
+        if self._app is not None and not self._told.is_set():
+            self._told.set()
+            self._app.post_message(Said())

@@ -1,0 +1,1 @@
+"""What the dashboard shows, as plain numbers and words: from frames, without Textual."""

@@ -1,0 +1,61 @@
+"""The text of the context as the dashboard shows it: safe to print, and how much of it was picked."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from kcache.watch.frame import Frame, Role
+from kcache_cli.text import printable
+
+_SPECIAL = re.compile(r"<\|[^|<>]*\|>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A token: its text, printable, who said it, and the share of heads that picked it."""
+
+    text: str
+    position: int
+    role: Role
+    special: bool = False
+    weight: float = 0.0
+
+
+def pieces_of(frame: Frame, texts: list[str], start: int, weights: np.ndarray | None = None) -> list[Piece]:
+    """Make pieces of the texts of tokens from ``start`` on; ``weights`` has a number for each."""
+    found = []
+    for at, text in enumerate(texts):
+        plain = printable(text)
+        weight = 0.0 if weights is None or at >= len(weights) else float(weights[at])
+        role = role_at(frame, start + at)
+        found.append(Piece(plain, start + at, role, _SPECIAL.fullmatch(plain.strip()) is not None, weight))
+    return found
+
+
+def role_at(frame: Frame, position: int) -> Role:
+    """Whose token stands at a position."""
+    role: Role = "prompt"
+    for mark in frame.marks:
+        if mark.start > position:
+            break
+        role = mark.role
+    return role
+
+
+def weights(frame: Frame, layer: int | None, start: int, end: int) -> np.ndarray | None:
+    """The share of rows of picks that have each of the positions ``start:end``, of a layer or of all together.
+
+    None where the frame has no exact picks.
+    """
+    layers = frame.layers if layer is None else frame.layers[layer : layer + 1]
+    counts, rows = np.zeros(max(0, end - start)), 0
+    for it in layers:
+        if it.picks is None or not it.picks.size:
+            continue
+        inside = it.picks[(it.picks >= start) & (it.picks < end)].astype(np.int64)
+        counts += np.bincount(inside - start, minlength=len(counts))
+        rows += it.picks.shape[0] * it.picks.shape[1]
+    return counts / rows if rows else None

@@ -1,0 +1,104 @@
+"""The text panel: what is being said, the passage under the cursor, or the progress of a batch."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+from textual.reactive import reactive
+
+from kcache.watch.frame import Frame, SequenceFrame
+from kcache_cli.tui.model.moment import Moment
+from kcache_cli.tui.model.passage import Piece
+from kcache_cli.tui.model.words import count
+from kcache_cli.tui.widgets.chart import bar
+from kcache_cli.tui.widgets.paint import words
+from kcache_cli.tui.widgets.panel import Panel, columns, cut
+
+_WRAP = Console(width=80, color_system=None, markup=False, emoji=False, highlight=False)
+
+
+class WordsPanel(Panel):
+    """Running text; tokens that the last step picked are lit."""
+
+    NUMBER = 6
+    TITLE = "text"
+
+    pieces: reactive[tuple[Piece, ...]] = reactive((), always_update=True, repaint=False)
+    """The tokens that are shown."""
+    passage: reactive[bool] = reactive(False)
+    """Whether they are a passage from the middle, shown from its beginning."""
+    said: reactive[Text | None] = reactive(None, always_update=True, repaint=False)
+    """A conversation of this process, shown instead."""
+
+    def watch_pieces(self) -> None:
+        """Draw them."""
+        self.redraw()
+
+    def watch_said(self) -> None:
+        """Draw it."""
+        self.redraw()
+
+    def draw(self, moment: Moment, width: int, height: int) -> list[Text]:
+        """See :class:`~kcache_cli.tui.widgets.panel.Panel`."""
+        frame = moment.frame
+        assert frame is not None
+        if self.said is not None and not self.passage:
+            return wrapped(self.said, width)[-height:]
+        if frame.batch > 1 and not self.passage:
+            return self._batch(frame, width, height)
+        head: list[Text] = []
+        if frame.job is not None and not self.passage:
+            head = [self._job(frame.job, width)]
+        lines = wrapped(words(self.pieces, self.look), width)
+        if not any(line.plain.strip() for line in lines):
+            lines = [Text("no text: the publisher has no tokenizer", self.look.palette.muted)]
+        room = height - len(head)
+        return [*head, *(lines[:room] if self.passage else lines[-room:])]
+
+    def draw_empty(self, width: int, height: int) -> list[Text]:
+        """What is said even before the first frame."""
+        if self.said is not None:
+            return wrapped(self.said, width)[-height:]
+        return super().draw_empty(width, height)
+
+    def _job(self, job: tuple[int, int], width: int) -> Text:
+        done, total = job
+        palette = self.look.palette
+        label = Text.assemble((f"{done:,}", "bold"), (f"/{total:,} prompts ", palette.muted))
+        share = done / total if total else 0
+        return Text.assemble(label, bar(share, max(1, width - label.cell_len), palette.accent, palette.free, self.look))
+
+    def _batch(self, frame: Frame, width: int, height: int) -> list[Text]:
+        """Progress of each sequence, and of the job."""
+        palette = self.look.palette
+        lines = [] if frame.job is None else [self._job(frame.job, width)]
+        made = sum(each.completion_tokens for each in frame.sequences)
+        going = sum(not each.done for each in frame.sequences)
+        left = Text.assemble((f"{going}", "bold"), (f" of {frame.batch} going", palette.muted))
+        lines.append(columns(left, Text.assemble((count(made), "bold"), (" new tokens", palette.muted)), width))
+        room = height - len(lines)
+        longest = max([1, *(each.completion_tokens for each in frame.sequences)])
+        each_width = width if len(frame.sequences) <= room else (width - 2) // 2
+        cells = [self._sequence(at, each, longest, each_width) for at, each in enumerate(frame.sequences)]
+        if each_width == width:
+            return [*lines, *cells]
+        half = min(room, -(-len(cells) // 2))
+        for at in range(half):
+            right = cells[at + half] if at + half < len(cells) else Text()
+            lines.append(Text.assemble(cells[at], "  ", right))
+        return lines
+
+    def _sequence(self, index: int, sequence: SequenceFrame, longest: int, width: int) -> Text:
+        palette = self.look.palette
+        label = Text(f"{index:>3} ", palette.muted)
+        tail = Text.assemble((f" {sequence.completion_tokens:>5,}", palette.good if sequence.done else palette.text))
+        tail.append(" done" if sequence.done else "     ", palette.good)
+        tone = palette.good if sequence.done else palette.accent
+        share = sequence.completion_tokens / longest
+        room = max(1, width - label.cell_len - tail.cell_len)
+        return cut(Text.assemble(label, bar(share, room, tone, palette.free, self.look), tail), width)
+
+
+def wrapped(text: Text, width: int) -> list[Text]:
+    """Running text in lines."""
+    return list(text.wrap(_WRAP, max(1, width)))
