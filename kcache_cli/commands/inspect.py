@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from kcache.errors import InputError
 
 if TYPE_CHECKING:
-    from kcache.watch.frame import Frame
     from kcache.watch.source import Source
+
+View = Literal["last", "history", "heads", "age"]
+
+
+def _picture(*names: str, **more: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Pictures", **more)
 
 
 def inspect(
@@ -37,6 +41,21 @@ def inspect(
         str | None,
         typer.Option("--export-csv", metavar="FILE", help="Write a row per layer, of every recorded frame, and exit."),
     ] = None,
+    export_svg: Annotated[
+        str | None, _picture("--export-svg", metavar="FILE", help="Write a picture of the dashboard and exit.")
+    ] = None,
+    export_png: Annotated[
+        str | None, _picture("--export-png", metavar="FILE", help="The same as PNG.", show_default=False)
+    ] = None,
+    size: Annotated[
+        str, _picture("--size", metavar="COLUMNSxLINES", help="Of the terminal in the picture.")
+    ] = "120x40",
+    at: Annotated[
+        int | None, _picture("--at", metavar="STEP", min=0, help="Which decode step.", show_default="the newest")
+    ] = None,
+    view: Annotated[
+        View, _picture("--view", help="What the heat map shows: the last step, its history, one layer by head, age.")
+    ] = "last",
     report: Annotated[
         str | None,
         typer.Option("--report", metavar="FILE", help="Write the run as one page of HTML, to keep or send, and exit."),
@@ -44,9 +63,9 @@ def inspect(
 ) -> None:
     """Look at a run: what is in which memory, what crosses the link, where attention looks.
 
-    A full-screen dashboard, unless --once or --export-csv is given; ? lists its keys. Finds `kcache chat`, `generate`,
-    `bench` and any program that calls kcache.telemetry.publish(), as long as they run as the same user; or replays
-    what --record wrote. With nothing running it says so and exits with 1.
+    A full-screen dashboard, unless it shall print or write something; ? lists its keys. Finds `kcache chat`,
+    `generate`, `bench`, `eval` and any program that calls kcache.telemetry.publish(), as long as they run as the same
+    user; or replays what --record wrote. With nothing running it says so and exits with 1.
 
     Examples
     --------
@@ -56,21 +75,22 @@ def inspect(
       kcache inspect --once --json
       kcache inspect run.kcr --once
       kcache inspect run.kcr --export-csv run.csv
+      kcache inspect run.kcr --export-png step.png --at 12 --view history
       kcache inspect run.kcr --report run.html
     """
     from kcache_cli.inspect.choose import choose
-    from kcache_cli.rows.store import check_file
+    from kcache_cli.inspect.files import Files
+    from kcache_cli.pictures.take import Wish, parse_size
 
     if as_json and not once:
         raise InputError("--json goes with --once")
-    target, page = check_file("--export-csv", export_csv), check_file("--report", report)
-    if not once and target is None and page is None and file is None and pid is None and address is None:
+    files = Files.check(export_csv, export_svg, export_png, report)
+    wish = Wish(*parse_size(size), at, view)
+    if not once and not files and file is None and pid is None and address is None:
         pid = _ask()
     with contextlib.closing(choose(file, pid, address)) as source:
-        if target is not None:
-            _export(source, target)
-        elif page is not None:
-            _report(source, page, file)
+        if files:
+            files.write(source, wish, "" if file is None else file.name)
         elif once:
             _print(source, as_json)
         else:
@@ -95,43 +115,3 @@ def _print(source: Source, as_json: bool) -> None:
         print(json_line(state(source)))
     else:
         show(source)
-
-
-def _export(source: Source, target: Path) -> None:
-    """All frames of a recording; of a live run the newest."""
-    from kcache_cli.exits import note, warn
-    from kcache_cli.inspect.values import rows
-    from kcache_cli.rows.formats import comma_separated
-    from kcache_cli.rows.store import Store
-
-    table = Store(target, "csv", comma_separated)
-    newest = source.latest()
-    found = [newest] if source.live and newest is not None else _frames(source)
-    frames = 0
-    for frame in found:
-        table.rows += rows(frame)
-        frames = frames + 1
-    table.close()
-    if source.closed is not None:
-        warn(source.closed)
-    note(f"{frames:,} frame{'' if frames == 1 else 's'} in {target}")
-
-
-def _report(source: Source, target: Path, file: Path | None) -> None:
-    """The page of a recording; of a live run what was seen of it."""
-    from kcache_cli.exits import note, warn
-    from kcache_cli.report.page import write
-
-    write(source, target, "live" if file is None else file.name)
-    if source.closed is not None:
-        warn(source.closed)
-    note(f"{len(source.span()):,} frames in {target}")
-
-
-def _frames(source: Source) -> Iterator[Frame]:
-    """The frames of a recording, up to where it can be read."""
-    for index in source.span():
-        try:
-            yield source.frame(index)
-        except IndexError:  # the source says now what is wrong
-            return

@@ -63,7 +63,7 @@ def read(source: Source) -> Read:
 
 def write(source: Source, target: Path, name: str) -> None:
     """Write the page of a source through a temporary file; ``name`` says what it is of."""
-    from kcache_cli.report.files import replace
+    from kcache_cli.replace import replace
 
     replace(target, page(source, name).encode("utf-8", "replace"))
 
