@@ -37,6 +37,12 @@ def inspect(
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Print the state and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --once: one JSON object.")] = False,
+    web: Annotated[
+        bool, typer.Option("--web", help="Serve the dashboard to a browser on this machine, until Ctrl-C.")
+    ] = False,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="With --web: where; 0 takes any free port.")
+    ] = 8010,
     export_csv: Annotated[
         str | None,
         typer.Option("--export-csv", metavar="FILE", help="Write a row per layer, of every recorded frame, and exit."),
@@ -71,6 +77,7 @@ def inspect(
     --------
       kcache inspect
       kcache inspect run.kcr
+      kcache inspect --web
       kcache inspect --once
       kcache inspect --once --json
       kcache inspect run.kcr --once
@@ -91,6 +98,8 @@ def inspect(
     with contextlib.closing(choose(file, pid, address)) as source:
         if files:
             files.write(source, wish, "" if file is None else file.name)
+        elif web:
+            _serve(source, file, pid, address, port)
         elif once:
             _print(source, as_json)
         else:
@@ -104,6 +113,16 @@ def _ask() -> int | None:
     from kcache_cli.tui.start import has_terminal, pick
 
     return pick() if has_terminal() else None
+
+
+def _serve(source: Source, file: Path | None, pid: int | None, address: str | None, port: int) -> None:
+    """Serve what could be opened just now; each window opens it for itself."""
+    from kcache_cli.exits import note
+    from kcache_cli.web.order import Order
+    from kcache_cli.web.server import serve
+
+    source.close()
+    serve(Order.of(file, pid, address), port, lambda where: note(f"the dashboard is at {where}; Ctrl-C ends it"))
 
 
 def _print(source: Source, as_json: bool) -> None:
