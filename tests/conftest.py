@@ -22,6 +22,11 @@ from tests import models
 from tests.saved import save_tiny
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--renew-screens`` writes the pictures that screens are compared with, instead of comparing."""
+    parser.addoption("--renew-screens", action="store_true", help="write tests/tui/screens anew; look at them")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests marked ``gpu`` on a machine without CUDA."""
     if torch.cuda.is_available():

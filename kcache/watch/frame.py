@@ -45,7 +45,7 @@ class Info:
     link_gb_s : float or None
         Measured bandwidth of the link, host to device, where somebody measured it.
     policy : dict
-        Fields of :class:`~kcache.Policy` of the cache first seen; empty while there was none.
+        Fields of :class:`~kcache.Policy` of the cache first seen; empty while there was none, filled in when there is.
     environment : dict of str to str
         Versions and hardware.
     """

@@ -6,9 +6,10 @@ import threading
 from collections import deque
 from dataclasses import replace
 
+from kcache.errors import FormatError
 from kcache.watch.codec import Message
-from kcache.watch.columns import read_frame
-from kcache.watch.frame import Frame
+from kcache.watch.columns import read_frame, read_info
+from kcache.watch.frame import Frame, Info
 from kcache.watch.transcript import Transcript
 
 KEPT = 4096
@@ -23,6 +24,8 @@ class History:
     The part of a live :class:`~kcache.watch.source.Source` that does not depend on where the messages come from.
     """
 
+    info: Info
+
     def __init__(self) -> None:
         self._frames: deque[Frame] = deque()
         self._first = 0
@@ -31,7 +34,7 @@ class History:
         self._lock = threading.Lock()
 
     def take(self, message: Message) -> None:
-        """Take in a frame, text, or the end.
+        """Take in a frame, text, who publishes, or the end.
 
         Raises
         ------
@@ -46,6 +49,11 @@ class History:
         elif kind == "text":
             with self._lock:
                 self._text.apply(message)
+        elif kind == "info":
+            info = message.get("info")
+            if not isinstance(info, dict):
+                raise FormatError("info: a map was expected")
+            self.info = read_info(info)
         elif kind == "end":
             self.end(str(message.get("reason", "process ended")))
 

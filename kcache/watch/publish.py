@@ -232,6 +232,8 @@ class Publication:
         self._put(build(captured, self._tokens, self._gauges.read(), self._phase_now(), 0, self._job))
 
     def _put(self, frame: Message) -> None:
+        if self._board.info is None and self._capture.cache is not None:
+            self._board.info = asdict(self._present_info())
         self._number += 1
         frame["number"] = self._number
         self._shown_s = time.monotonic()

@@ -19,7 +19,7 @@ class Source(Protocol):
     Attributes
     ----------
     info : Info
-        Who publishes.
+        Who publishes; a live source may come to know more of it.
     live : bool
         Whether more frames may come; false for a recording, and once :attr:`closed` says why.
     closed : str or None

@@ -26,10 +26,14 @@ _READ = 65_536
 
 
 class Board:
-    """What viewers are shown: the latest frame, packed at most once each way, and the text."""
+    """What viewers are shown: the latest frame, packed at most once each way, and the text.
+
+    ``info`` is who publishes, once there is more to say than at the beginning.
+    """
 
     def __init__(self, tokens: Tokens) -> None:
         self.tokens = tokens
+        self.info: Message | None = None
         self.frame: Message | None = None
         self._packed: dict[bool, bytes] = {}
 
@@ -61,6 +65,7 @@ class Viewer(ABC):
         self.text = TextCursor()
         self._seen = 0
         self._next_s = 0.0
+        self._told: Message | None = None
 
     def ask(self, message: Message) -> None:
         """Take in what the viewer asks for.
@@ -82,6 +87,10 @@ class Viewer(ABC):
         """Give the viewer what it can take now."""
         while self.ready:
             now = time.monotonic()
+            if board.info is not None and board.info is not self._told:
+                self._told = board.info
+                self.give({"kind": "info", "info": board.info})
+                continue
             if board.number > self._seen and now >= self._next_s:
                 self._seen = board.number
                 self._next_s = now + 0.9 / self.rate_hz  # frames come at that rate already, give or take

@@ -1,9 +1,9 @@
 """How a publisher and its viewers talk: messages with their length before them, and who says hello how.
 
 The viewer speaks first (``viewer``: protocol version, and the token over TCP), the publisher answers ``hello`` with
-its :class:`~kcache.watch.frame.Info`, or ``refused`` with the reason. Then come ``frame``, ``text`` and at last
-``end``; a viewer may send ``ask`` at any time. A message is 4 bytes of length, big-endian, and msgpack
-(:mod:`kcache.watch.codec`).
+its :class:`~kcache.watch.frame.Info`, or ``refused`` with the reason. Then come ``frame``, ``text``, ``info`` when
+there is more to say than at first, and at last ``end``; a viewer may send ``ask`` at any time. A message is 4 bytes of
+length, big-endian, and msgpack (:mod:`kcache.watch.codec`).
 """
 
 from __future__ import annotations

@@ -116,7 +116,9 @@ class Dashboard(Actions):
             yield WordsPanel(id="words")
         yield Notice(id="notice")
         yield Timeline(id="timeline")
-        yield Input(placeholder="write to the model; /help lists commands", id="say")
+        say = Input(placeholder="write to the model; /help lists commands", id="say")
+        say.border_subtitle = "esc: panels   ctrl-c: stop the reply   ctrl-d: leave"
+        yield say
         yield Footer(show_command_palette=True)
         yield Input(placeholder="tiered   topn   mass<0.9   host>1m   layer>=20", id="filter")
 
@@ -168,12 +170,13 @@ class Dashboard(Actions):
         """Give it to everything that shows it."""
         if moment is None:
             return
-        self._note_state(before, moment)
-        for panel in self.query(Panel):
-            panel.moment = moment
-        for line in self.query(Line):
-            line.moment = moment
-        self.show_words()
+        with self.batch_update():
+            self._note_state(before, moment)
+            for panel in self.query(Panel):
+                panel.moment = moment
+            for line in self.query(Line):
+                line.moment = moment
+            self.show_words()
         for screen in self.screen_stack[1:]:
             if hasattr(screen, "moment"):
                 screen.moment = moment
@@ -201,7 +204,7 @@ class Dashboard(Actions):
 
     def on_resize(self) -> None:
         """Share the terminal anew."""
-        self.place_panels()
+        self.call_after_refresh(self.place_panels)
 
     def place_panels(self) -> None:
         """Give each row its height, and show what has one."""

@@ -18,7 +18,7 @@ from kcache_cli.tui.playhead import Playhead
 from kcache_cli.tui.turns import Turns
 
 RATES_HZ = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
-USUAL_HZ = 10.0
+USUAL_HZ = 5.0
 Order = Callable[[Playhead], None]
 
 
@@ -138,9 +138,8 @@ class Feed:
 
     def _ask_probe(self, moment: Moment) -> None:
         """Have short contexts say what would be picked; longer exact layers only when the user wants it."""
-        frame, below = moment.frame, moment.info.policy.get("dense_below")
-        short = frame is not None and isinstance(below, int) and frame.tokens < below
-        wanted = self.always_probe or short
+        layers = () if moment.frame is None else moment.frame.layers
+        wanted = self.always_probe or any(layer.kind == "tiered" and layer.mode == "dense" for layer in layers)
         if wanted != self._probing:
             self._probing = wanted
             self._source.ask(probe=wanted)

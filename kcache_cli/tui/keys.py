@@ -50,7 +50,8 @@ KEYS = (
     Key("probe", "p", "probe", "probe", "have layers that attend exactly say what they would pick"),
     Key("escape", "escape", "escape", "close", "close what is open; from the input back to the panels"),
     Key("talk", "i", "talk", "write", "write to the model (kcache chat --dashboard)"),
-    Key("stop", "ctrl+c", "stop", "stop", "stop the reply"),
+    Key("leave", "ctrl+d", "quit", "leave", "leave, from the input as well"),
+    Key("stop", "ctrl+c", "stop", "stop", "stop the reply, or the job"),
 )
 
 
@@ -64,7 +65,7 @@ def bindings() -> list[Binding]:
             show=key.footer,
             key_display=key.display,
             id=key.id,
-            priority=key.id == "stop",
+            priority=key.id in ("stop", "leave"),
         )
         for key in KEYS
     ]

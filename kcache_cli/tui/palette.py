@@ -6,11 +6,12 @@ Everything the panels draw beside text comes from here, so that a theme, NO_COLO
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from textual.theme import Theme
 
-RAMP_STEPS = 64
+RAMP_STEPS = 40
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Palette:
     on_bar: str
     heat: tuple[str, ...]
 
-    @property
+    @cached_property
     def ramp(self) -> list[str]:
         """The heat scale in :data:`RAMP_STEPS` colours."""
         return ramp(self.heat)

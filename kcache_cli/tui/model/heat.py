@@ -189,7 +189,7 @@ def _note(frame: Frame) -> str | None:
         return "reading the prompt; attention is exact, nothing is picked"
     if "topn" not in modes and "dense" in modes:
         heat = frame.heat.any()
-        return "dense: attention is exact; shown is what would be picked" if heat else "dense: attention is exact"
+        return "dense, exact: shown is what would be picked" if heat else "dense: attention is exact"
     return None
 
 

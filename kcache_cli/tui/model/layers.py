@@ -19,7 +19,7 @@ _COMPARE = {
     ">": operator.gt,
     "=": operator.eq,
 }
-_TERM = re.compile(r"(\w+)\s*(<=|>=|<|>|=)\s*([\d.]+)\s*([kmg%]?)", re.I)
+_TERM = re.compile(r"(\w+)\s*(<=|>=|<|>|=)\s*(\d+\.?\d*|\.\d+)\s*([kmg%]?)", re.I)
 _UNITS = {"": 1.0, "%": 0.01, "k": 1024.0, "m": 1024.0**2, "g": 1024.0**3}
 
 
@@ -140,7 +140,7 @@ def _test(word: str) -> Callable[[LayerRow], bool]:
             raise InputError(f"no such filter: {word}; try tiered, resident, topn, mass<0.9 or host>1m")
         return lambda row: row.kind.startswith(wanted) or row.mode.startswith(wanted)
     name, sign, number_text, unit = match[1].lower(), match[2], match[3], match[4].lower()
-    if name not in SORTS or number_text.count(".") > 1:
+    if name not in SORTS:
         raise InputError(f"no such column: {name}; they are {', '.join(SORTS)}")
     compare, value = _COMPARE[sign], float(number_text) * _UNITS[unit]
 

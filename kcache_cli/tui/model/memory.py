@@ -57,8 +57,8 @@ def memory_view(moment: Moment) -> MemoryView:
     segments = [
         Segment("weights", "weights", weights),
         Segment("k", "K", totals.k_bytes),
-        Segment("v", "resident V", totals.resident_v_bytes),
-        Segment("overhead", "tail + hot rows", totals.overhead_bytes),
+        Segment("v", "V", totals.resident_v_bytes),
+        Segment("overhead", "overhead", totals.overhead_bytes),
         Segment("activations", "activations", activations),
     ]
     used = weights + kv + activations
@@ -67,7 +67,7 @@ def memory_view(moment: Moment) -> MemoryView:
         segments.append(Segment("other", "other", max(0, others)))
     ghost = (
         Segment("weights", "weights", weights),
-        Segment("ghost", "full KV cache", totals.full_kv_bytes),
+        Segment("ghost", "full KV", totals.full_kv_bytes),
     )
     most = max(used, weights + totals.full_kv_bytes, totals.host_bytes, 1)
     total = memory.device_total or 0
@@ -85,7 +85,7 @@ def memory_view(moment: Moment) -> MemoryView:
             memory.host_total or None,
             True,
         ),
-        Bar("full KV cache", ghost, weights + totals.full_kv_bytes),
+        Bar("full KV cache", tuple(each for each in ghost if each.bytes), weights + totals.full_kv_bytes),
         scale,
         totals.full_kv_bytes - kv,
     )

@@ -107,8 +107,8 @@ def describe(found: Detail, moment: Moment, look: Look) -> Text:
         ("–" if row.rows is None else f"{count(row.rows)} on average", "bold"),
         _per_head(found, palette.muted),
     )
-    line("picked again", *_share(row.again, palette.accent, look), ("  of the step before", palette.muted))
-    line("hot set", *_share(row.hits, palette.accent, look), ("  of all rows so far", palette.muted))
+    line("picked again", *_share(row.again, palette.accent, look), (" as before", palette.muted))
+    line("hot set", *_share(row.hits, palette.accent, look), (" of all rows", palette.muted))
     line("to the device", (size(stats.bytes_h2d), "bold"), ("   to the host ", palette.muted), size(stats.bytes_d2h))
     bound = "–" if row.bound is None else "0, exact" if row.bound == 0 else f"≤ {row.bound:.2f} × the largest |V|"
     line("error bound", (bound, "bold"))

@@ -21,7 +21,7 @@ class Line(Widget):
 
     moment: reactive[Moment | None] = reactive(None, always_update=True)
     """What is shown."""
-    rate_hz: reactive[float] = reactive(10.0)
+    rate_hz: reactive[float] = reactive(5.0)
     """How often the dashboard looks."""
 
     def draw(self, width: int) -> Text:
@@ -32,7 +32,8 @@ class Line(Widget):
         """Give the line to the screen."""
         width = self.size.width
         text = self.draw(width) if y == 0 else Text()
-        return strip(cut(text, width), look_of(self.app).ascii).adjust_cell_length(width).apply_style(self.rich_style)
+        base = self.rich_style
+        return strip(cut(text, width), look_of(self.app).ascii, base).adjust_cell_length(width, base)
 
 
 class Headline(Line):

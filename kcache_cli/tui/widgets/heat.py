@@ -14,7 +14,8 @@ from kcache_cli.tui.model.heat import Cell, Grid, Mode, Window, cell, grid
 from kcache_cli.tui.model.moment import Moment
 from kcache_cli.tui.model.scale import Slots, slots, ticks
 from kcache_cli.tui.model.words import percent
-from kcache_cli.tui.widgets.paint import colour, legend, shade
+from kcache_cli.tui.widgets.cells import cell_line
+from kcache_cli.tui.widgets.paint import legend
 from kcache_cli.tui.widgets.panel import Panel, columns, cut
 
 _LABELS = 4
@@ -123,28 +124,13 @@ class HeatPanel(Panel):
     def _line(self, moment: Moment, line: int, mass: int) -> Text:
         """A line of cells: one row of the map, or two, one above the other."""
         assert self._slots is not None and self._grid is not None
-        palette, look, place = self.look.palette, self.look, self._slots
-        ramp = palette.ramp
-        row = place.row(line)
-        at = line * place.per_line
-        here = self._is_cursor_line(line)
+        palette, place = self.look.palette, self._slots
+        row, at, here = place.row(line), line * place.per_line, self._is_cursor_line(line)
         label = self._grid.rows[row] if row < len(self._grid.rows) else 0
-        text = Text.assemble((self._label(line, label), f"bold {palette.accent}" if here else palette.muted))
-        upper = place.values[at]
         lower = place.values[at + 1] if place.per_line == 2 and at + 1 < len(place.values) else None
-        column = None if self.cursor is None else self._column_of(self.cursor)
-        slot = place.slot(self._cursor_row())
-        for number in range(len(upper)):
-            is_cursor = here and number == column
-            if not look.halves:
-                sign = shade(float(upper[number]), look)
-                text.append("X" if is_cursor and look.ascii else sign, "reverse bold" if is_cursor else palette.text)
-                continue
-            top = colour(float(upper[number]), ramp)
-            bottom = palette.background if lower is None else colour(float(lower[number]), ramp)
-            if is_cursor:
-                top, bottom = (palette.cursor, bottom) if slot == at else (top, palette.cursor)
-            text.append("▀", f"{top} on {bottom}")
+        column = self._column_of(self.cursor) if here and self.cursor is not None else None
+        cells = cell_line(place.values[at], lower, self.look, column, place.slot(self._cursor_row()) == at)
+        text = Text.assemble((self._label(line, label), f"bold {palette.accent}" if here else palette.muted), cells)
         if mass:
             text.append_text(self._mass_of(moment, line, mass))
         return text

@@ -72,15 +72,17 @@ class LayersPanel(Panel):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self._rows: list[LayerRow] = []
-        self._top = 0
+        self._top, self._follows = 0, False
 
     def draw(self, moment: Moment, width: int, height: int) -> list[Text]:
         """See :class:`~kcache_cli.tui.widgets.panel.Panel`."""
         self._rows = self.rows(moment)
         shown = max(1, height - 1)
         at = next((at for at, row in enumerate(self._rows) if row.layer == self.at_layer), 0)
-        self._top = min(max(self._top, at - shown + 1), at, max(0, len(self._rows) - shown))
-        self._top = max(0, self._top)
+        if self._follows:
+            self._top = min(max(self._top, at - shown + 1), at)
+            self._follows = False
+        self._top = max(0, min(self._top, len(self._rows) - shown))
         table = table_for(width)
         lines = [self._head(table, width)]
         lines += [self._line(row, table, width) for row in self._rows[self._top : self._top + shown]]
@@ -146,19 +148,23 @@ class LayersPanel(Panel):
         return Text(words.rjust(width), palette.text)
 
     def watch_sort(self) -> None:
-        """Draw in the other order."""
+        """Draw in the other order, from the top."""
+        self._top = 0
         self.redraw()
 
     def watch_backwards(self) -> None:
-        """Draw in the other order."""
+        """Draw in the other order, from the top."""
+        self._top = 0
         self.redraw()
 
     def watch_filter(self) -> None:
-        """Draw what meets it."""
+        """Draw what meets it, from the top."""
+        self._top = 0
         self.redraw()
 
     def watch_at_layer(self) -> None:
-        """Tell, and draw."""
+        """Tell, and draw so that it is seen."""
+        self._follows = True
         self.redraw()
         if self.is_mounted:
             self.post_message(self.Chosen(self.at_layer))

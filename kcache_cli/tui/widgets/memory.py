@@ -55,7 +55,9 @@ class MemoryPanel(Panel):
     def _ghost_head(self, view: MemoryView, width: int) -> Text:
         palette = self.look.palette
         left = Text.assemble(("with a full KV cache", palette.text), "  ", (size(view.ghost.used), "bold"))
-        if view.saved >= 0:
+        if not view.saved:
+            right = Text("nothing offloaded yet", palette.muted)
+        elif view.saved > 0:
             right = Text(f"{size(view.saved)} saved", palette.good)
         else:
             right = Text(f"{size(-view.saved)} allocated ahead", palette.muted)
@@ -116,7 +118,7 @@ class MemoryPanel(Panel):
     def _legend(self, view: MemoryView, width: int, height: int) -> list[Text]:
         """Names, colours and bytes of the segments, as many lines as there is room for."""
         lines = [Text()]
-        for segment in (*view.device.segments, *view.host.segments):
+        for segment in (*view.device.segments[1:], *view.host.segments):
             entry = self._entry(segment)
             if lines[-1].cell_len + entry.cell_len > width:
                 if len(lines) >= height:

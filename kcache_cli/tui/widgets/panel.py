@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import ClassVar
 
@@ -62,7 +63,8 @@ class Panel(Widget, can_focus=True):
             lines = self.draw_empty(width, height)
         else:
             lines = self.draw(moment, width, height)
-        return [strip(line, self.look.ascii) for line in lines]
+        base = self.rich_style
+        return [strip(line, self.look.ascii, base).adjust_cell_length(width, base) for line in lines]
 
     def render_line(self, y: int) -> Strip:
         """Give one line to the screen."""
@@ -70,26 +72,43 @@ class Panel(Widget, can_focus=True):
         if self._drawn is None or self._drawn[:2] != (size, self.look):
             self._drawn = size, self.look, self.strips(*size)
         lines = self._drawn[2]
-        line = lines[y] if y < len(lines) else Strip([])
-        return line.adjust_cell_length(size[0]).apply_style(self.rich_style)
+        return lines[y] if y < len(lines) else Strip.blank(size[0], self.rich_style)
 
 
-def strip(text: Text, ascii: bool = False) -> Strip:
-    """A styled line as a strip; with ``ascii`` other characters give way to some that look like them."""
-    segments: list[Segment] = []
-    plain = text.plain
+def strip(text: Text, ascii: bool = False, base: Style | None = None) -> Strip:
+    """A styled line as a strip, over the style ``base``.
+
+    With ``ascii`` other characters give way to some that look like them.
+    """
+    plain, base = text.plain, (base or Style()) + _style(text.style)
     if ascii:
         plain = plain.translate(_ASCII).encode("ascii", "replace").decode()
-    marks = sorted({0, len(plain), *(edge for span in text.spans for edge in (span.start, span.end))})
-    for start, end in pairwise(marks):
-        if start >= len(plain):
-            break
-        style = _style(text.style)
-        for span in text.spans:
+    segments: list[Segment] = []
+    at = 0
+    for start, end, style in _stretches(text):
+        if start > at:
+            segments.append(Segment(plain[at:start], base))
+        segments.append(Segment(plain[start:end], base + style))
+        at = end
+    if at < len(plain):
+        segments.append(Segment(plain[at:], base))
+    return Strip(segments)
+
+
+def _stretches(text: Text) -> Iterator[tuple[int, int, Style]]:
+    """The styled stretches of a text in their order; where spans overlap the later one goes before."""
+    spans = text.spans
+    if all(before.end <= after.start for before, after in pairwise(spans)):
+        for span in spans:
+            yield span.start, span.end, _style(span.style)
+        return
+    edges = sorted({edge for span in spans for edge in (span.start, span.end)})
+    for start, end in pairwise(edges):
+        style = Style()
+        for span in spans:
             if span.start <= start and end <= span.end:
                 style += _style(span.style)
-        segments.append(Segment(plain[start:end], style))
-    return Strip(segments)
+        yield start, end, style
 
 
 _ASCII = str.maketrans({"–": "-", "—": "-", "·": "-", "…": "~", "×": "x", "≤": "<", "“": '"', "”": '"', "’": "'"})

@@ -1,0 +1,1 @@
+"""The dashboard, on a source nobody publishes and a clock nobody winds."""

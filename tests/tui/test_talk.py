@@ -1,0 +1,233 @@
+"""Chat and generate with the dashboard: the engine in a thread, the screen never waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import pytest
+
+from kcache.policy import Policy
+from kcache_cli.chat.conversation import Conversation
+from kcache_cli.tui.app import Dashboard
+from kcache_cli.tui.beside import Beside
+from kcache_cli.tui.conversation import Conversing
+from kcache_cli.tui.widgets.words import WordsPanel
+from tests.cli.fakes import FakeModel, FakeSession, event
+from tests.tui.conftest import Driver, running
+from tests.tui.fakes import FakeSource, conversation
+
+
+def chat(*answers: list[str], document: str | None = None) -> tuple[Conversing, FakeSession]:
+    session = FakeSession(FakeModel(), Policy(), answers or [["Hello", " there", "."]])
+    told = Conversation(cast(Any, session), "fake", 100, True, document, quiet=True)
+    return Conversing(told), session
+
+
+async def until(driver: Driver, condition: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        await driver.pilot.pause()
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it did not come to that")
+
+
+def said(driver: Driver) -> str:
+    text = driver.app.query_one(WordsPanel).said
+    return "" if text is None else text.plain
+
+
+def test_a_question_is_answered_on_the_screen() -> None:
+    talk, session = chat()
+
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=talk) as driver:
+            await driver.press(*"hi", "enter")
+            await until(driver, lambda: "link" in said(driver).split("Hello there.")[-1])
+            assert "▶ hi\nHello there.\nprompt 1" in said(driver)
+            assert "Hello there." in driver.text()
+            assert session.messages[0]["content"] == "hi"
+            await driver.press(*"/set max_tokens 7", "enter")
+            await until(driver, lambda: "max_tokens = 7" in said(driver))
+            assert talk.conversation.max_tokens == 7
+            await driver.press(*"/nonsense", "enter")
+            await until(driver, lambda: "no command /nonsense" in said(driver))
+
+    asyncio.run(whole())
+
+
+def test_ctrl_c_stops_the_reply_and_the_screen_goes_on_meanwhile() -> None:
+    talk, session = chat(["one", " two", " three"])
+    reached, go = threading.Event(), threading.Event()
+
+    def wait(number: int) -> None:
+        if number == 2:
+            reached.set()
+            go.wait(20)
+
+    session.before_token = wait
+
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=talk) as driver:
+            await driver.press(*"count", "enter")
+            await until(driver, reached.is_set)
+            await driver.press("escape", "v")  # the engine hangs, the screen does not
+            assert "one" in said(driver)
+            await driver.press("ctrl+c")
+            assert session.interrupted
+            go.set()
+            await until(driver, lambda: "stopped" in said(driver))
+            assert "three" not in said(driver)
+
+    asyncio.run(whole())
+
+
+def test_keys_are_text_in_the_input_and_keys_outside_of_it() -> None:
+    talk, _ = chat()
+
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=talk) as driver:
+            await driver.press("q", "m", "question_mark")
+            assert driver.app.is_running and driver.app.maximised is None
+            await driver.press("escape", "m")
+            assert driver.app.maximised is not None
+            await driver.press("m", "i")
+            assert driver.app.focused is not None and driver.app.focused.id == "say"
+
+    asyncio.run(whole())
+
+
+def test_bye_leaves() -> None:
+    talk, _ = chat()
+
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=talk) as driver:
+            await driver.pilot.press(*"/bye", "enter")
+            for _ in range(2000):
+                if not driver.app.is_running:
+                    return
+                await asyncio.sleep(0.005)
+            raise AssertionError("it is still there")
+
+    asyncio.run(whole())
+
+
+def test_a_quiet_conversation_draws_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    talk, _ = chat(document="a word " * 100)
+    talk.conversation.ask("what?", lambda piece: None)
+    assert capsys.readouterr() == ("", "")
+
+
+class Window:
+    """Stands in for a dashboard: is there until it is told to go."""
+
+    def __init__(self, stop: Callable[[], bool]) -> None:
+        self.stop, self.left, self.ended = stop, threading.Event(), threading.Event()
+        self.failed: BaseException | None = None
+
+    def run(self) -> None:
+        assert self.left.wait(20)
+
+    def work_ended(self, failed: BaseException | None) -> None:
+        self.failed = failed
+        self.ended.set()
+
+
+class Meter:
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def count(self, event: Any) -> None:
+        self.tokens += 1
+
+
+def beside(meter: Meter, drawn: list[int]) -> Beside:
+    @contextmanager
+    def progress() -> Iterator[Callable[[Any], None]]:
+        drawn.append(meter.tokens)
+        yield meter.count
+
+    return Beside(meter, progress)
+
+
+def run_beside(job: Beside, work: Callable[[], None], act: Callable[[Window], None]) -> None:
+    def make(stop: Callable[[], bool]) -> Dashboard:
+        window = Window(stop)
+        threading.Thread(target=act, args=(window,), daemon=True).start()
+        return cast(Dashboard, window)
+
+    job.run(work, make)
+
+
+def test_a_job_runs_to_its_end_behind_the_dashboard() -> None:
+    meter, drawn = Meter(), []
+    job = beside(meter, drawn)
+
+    def work() -> None:
+        for number in range(5):
+            job.count(event(0, "x", None, 1, number))
+
+    def act(window: Window) -> None:
+        assert window.ended.wait(20)
+        window.left.set()
+
+    run_beside(job, work, act)
+    assert meter.tokens == 5 and drawn == []
+
+
+def test_leaving_the_dashboard_leaves_the_job_with_its_plain_progress() -> None:
+    meter, drawn, left = Meter(), [], threading.Event()
+    job = beside(meter, drawn)
+
+    def work() -> None:
+        job.count(event(0, "x", None, 1, 1))
+        assert left.wait(20)
+        while not drawn:
+            left.wait(0.001)
+        job.count(event(0, "x", None, 1, 2))
+
+    def act(window: Window) -> None:
+        window.left.set()
+        left.set()
+
+    run_beside(job, work, act)
+    assert meter.tokens == 2 and drawn == [1]
+
+
+def test_stopping_the_job_is_an_interrupt_for_the_command() -> None:
+    meter, drawn = Meter(), []
+    job = beside(meter, drawn)
+
+    def work() -> None:
+        while True:
+            job.count(event(0, "x", None, 1, 1))
+
+    def act(window: Window) -> None:
+        while not meter.tokens:
+            window.ended.wait(0.001)
+        assert window.stop()
+        assert window.ended.wait(20)
+        assert not window.stop()
+        window.left.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        run_beside(job, work, act)
+
+
+def test_what_goes_wrong_in_the_job_reaches_the_command() -> None:
+    job = beside(Meter(), [])
+
+    def work() -> None:
+        raise OSError("the disk is full")
+
+    def act(window: Window) -> None:
+        assert window.ended.wait(20)
+        assert isinstance(window.failed, OSError)
+        window.left.set()
+
+    with pytest.raises(OSError, match="disk"):
+        run_beside(job, work, act)
