@@ -5,9 +5,11 @@
 One model, one cache over real text, and turns of a few decode steps each, taken in a new order every round: with
 nothing published, published without a viewer, with a viewer attached over the socket that reads at the dashboard's
 rate (a process of its own, as `kcache inspect` is), recorded; and once more with nothing published, which shows what
-the measurement itself is worth. A round gives each way a ratio of medians to its first unpublished turn; what is
-printed is the median over rounds, its quartiles, and an interval for the median. Steps are watched from outside:
-nothing waits for a device that would not wait anyway.
+the measurement itself is worth. A turn's figure is its mean step, so that a frame now and then counts too; a round
+gives each way a ratio to its unpublished turns, and what is printed is the median over rounds, an interval for that
+median, and quartiles. Beside it stands processor time per step, which other programs disturb less: of the thread that
+decodes, of the publisher's thread, of the viewer's process. With as many threads as processors, as torch chooses,
+they compete with the engine; --threads leaves them one.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +62,18 @@ def view(rate_hz: float) -> None:
     """Be the viewer: attach to each socket named on standard input and read until told to leave it."""
     from kcache.watch.attach import Place, attach
 
-    source = None
+    source, began_s = None, 0.0
     for line in sys.stdin:
         if source is not None:
-            seen = len(source.span())
+            seen, spent_s = len(source.span()), time.process_time() - began_s
             source.close()
-            print(seen, flush=True)
+            print(seen, spent_s, flush=True)
             source = None
         if name := line.strip():
             source = attach(Place(Path(name)))
             source.ask(rate_hz=rate_hz, picks=True)
             source.wait(5.0)
+            began_s = time.process_time()
             print("attached", flush=True)
 
 
@@ -84,7 +89,7 @@ class Viewer:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        self.frames = 0
+        self.frames, self.spent_s = 0, 0.0
 
     def _say(self, line: str) -> str:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -100,13 +105,23 @@ class Viewer:
         try:
             yield
         finally:
-            self.frames += int(self._say(""))
+            frames, spent_s = self._say("").split()
+            self.frames, self.spent_s = self.frames + int(frames), self.spent_s + float(spent_s)
 
     def close(self) -> None:
         """End it."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=10)
+
+
+@dataclass
+class Turn:
+    """What a turn took: mean seconds a step, and processor seconds of the engine's and the publisher's thread."""
+
+    step_s: float
+    engine_s: float
+    watch_s: float
 
 
 class Steps:
@@ -129,23 +144,33 @@ class Steps:
             *_, (logits, _) = prefill(self.lm.model, self.cache, ids, None)
         self._first = logits.argmax(-1)[:, None]
 
-    def turn(self, count: int) -> list[float]:
-        """Seconds of each of ``count`` steps; the cache is cut back afterwards."""
+    def turn(self, count: int) -> Turn:
+        """Run ``count`` steps; the cache is cut back afterwards."""
         import torch
 
         from kcache.generation import step_logits
 
-        token, times = self._first, []
+        token, clock = self._first, watch_clock()
+        began = engine = watch = 0.0
         with torch.inference_mode():
             for number in range(count + _SETTLE_STEPS):
-                began = time.perf_counter()
+                if number == _SETTLE_STEPS:
+                    began, engine, watch = time.perf_counter(), time.thread_time(), clock()
                 token = step_logits(self.lm.model, self.cache, token).argmax(-1)[:, None]
                 if token.is_cuda:
                     torch.cuda.synchronize()
-                if number >= _SETTLE_STEPS:
-                    times.append(time.perf_counter() - began)
+        turn = Turn((time.perf_counter() - began) / count, time.thread_time() - engine, clock() - watch)
         self.cache.crop(-(count + _SETTLE_STEPS))
-        return times
+        return turn
+
+
+def watch_clock() -> Callable[[], float]:
+    """Processor seconds of the publisher's thread."""
+    for thread in threading.enumerate():
+        if thread.name == "kcache-watch" and thread.ident is not None:
+            clock = time.pthread_getcpuclockid(thread.ident)
+            return lambda: time.clock_gettime(clock)
+    return lambda: 0.0
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -154,12 +179,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from kcache.bench.env import surroundings
 
     steps, viewer, order = Steps(options), Viewer(options.rate), random.Random(0)
-    rounds: list[dict[str, list[float]]] = []
+    rounds: list[dict[str, Turn]] = []
     watched_s = 0.0
     with tempfile.TemporaryDirectory() as folder, attach(steps.lm.model):
         until = time.monotonic() + options.seconds
         while time.monotonic() < until:
-            times: dict[str, list[float]] = {}
+            turns: dict[str, Turn] = {}
             for way in order.sample(WAYS, len(WAYS)):
                 record = Path(folder) / f"{len(rounds)}.kcr" if way == "recording" else None
                 with ExitStack() as stack:
@@ -167,9 +192,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     if way == "viewer":
                         stack.enter_context(viewer.watching(publication.path))
                     began = time.monotonic()
-                    times[way] = steps.turn(options.steps)
+                    turns[way] = steps.turn(options.steps)
                     watched_s += time.monotonic() - began if way == "viewer" else 0.0
-            rounds.append(times)
+            rounds.append(turns)
         size = sum(path.stat().st_size for path in Path(folder).iterdir()) / len(rounds)
     viewer.close()
     return {
@@ -180,7 +205,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "rounds": len(rounds),
         "viewer_hz": round(viewer.frames / watched_s, 2),
         "recording_bytes_per_turn": round(size),
-        "ways": {way: figures(rounds, way) for way in WAYS},
+        "viewer_ms": round(viewer.spent_s / len(rounds) / (options.steps + _SETTLE_STEPS) * 1e3, 3),
+        "ways": {way: figures(rounds, way, options.steps) for way in WAYS},
     }
 
 
@@ -196,16 +222,21 @@ def published(steps: Steps, way: str, record: Path | None) -> Iterator[Any]:
         yield publication
 
 
-def figures(rounds: list[dict[str, list[float]]], way: str) -> dict[str, float]:
-    """Milliseconds per step, and the ratio to nothing published."""
-    ratios = [statistics.median(times[way]) / statistics.median(times["none"]) for times in rounds]
+def figures(rounds: list[dict[str, Turn]], way: str, steps: int) -> dict[str, Any]:
+    """Milliseconds per step, the ratio to nothing published, and processor time per step."""
+    alone = [(turns["none"].step_s + turns["none again"].step_s) / 2 for turns in rounds]
+    if way.startswith("none"):  # one against the other
+        alone = [turns["none again" if way == "none" else "none"].step_s for turns in rounds]
+    ratios = [turns[way].step_s / other for turns, other in zip(rounds, alone, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     left, right = interval(ratios)
     return {
-        "step_ms": round(statistics.median(statistics.median(times[way]) for times in rounds) * 1e3, 3),
+        "step_ms": round(statistics.median(turns[way].step_s for turns in rounds) * 1e3, 3),
         "ratio": round(middle, 4),
         "ratio_quartiles": [round(low, 4), round(high, 4)],
         "ratio_95": [round(left, 4), round(right, 4)],
+        "engine_ms": round(statistics.median(turns[way].engine_s for turns in rounds) / steps * 1e3, 3),
+        "watch_ms": round(statistics.median(turns[way].watch_s for turns in rounds) / steps * 1e3, 3),
     }
 
 
@@ -223,13 +254,16 @@ def table(result: dict[str, Any]) -> str:
         f"{result['model']}, {result['ctx']:,} tokens, {result['rounds']} rounds of {result['steps_per_turn']} steps, "
         f"viewer at {result['viewer_hz']} frames/s, {cores}",
         "",
-        "| watched by | ms/step | slower by | 95 % interval | quartiles of rounds | wanted |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| watched by | ms/step | slower by | 95 % interval | quartiles | wanted | engine, ms CPU | publisher |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for way, row in result["ways"].items():
         sure, rounds = (_percents(row[name]) for name in ("ratio_95", "ratio_quartiles"))
         wanted = f"< {(TARGETS[way] - 1) * 100:.0f} %" if way in TARGETS else ""
-        lines.append(f"| {way} | {row['step_ms']:.2f} | {_percents([row['ratio']])} % | {sure} | {rounds} | {wanted} |")
+        spent = f"{row['engine_ms']:.2f} | {row['watch_ms']:.2f}"
+        slower = _percents([row["ratio"]])
+        lines.append(f"| {way} | {row['step_ms']:.2f} | {slower} % | {sure} | {rounds} | {wanted} | {spent} |")
+    lines += ["", f"viewer: {result['viewer_ms']:.2f} ms of processor time a step"]
     return "\n".join(lines)
 
 
