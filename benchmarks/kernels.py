@@ -183,7 +183,7 @@ def sweep_row(inputs: Inputs, stage: str, change: dict[str, int], base: Tuning) 
 def check(inputs: Inputs, base: Tuning) -> dict[str, float]:
     """Relative errors against the reference backend and against fp32 attention, on fresh inputs."""
     query, case = inputs.queries[0], inputs.case
-    policy = Policy(topn=case.topn, tail_block=BLOCK)
+    policy = Policy(topn=case.topn, tail="block", tail_block=BLOCK)
     step = DecodeStep(query, inputs.keys, inputs.values, case.length, inputs.scaling, policy, means=inputs.means)
     torch.cuda.synchronize()
     want = ReferenceBackend().decode(step)

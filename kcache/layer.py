@@ -16,7 +16,9 @@ from transformers.cache_utils import CacheLayerMixin
 from kcache import dense
 from kcache.backends.base import DecodeStep
 from kcache.errors import CacheStateError
+from kcache.lowrank import LowRankTail
 from kcache.stepwise import Block
+from kcache.tail import BlockTail
 from kcache.telemetry import LayerKind, Stats, StepMode
 from kcache.tiers.rows import RowBuffer
 from kcache.tiers.values import ValueStore
@@ -182,6 +184,12 @@ class TieredLayer(CacheLayerMixin):
         if self._v is not None:
             self._v.spill()
 
+    def settle(self) -> None:
+        """Take rows that were stored without attention into the tail, as real ones."""
+        if self._v is not None:
+            self.shared.validity.record(self.length, None)
+            self._v.settle()
+
     def prefetch_values(self, chunk: int) -> None:
         """Start bringing V to the device for the exact pass over ``chunk`` new rows that is about to come."""
         if self._v is not None:
@@ -275,6 +283,7 @@ class TieredLayer(CacheLayerMixin):
 
     def _step(self, call: AttentionCall, mask: torch.Tensor | None, values: RowBuffer) -> DecodeStep:
         assert self._k is not None and self._k.data is not None and values.data is not None and self._v is not None
+        tail = self._v.tail
         return DecodeStep(
             query=call.query[:, :, 0].detach(),
             keys=self._k.data,
@@ -282,7 +291,8 @@ class TieredLayer(CacheLayerMixin):
             length=self.length,
             scaling=call.scaling,
             policy=self.shared.policy,
-            means=None if self._v.tail is None else self._v.tail.buffer(),
+            means=tail.buffer() if isinstance(tail, BlockTail) else None,
+            lowrank=tail.state() if isinstance(tail, LowRankTail) else None,
             mask=None if mask is None else mask[:, 0, 0].expand(call.query.shape[0], -1),
             softcap=call.softcap,
             sinks=call.sinks,

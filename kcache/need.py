@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from kcache.errors import UnsupportedModelError
 from kcache.policy import Policy
-from kcache.sizes import TierSizes, resident_layers, tail_block
+from kcache.sizes import TierSizes, resident_layers, tail_unit
 
 _SCORE_BYTES = 4  # scores are fp32
 
@@ -62,8 +62,8 @@ class ModelShape:
         Layers that keep all their rows on the device.
     windows : tuple of int
         Rows that sliding-window layers hold at most.
-    query_heads, group, query_width : int
-        Query heads, how many share a KV head, and the values of all heads together.
+    query_heads, group, dim, query_width : int
+        Query heads, how many share a KV head, the size of a head, and the values of all heads together.
     hidden, inner, vocabulary : int
         Widths: of the residual stream, of what one token uses of a layer's MLP, of the logits.
     dtype_bytes : int
@@ -76,6 +76,7 @@ class ModelShape:
     windows: tuple[int, ...]
     query_heads: int
     group: int
+    dim: int
     query_width: int
     hidden: int
     inner: int
@@ -115,6 +116,7 @@ class ModelShape:
             windows=tuple(int(layer.get_max_length()) for layer in layers if getattr(layer, "is_sliding", False)),
             query_heads=heads,
             group=heads // kv_heads,
+            dim=dim,
             query_width=heads * dim,
             hidden=text.hidden_size,
             inner=(inner if isinstance(inner, int) else max(inner)) * experts,
@@ -124,7 +126,13 @@ class ModelShape:
 
     def need(self, ctx: int, batch: int, policy: Policy, budget: int | None) -> MemoryNeed:
         """Bytes of a cache; see :func:`cache_bytes`."""
-        sizes = TierSizes(self.layers, self.k_row * batch, self.v_row * batch, tail_block(policy))
+        v_row = self.v_row * batch
+        sizes = TierSizes(
+            self.layers,
+            self.k_row * batch,
+            v_row,
+            *tail_unit(policy, v_row, self.dim, v_row // (self.dim * self.dtype_bytes)),
+        )
         other_rows = (self.untiered * ctx + sum(min(ctx, window) for window in self.windows)) * batch
         allowed = policy.kv_budget if isinstance(policy.kv_budget, int) else budget
         if policy.offload == "none" or ctx < policy.dense_below:
@@ -150,8 +158,7 @@ class ModelShape:
     def scratch_bytes(self, ctx: int, batch: int, policy: Policy) -> int:
         """Scores of one layer's decode step and the probabilities of its tail blocks; layers take turns with it."""
         scores = batch * self.query_heads * ctx * _SCORE_BYTES
-        block = tail_block(policy)
-        return scores if block is None else scores + scores // block
+        return scores + scores // policy.tail_block if policy.tail == "block" else scores
 
     def activation_bytes(self, ctx: int, batch: int, policy: Policy, offloads: bool) -> int:
         """What the largest forward of a prefill works in, roughly: one layer's activations, and the last logits.

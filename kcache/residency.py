@@ -13,7 +13,7 @@ import torch
 
 from kcache.errors import DoesNotFitError
 from kcache.policy import Policy
-from kcache.sizes import TierSizes, in_units, least_resident, reserve, resident_layers, tail_block
+from kcache.sizes import TierSizes, in_units, least_resident, reserve, resident_layers, tail_unit
 from kcache.tiers.rows import grown_length
 
 if TYPE_CHECKING:
@@ -67,7 +67,9 @@ class Residency:
         """
         if end <= self.planned and keys.shape[0] == self.batch:
             return
-        sizes = TierSizes(len(self.layers), _row_bytes(keys), _row_bytes(values), tail_block(self.policy))
+        v_row = _row_bytes(values)
+        tail = tail_unit(self.policy, v_row, values.shape[3], values.shape[0] * values.shape[1])
+        sizes = TierSizes(len(self.layers), _row_bytes(keys), v_row, *tail)
         budget = self._budget(layer.device)
         needed = end if self.max_length is None else max(end, self.max_length)
         length = self._aim(needed)

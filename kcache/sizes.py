@@ -21,18 +21,22 @@ class TierSizes:
     layers : int
     k_row, v_row : int
         Bytes of one token's K and V in one layer, all sequences.
-    block : int or None
-        Rows per block of the tail; None without a tail.
+    tail_row, tail_block : int
+        Bytes of the tail in one layer, and how many rows they stand for.
+    tail_fixed : int
+        Bytes of the tail in one layer at any length.
     """
 
     layers: int
     k_row: int
     v_row: int
-    block: int | None
+    tail_row: int = 0
+    tail_block: int = 1
+    tail_fixed: int = 0
 
     def tail(self, length: int, resident: int) -> int:
         """Bytes of the tail with V of ``resident`` layers on the device."""
-        return 0 if self.block is None else (self.layers - resident) * self.v_row * -(-length // self.block)
+        return (self.layers - resident) * (self.tail_row * -(-length // self.tail_block) + self.tail_fixed)
 
     def device(self, length: int, resident: int) -> int:
         """Bytes on the device at ``length`` rows with V of ``resident`` layers there."""
@@ -54,9 +58,31 @@ class TierSizes:
         return low
 
 
-def tail_block(policy: Policy) -> int | None:
-    """Rows per block of the policy's tail; None without one."""
-    return policy.tail_block if policy.tail == "block" else None
+def tail_unit(policy: Policy, v_row: int, dim: int, heads: int = 0) -> tuple[int, int, int]:
+    """What the tail takes in one layer.
+
+    Parameters
+    ----------
+    policy : Policy
+    v_row : int
+        Bytes of a token's V.
+    dim, heads : int
+        Size of a head, and how many there are in all sequences.
+
+    Returns
+    -------
+    int, int, int
+        Bytes, the rows they stand for, and bytes at any length: base and basis in fp32.
+    """
+    if policy.tail == "block":
+        return v_row, policy.tail_block, 0
+    rank = rank_of(policy.tail_rank, dim) if policy.tail == "lowrank" else 0
+    return v_row * rank // dim, 1, heads * (rank + 1) * dim * 4 if rank else 0
+
+
+def rank_of(rank: int | None, dim: int) -> int:
+    """Directions of a low-rank tail for heads of ``dim``: as many as the policy says, or a sixteenth."""
+    return max(1, dim // 16) if rank is None else min(rank, dim)
 
 
 def least_resident(policy: Policy, layers: int) -> int:

@@ -44,6 +44,10 @@ class BlockTail:
         assert self._means.data is not None
         return self._means.data
 
+    def begins_at(self, end: int) -> int:
+        """The first row that :meth:`append` must be given to come to ``end`` rows."""
+        return self.length
+
     def append(self, rows: torch.Tensor, valid: torch.Tensor | None, counts: torch.Tensor | None) -> None:
         """Take in new rows.
 

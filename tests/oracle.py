@@ -1,7 +1,8 @@
 """A brute-force oracle: TopN attention from its definition, over the full K and V that a stock cache holds.
 
 It shares no code with kcache. It runs as an attention function of its own on a DynamicCache, in fp64, and writes the
-tail down row by row: an unpicked row weighs what it did and is replaced by the mean of its block's real rows.
+tail down row by row: an unpicked row weighs what it did and is replaced by the mean of its block's real rows, or by
+what it is in a few directions (the cache's own, which tests/test_lowrank.py holds against an eigendecomposition).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def topn_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     threshold: float | None = None,
+    directions: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, list[set[int]], torch.Tensor]:
     """One sequence, one KV head: query ``[G, D]``, keys ``[L, D]``, values ``[L, Dv]``, valid ``[L]``, sinks ``[G]``.
 
@@ -52,7 +54,14 @@ def topn_attention(
     weights = probs * picked
     mass = weights.sum(1)
     if policy.tail == "renormalise":
-        weights = weights / mass[:, None]
+        weights = weights / mass[:, None].clamp(min=1e-300)
+    elif policy.tail == "lowrank":
+        assert directions is not None
+        base, basis = (part.double() for part in directions)
+        rest = probs * ~picked * valid
+        stand_ins = base + rows @ basis.T @ basis
+        picks = [set(row.nonzero()[:, 0].tolist()) for row in picked]
+        return weights @ rows + rest @ stand_ins, picks, mass
     elif policy.tail == "block":
         for start in range(0, len(rows), policy.tail_block):
             block = slice(start, start + policy.tail_block)
@@ -105,6 +114,11 @@ class OraclePair(Pair):
                         assert len(set(got.tolist())) == len(got), "a row was picked twice"
                         assert want <= set(got.tolist())
 
+    def _directions(self, layer: int, b: int, h: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Base and basis that the cache has fitted for a head."""
+        state = self.ours.layers[layer]._v.tail.state()
+        return state.base[b, h], state.basis[b, h]
+
     def _attend(
         self,
         module: torch.nn.Module,
@@ -127,6 +141,7 @@ class OraclePair(Pair):
             for b in range(batch):
                 for h in range(kv_heads):
                     own = slice(h * group, (h + 1) * group)
+                    directions = self._directions(module.layer_idx, b, h) if self.policy.tail == "lowrank" else None
                     out, chosen, mass = topn_attention(
                         query[b, own, 0],
                         key[b, h],
@@ -136,6 +151,7 @@ class OraclePair(Pair):
                         scaling,
                         softcap,
                         None if sinks is None else sinks[own],
+                        directions=directions,
                     )
                     outs.append(out)
                     picks.append(chosen)

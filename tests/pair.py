@@ -65,9 +65,9 @@ class Pair:
     def forward(self, ids: torch.Tensor, new: torch.Tensor | None = None, **extra: Any) -> torch.Tensor:
         """Run ``ids`` through both; ``new`` ``[B, T]`` is 0 where they are padding. Returns our logits."""
         mask = self.extend_mask(ids, new)
-        want = self.stock_forward(ids, mask, **extra)
         with attach(self.model):
             got = forward(self.model, self.ours, ids, mask, **extra)
+        want = self.stock_forward(ids, mask, **extra)
         self.check(got, want, None if mask is None else mask[:, -ids.shape[1] :].bool())
         return got
 

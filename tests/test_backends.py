@@ -17,6 +17,7 @@ from kcache.backends.cpu import CpuBackend
 from kcache.backends.reference import ReferenceBackend
 from kcache.dense import attend
 from kcache.errors import PolicyError
+from kcache.lowrank import LowRankTail
 from kcache.policy import Policy
 from kcache.spread import MOST
 from kcache.tail import BlockTail
@@ -65,7 +66,11 @@ def problem(
         mask = torch.rand(batch, length, generator=draw) < 0.6
         mask[:, -1] = True
         mask[0, : length // 2] = False
-    means = None
+    means = lowrank = None
+    if policy.tail == "lowrank":
+        directions = LowRankTail(policy.tail_rank, CPU)
+        directions.append(values[:, :, :length], mask, directions.begins_at(length))
+        lowrank = directions.state()
     if policy.tail == "block":
         tail = BlockTail(policy.tail_block, CPU)
         counts = None
@@ -82,6 +87,7 @@ def problem(
         scaling=dim**-0.5,
         policy=policy,
         means=means,
+        lowrank=lowrank,
         mask=mask,
         softcap=softcap,
         sinks=torch.randn(kv_heads * group, generator=draw) if sinks else None,
@@ -100,9 +106,10 @@ def oracle(step: DecodeStep) -> tuple[torch.Tensor, torch.Tensor]:
             own = slice(h * group, (h + 1) * group)
             sinks = None if step.sinks is None else step.sinks[own]
             rows = step.keys[b, h, : step.length], step.values[b, h, : step.length]
+            basis = None if step.lowrank is None else (step.lowrank.base[b, h], step.lowrank.basis[b, h])
             least = None if step.threshold is None else float(step.threshold[b])
             out, _, mass = topn_attention(
-                step.query[b, own], *rows, valid[b], step.policy, step.scaling, step.softcap, sinks, least
+                step.query[b, own], *rows, valid[b], step.policy, step.scaling, step.softcap, sinks, least, basis
             )
             outs.append(out)
             masses.append(mass)
@@ -133,8 +140,9 @@ policies = st.builds(
     Policy,
     topn=st.sampled_from([1, 5, 16, 1000]),
     select=st.sampled_from(["group", "head"]),
-    tail=st.sampled_from(["block", "renormalise", "none"]),
+    tail=st.sampled_from(["lowrank", "block", "renormalise", "none"]),
     tail_block=st.sampled_from([1, 7, 16]),
+    tail_rank=st.sampled_from([None, 1, 3, 1000]),
 )
 problems = st.builds(
     problem,
@@ -245,7 +253,7 @@ def test_selecting_in_two_stages_finds_the_largest(count: int, length: int, kind
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("tail", ["block", "renormalise", "none"])
+@pytest.mark.parametrize("tail", ["lowrank", "block", "renormalise", "none"])
 def test_a_sequence_with_nothing_to_attend_gives_zeros(backend: str, tail: str) -> None:
     step = problem(masked=True, policy=Policy(topn=5, tail=tail))
     mask = step.mask.clone()

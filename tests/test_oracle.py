@@ -22,9 +22,9 @@ SCHEMES = {
     "paper": Policy.paper(8, **BASE),
     "renormalise": Policy(topn=8, dense_layers=0, tail="renormalise", **BASE),
     "group_no_tail": Policy(topn=8, dense_layers=0, tail="none", **BASE),
-    "head_block": Policy(topn=8, dense_layers=0, select="head", tail_block=5, **BASE),
-    "one_row_blocks": Policy(topn=8, dense_layers=0, tail_block=1, **BASE),
-    "huge_blocks": Policy(topn=8, dense_layers=0, tail_block=1000, **BASE),
+    "head_block": Policy(topn=8, dense_layers=0, select="head", tail="block", tail_block=5, **BASE),
+    "one_row_blocks": Policy(topn=8, dense_layers=0, tail="block", tail_block=1, **BASE),
+    "huge_blocks": Policy(topn=8, dense_layers=0, tail="block", tail_block=1000, **BASE),
     "one_row": Policy(topn=1, dense_layers=0, **BASE),
     "reference": Policy(topn=8, dense_layers=0, backend="reference", **BASE),
 }

@@ -90,8 +90,10 @@ def test_weights_k_and_v_by_hand(
     ours = cache_bytes(config, ctx, batch, Policy(offload="all"))
     away = one * (layers - 2) // layers
     assert (ours.k_bytes, ours.v_bytes, ours.resident_layers) == (one, one, 2)
-    assert (ours.host_bytes, ours.overhead_bytes) == (away, away // 16)
-    assert ours.device_bytes == 2 * one - away + away // 16
+    heads = k_per_token // (layers * 128)
+    tail = away // 16 + (layers - 2) * batch * heads * (8 + 1) * 128 * 4  # coefficients; eight directions and a base
+    assert (ours.host_bytes, ours.overhead_bytes) == (away, tail)
+    assert ours.device_bytes == 2 * one - away + tail
 
 
 def test_llama_3_weights_are_those_published(tmp_path: Path) -> None:
@@ -110,7 +112,8 @@ def test_step_by_hand(tmp_path: Path) -> None:
     scores = 2 * 4 * 4 * 32 * 32768 * 30
     link = 4 * 30 * 8 * 128 * 256
     ours, full = found["kcache"], found["full"]
-    assert ours.memory_bytes == weights + k + resident + away // 16 + scores
+    tail = away // 16 + 30 * 4 * 8 * (8 + 1) * 128 * 4
+    assert ours.memory_bytes == weights + k + resident + tail + scores
     assert ours.link_bytes == link
     assert ours.memory_ms == pytest.approx(ours.memory_bytes / 1e9)
     assert ours.link_ms == pytest.approx(link / 1e7)

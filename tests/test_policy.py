@@ -17,6 +17,7 @@ BAD: list[tuple[str, Any]] = [
     *[("dense_layers", value) for value in (-1, 0.5, None, True)],
     *[("dense_below", value) for value in (-1, 0.5, None, True)],
     *[("tail_block", value) for value in (0, -16, 1.0)],
+    *[("tail_rank", value) for value in (0, -4, 1.5)],
     *[("prefill_chunk", value) for value in (0, -1, None)],
     *[("resident_layers", value) for value in (-1, 1.5, True)],
     *[("select", value) for value in ("all", "", None, 3, "Group")],
@@ -53,7 +54,7 @@ def test_defaults_are_within_what_was_promised() -> None:
     policy = Policy()
     assert 512 <= policy.dense_below <= 2048
     assert (policy.select, policy.offload, policy.backend) == ("group", "auto", "auto")
-    assert policy.tail == "block"
+    assert policy.tail == "lowrank"
     assert policy.dense_layers > 0
 
 
@@ -84,7 +85,7 @@ def test_value_semantics() -> None:
         dense_layers=st.integers(0, 99),
         dense_below=st.integers(0, 10**6),
         select=st.sampled_from(["group", "head"]),
-        tail=st.sampled_from(["block", "renormalise", "none"]),
+        tail=st.sampled_from(["lowrank", "block", "renormalise", "none"]),
         tail_block=st.integers(1, 999),
         offload=st.sampled_from(["auto", "all"]),
         kv_budget=st.sampled_from([None, 0, 7, "20GiB", "1.5MB"]),

@@ -44,8 +44,9 @@ class CacheLife(RuleBasedStateMachine):
         dense_layers=st.integers(0, 1),
         dense_below=st.sampled_from([0, 0, 20, 64]),
         select=st.sampled_from(["group", "head"]),
-        tail=st.sampled_from(["block", "renormalise", "none"]),
+        tail=st.sampled_from(["lowrank", "block", "renormalise", "none"]),
         tail_block=st.sampled_from([1, 5, 16]),
+        tail_rank=st.sampled_from([None, 3]),
         resident_layers=st.just(0),
         backend=st.sampled_from(["auto", "reference"]),
     )

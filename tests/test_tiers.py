@@ -76,7 +76,7 @@ def run(policy: Policy, *sizes: int, batch: int = 2, max_length: int | None = No
         Policy(topn=4, dense_below=40, dense_layers=0),
         Policy(),
         Policy(offload="none"),
-        WHOLE.replace(tail_block=5),
+        WHOLE.replace(tail="block", tail_block=5),
     ],
     ids=lambda policy: f"{policy.select}-{policy.tail}-{policy.dense_layers}-{policy.dense_below}-{policy.offload}",
 )
@@ -113,7 +113,7 @@ def test_bytes_agree_with_the_tensors_that_exist(policy: Policy, max_length: int
 
 
 def test_v_of_an_offloaded_layer_is_not_on_the_device_after_prefill() -> None:
-    cache = run(WHOLE.replace(tail_block=16), 64, max_length=64)
+    cache = run(WHOLE.replace(tail="block", tail_block=16), 64, max_length=64)
     assert cache.stats.resident_v_bytes == 0
     assert cache.stats.k_bytes == 2 * 64 * ROW * LAYERS
     assert cache.stats.host_bytes == 2 * 64 * ROW * LAYERS
@@ -173,7 +173,9 @@ def test_unknown_length_grows_by_doubling() -> None:
 @pytest.mark.parametrize("select", ["group", "head"])
 def test_bytes_moved_are_exact(select: str) -> None:
     batch, topn = 2, 6
-    policy = Policy(topn=topn, spread="even", dense_below=0, dense_layers=1, resident_layers=0, select=select)
+    policy = Policy(
+        topn=topn, spread="even", dense_below=0, dense_layers=1, resident_layers=0, select=select, tail="block"
+    )
     model = make("llama")
     cache = KCache(model, policy)
     offloaded = LAYERS - 1
@@ -200,6 +202,19 @@ def test_bytes_moved_are_exact(select: str) -> None:
     layers = cache.snapshot().layers
     assert layers[0].stats.bytes_d2h == layers[0].stats.bytes_h2d == layers[0].stats.rows_fetched == 0
     assert layers[1].stats == layers[2].stats
+
+
+def test_fitting_directions_anew_brings_the_rows_back() -> None:
+    """While rows are few, directions are fitted whenever they have doubled: at 10, then at 20 rows."""
+    policy = Policy(topn=3, spread="even", dense_below=0, dense_layers=0, resident_layers=0)
+    model = make("llama")
+    cache = KCache(model, policy)
+    with attach(model):
+        forward(model, cache, tokens(1, 1, 10))
+        for step in range(15):
+            forward(model, cache, tokens(step, 1, 1))
+    assert cache.stats.rows_fetched == 15 * 3 * HEADS * LAYERS
+    assert cache.stats.bytes_h2d == (15 * 3 * HEADS * DIM * ELEMENT + 20 * ROW) * LAYERS
 
 
 def test_topn_beyond_the_context_fetches_each_row_once() -> None:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from kcache.lowrank import LowRank
 from kcache.policy import Policy
 
 
@@ -34,6 +35,8 @@ class DecodeStep:
     policy : Policy
     means : Tensor ``[B, Hkv, at least nb, Dv]`` or None
         Means of V over the valid rows of each block, with ``policy.tail == "block"``.
+    lowrank : LowRank or None
+        What each row is in a few directions, with ``policy.tail == "lowrank"``.
     mask : Tensor ``[B, L]`` bool or None
         True where a row may be attended.
     softcap : float or None
@@ -51,6 +54,7 @@ class DecodeStep:
     scaling: float
     policy: Policy
     means: torch.Tensor | None = None
+    lowrank: LowRank | None = None
     mask: torch.Tensor | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None

@@ -74,8 +74,12 @@ class ReferenceBackend:
         tail = None
         if step.policy.tail == "renormalise":
             weights = weights / mass.unsqueeze(-1).clamp(min=torch.finfo(torch.float32).tiny)
-        elif step.policy.tail == "block":
-            tail = self.tail(self.unpicked(probs.scatter_add_(3, per_head, -weights), step), step)
+        elif step.policy.tail != "none":
+            rest = probs.scatter_add_(3, per_head, -weights)
+            if step.policy.tail == "block":
+                tail = self.tail(self.unpicked(rest, step), step)
+            else:
+                tail = self.lowrank(rest, step)
         if picks.dim() == 4:
             out = torch.matmul(weights.unsqueeze(3), rows.float()).squeeze(3)
         else:
@@ -98,6 +102,14 @@ class ReferenceBackend:
         assert step.means is not None
         blocks = min(left.shape[3], step.means.shape[2])
         return torch.matmul(left[..., :blocks], step.means[:, :, :blocks].float())
+
+    def lowrank(self, rest: torch.Tensor, step: DecodeStep) -> torch.Tensor:
+        """What rows contribute by their directions, weighed by ``rest`` ``[B, Hkv, G, at least L]``, 0 at the picks."""
+        tail = step.lowrank
+        assert tail is not None
+        rest = rest[..., : step.length]
+        along = torch.matmul(rest, tail.coefficients[..., : step.length].float().transpose(2, 3))
+        return rest.sum(-1, keepdim=True) * tail.base.unsqueeze(2) + torch.matmul(along, tail.basis)
 
 
 def probabilities(scores: torch.Tensor, step: DecodeStep) -> torch.Tensor:

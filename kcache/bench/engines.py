@@ -20,6 +20,7 @@ from kcache.cache import KCache
 from kcache.errors import InputError
 from kcache.generation import prefill, step_logits
 from kcache.policy import Policy
+from kcache.sizes import tail_unit
 from kcache.telemetry import Stats
 
 
@@ -168,7 +169,8 @@ class Tiered(Engine):
                 device += v_bytes
             else:
                 host += v_bytes
-                device += v_bytes // self.policy.tail_block if self.policy.tail == "block" else 0
+                unit, block, _ = tail_unit(self.policy, v_bytes, shape.v_dim)
+                device += unit // block
         return device, host
 
     def stats(self, cache: Cache) -> Stats:

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from kcache.layer import TieredLayer
 from kcache.plan import SCORE_BYTES, SCORE_PASSES, Speeds
+from kcache.sizes import tail_unit
 from kcache.weights import Weights
 
 
@@ -99,7 +100,8 @@ def traffic_of(model: PreTrainedModel, cache: Cache, link_bytes: float) -> Traff
             assert layer.mass is not None
             policy = layer.shared.policy
             score += SCORE_PASSES * SCORE_BYTES * layer.mass.numel() * length
-            tail += _nbytes(values) // policy.tail_block if policy.tail == "block" else 0
+            unit, block, _ = tail_unit(policy, _nbytes(values), values.shape[3])
+            tail += unit // block
         else:
             v += int(_nbytes(values) * used)
     return Traffic(

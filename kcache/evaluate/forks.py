@@ -100,6 +100,7 @@ class Prefix:
             for index, layer in enumerate(source.tiered_layers):
                 if layer.keys is not None and layer.values is not None:
                     cache.update(layer.keys, layer.values, index)
+                    cache.tiered_layers[index].settle()
         return cache
 
 

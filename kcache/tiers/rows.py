@@ -27,18 +27,23 @@ class RowBuffer:
         Tells how many rows to make room for when the buffer has to grow; by default they double.
     pinned : bool
         Register host memory with the CUDA driver so kernels and copies reach it directly.
+    axis : int
+        Where the rows are counted: 2 for ``[B, H, capacity, D]``, 3 for ``[B, H, D, capacity]``.
     """
 
-    def __init__(self, device: torch.device, room: Callable[[], int] | None = None, pinned: bool = False) -> None:
+    def __init__(
+        self, device: torch.device, room: Callable[[], int] | None = None, pinned: bool = False, axis: int = 2
+    ) -> None:
         self.device = device
         self.pinned = pinned
+        self.axis = axis
         self._room = room
         self.data: torch.Tensor | None = None
 
     @property
     def capacity(self) -> int:
         """Rows there is room for."""
-        return 0 if self.data is None else self.data.shape[2]
+        return 0 if self.data is None else self.data.shape[self.axis]
 
     @property
     def nbytes(self) -> int:
@@ -56,20 +61,20 @@ class RowBuffer:
         return 0 if self.data is None else self.data.shape[3] * self.data.element_size()
 
     def view(self, length: int) -> torch.Tensor:
-        """The first ``length`` rows, ``[B, H, length, D]``, without a copy."""
+        """The first ``length`` rows, ``[B, H, length, D]`` (or ``[B, H, D, length]``), without a copy."""
         if self.data is None:
             raise ValueError("the buffer holds no rows yet")
-        return self.data[:, :, :length]
+        return self.data.narrow(self.axis, 0, length)
 
     def reserve(self, like: torch.Tensor, length: int) -> None:
-        """Make room for ``length`` rows shaped and typed like ``like`` ``[B, H, T, D]``, keeping what is there."""
+        """Make room for ``length`` rows, otherwise shaped and typed like ``like``, keeping what is there."""
         if length <= self.capacity:
             return
-        batch, heads, _, dim = like.shape
-        grown = grown_length(length, self.capacity) if self._room is None else max(length, self._room())
-        data = self._empty((batch, heads, grown, dim), like.dtype)
+        shape = list(like.shape)
+        shape[self.axis] = grown_length(length, self.capacity) if self._room is None else max(length, self._room())
+        data = self._empty(tuple(shape), like.dtype)
         if self.data is not None:
-            data[:, :, : self.capacity].copy_(self.data)
+            data.narrow(self.axis, 0, self.capacity).copy_(self.data)
         self.data = data
 
     def select(self, index: torch.Tensor) -> None:
@@ -81,7 +86,7 @@ class RowBuffer:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowBuffer:
         """A buffer of its own in the same kind of memory; a plain copy of a pinned tensor would not be pinned."""
-        memo[id(self)] = twin = RowBuffer(self.device, pinned=self.pinned)
+        memo[id(self)] = twin = RowBuffer(self.device, pinned=self.pinned, axis=self.axis)
         twin._room = copy.deepcopy(self._room, memo)
         if self.data is not None:
             twin.data = twin._empty(tuple(self.data.shape), self.data.dtype).copy_(self.data)
@@ -98,7 +103,7 @@ class RowBuffer:
     def wipe(self, start: int, end: int) -> None:
         """Zero rows ``start:end``, so that what they held can reach no product over the whole buffer."""
         if self.data is not None:
-            self.data[:, :, start:end].zero_()
+            self.data.narrow(self.axis, start, max(0, end - start)).zero_()
 
     def clear(self) -> None:
         """Give the memory back."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from kcache.lowrank import LowRankTail
 from kcache.policy import Policy
 from kcache.tail import BlockTail
 from kcache.tiers.link import Link
@@ -49,7 +50,7 @@ class ValueStore:
         self.bytes_h2d = self.bytes_d2h = 0
         self.resident: RowBuffer | None = RowBuffer(device, resident_room or room)
         self.host: RowBuffer | None = None
-        self.tail: BlockTail | None = None
+        self.tail: BlockTail | LowRankTail | None = None
         self.link = Link(device)
         self._policy = policy
         self._validity = validity
@@ -87,6 +88,8 @@ class ValueStore:
         self.host, self.resident = host, None
         if self._policy.tail == "block":
             self.tail = BlockTail(self._policy.tail_block, self.device, self._room)
+        elif self._policy.tail == "lowrank":
+            self.tail = LowRankTail(self._policy.tail_rank, self.device, self._room)
         if young is not None and young.data is not None and self.length:
             self._send(young.view(self.length), self.length, start=0)
             if self._validity.length >= self.length:
@@ -111,11 +114,14 @@ class ValueStore:
         """
         if self.tail is None or self.tail.length == self.length:
             return
-        start, end = self.tail.length, self.length
+        start, end = self.tail.begins_at(self.length), self.length
         rows, self._untailed = self._untailed, None
         if rows is None or rows.shape[2] != end - start:
             rows = self._bring_back(start, end)
         valid = self._validity.rows(start, end, self.device)
+        if isinstance(self.tail, LowRankTail):
+            self.tail.append(rows, valid, start)
+            return
         counts = None if valid is None else self._validity.counts(self.tail.block, end, self.device)
         self.tail.append(rows, valid, counts)
 
@@ -196,7 +202,9 @@ class ValueStore:
         if self.resident is not None:
             self.resident.wipe(length, self.length)
         self.length = length
-        if self.tail is not None and self.tail.length > length:
+        if isinstance(self.tail, LowRankTail):
+            self.tail.crop(length)
+        elif self.tail is not None and self.tail.length > length:
             first = length - length % self.tail.block
             rows = self._bring_back(first, length)
             self.tail.crop(length, rows, self._validity.rows(first, length, self.device))

@@ -225,7 +225,8 @@ class Publication:
             if captured is not None:
                 self._show(captured)
             elif self._board.frame is not None:  # the cache is gone; its last state stays
-                self._put({**self._board.frame, "time": time.time(), "phase": PHASES.index(phase)})
+                job = None if self._job is None else list(self._job)
+                self._put({**self._board.frame, "time": time.time(), "phase": PHASES.index(phase), "job": job})
             else:
                 self._show(Captured(self._tokens.run, time.time(), 0, [], b"", b""))
         self._phase = phase

@@ -29,11 +29,11 @@ from kcache_cli.tui.widgets.layers import LayersPanel
 class Actions(App[None]):
     """The actions of :class:`~kcache_cli.tui.app.Dashboard`, by their names in :mod:`kcache_cli.tui.keys`."""
 
-    moment: reactive[Moment | None] = reactive(None, always_update=True)
+    moment: reactive[Moment | None] = reactive(None, always_update=True, repaint=False)
     """What is shown."""
-    chosen: reactive[str] = reactive("heat")
+    chosen: reactive[str] = reactive("heat", repaint=False)
     """The panel that was asked for last."""
-    maximised: reactive[str | None] = reactive(None)
+    maximised: reactive[str | None] = reactive(None, repaint=False)
     """The panel that has everything."""
 
     feed: Feed
@@ -45,6 +45,10 @@ class Actions(App[None]):
     def show_words(self) -> None:
         """Fill the text panel; see the app."""
         raise NotImplementedError
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Whether a key does something now: the filter's is a letter like any other while something is written."""
+        return not (action == "filter" and isinstance(self.focused, Input))
 
     # -- panels ----------------------------------------------------------------------------------------------------
 
@@ -182,7 +186,9 @@ class Actions(App[None]):
         while (path := self.folder / f"kcache-{number}.svg").exists():
             number += 1
         try:
-            self.save_screenshot(path.name, str(path.parent))
+            part = path.with_name(f".{path.name}.part")
+            part.write_text(self.export_screenshot(), encoding="utf-8")
+            part.replace(path)
         except OSError as error:
             self.notify(f"{path}: {error.strerror or error}", severity="error", markup=False)
             return

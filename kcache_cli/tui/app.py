@@ -156,7 +156,7 @@ class Dashboard(Actions):
     @on(Ended)
     def _ended(self, event: Ended) -> None:
         said = "the job is done" if event.failed is None else "the job has ended"
-        self.notify(f"{said}; q leaves the dashboard", timeout=60)
+        self.notify(f"{said}; q leaves the dashboard", timeout=10)
 
     # -- the way of the data ---------------------------------------------------------------------------------------
 
@@ -170,13 +170,12 @@ class Dashboard(Actions):
         """Give it to everything that shows it."""
         if moment is None:
             return
-        with self.batch_update():
-            self._note_state(before, moment)
-            for panel in self.query(Panel):
-                panel.moment = moment
-            for line in self.query(Line):
-                line.moment = moment
-            self.show_words()
+        self._note_state(before, moment)
+        for panel in self.query(Panel):
+            panel.moment = moment
+        for line in self.query(Line):
+            line.moment = moment
+        self.show_words()
         for screen in self.screen_stack[1:]:
             if hasattr(screen, "moment"):
                 screen.moment = moment
@@ -185,7 +184,7 @@ class Dashboard(Actions):
         """Make room for the timeline and the notice when they have something to say."""
         place = moment.place
         self.set_class(place.replay or place.paused, "stepping")
-        self.set_class(place.closed is not None and not self._is_over(moment), "closed")
+        self.set_class(place.closed is not None, "closed")
         layers = 0 if moment.frame is None else len(moment.frame.layers)
         known = 0 if before is None or before.frame is None else len(before.frame.layers)
         if (
@@ -194,11 +193,6 @@ class Dashboard(Actions):
             or (before.place.paused, before.place.closed) != (place.paused, place.closed)
         ):
             self.place_panels()
-
-    @staticmethod
-    def _is_over(moment: Moment) -> bool:
-        """A recording that ended as it should is nothing to speak of."""
-        return moment.place.replay and moment.place.closed is None
 
     # -- layout and look -------------------------------------------------------------------------------------------
 
@@ -225,6 +219,7 @@ class Dashboard(Actions):
             row.styles.height = max(1, share)
         for name in PANELS:
             screen.query_one(f"#{name}").display = name in plan.shown
+        self.call_after_refresh(self.show_words)  # as much text as the panel has room for now
 
     def watch_chosen(self) -> None:
         """Small terminals show it in the middle."""
@@ -257,7 +252,9 @@ class Dashboard(Actions):
             start, end, layer = max(0, frame.tokens - room), frame.tokens, None
         else:
             start, end, layer = max(0, positions.start - 8), min(frame.tokens, positions.start + room), heat.at_layer
-        panel.border_title = "6 text" if positions is None else f"6 text from token {start:,}"
+        title = "6 text" if positions is None else f"6 text from token {start:,}"
+        if title != panel.border_title:  # setting it draws the panel once more
+            panel.border_title = title
         texts = self.shelf.pieces(start, end, 0, moment.place.index)
         panel.pieces = tuple(
             pieces_of(frame, texts, start, None if positions is None else weights(frame, layer, start, end))

@@ -116,7 +116,8 @@ class Conversing:
         if reply.interrupted:
             self._add("remark", "stopped")
         if reply.figures is not None:
-            self._add("remark", reply.figures.footer(self.conversation.host_only))
+            tokens, _, _ = reply.figures.footer(self.conversation.host_only).partition("\n")
+            self._add("remark", tokens)  # the panels say the rest
 
     def _write(self, piece: str) -> None:
         with self._lock:

@@ -37,7 +37,7 @@ def test_kcache_reads_k_scores_tail_and_its_rows() -> None:
     assert traffic.k_bytes == LAYERS * rows * ROW
     assert traffic.v_bytes == rows * ROW
     assert traffic.score_bytes == offloaded * BATCH * HQ * (CTX + 1) * 4 * 2
-    assert traffic.tail_bytes == offloaded * rows * ROW // 16
+    assert traffic.tail_bytes == offloaded * rows * ROW // D, "one direction of each row"
     assert traffic.link_bytes >= offloaded * BATCH * HKV * POLICY.topn * ROW
     assert not traffic.link_in_bulk
 

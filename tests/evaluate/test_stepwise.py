@@ -64,7 +64,7 @@ def block(model: PreTrainedModel, policy: Policy, sizes: tuple[int, ...]) -> tup
     return seen, cache
 
 
-BASE = Policy(topn=5, spread="even", dense_layers=1, dense_below=0, tail_block=4, backend="reference")
+BASE = Policy(topn=5, spread="even", dense_layers=1, dense_below=0, tail="block", tail_block=4, backend="reference")
 POLICIES = {
     "group, block tail": BASE,
     "head, block tail": BASE.replace(select="head"),

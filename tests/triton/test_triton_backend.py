@@ -12,6 +12,7 @@ from kcache.backends.reference import ReferenceBackend
 from kcache.backends.triton.backend import TritonBackend
 from kcache.backends.triton.common import interpreted
 from kcache.errors import PolicyError
+from kcache.lowrank import LowRankTail
 from kcache.policy import Policy
 from tests.triton.problem import make_problem
 
@@ -19,16 +20,30 @@ from tests.triton.problem import make_problem
 def make_step(policy: Policy, device: torch.device, **sizes: object) -> DecodeStep:
     problem = make_problem(topn=policy.topn, tail_block=policy.tail_block, **sizes).to(device)  # type: ignore[arg-type]
     assert problem.means is not None
+    lowrank = None
+    if policy.tail == "lowrank":
+        tail = LowRankTail(policy.tail_rank, device)
+        rows = torch.where(problem.mask[:, None, :, None], problem.values.to(device)[:, :, : problem.length], 0)
+        tail.append(rows, None, 0)
+        lowrank = tail.state()
     return DecodeStep(
         problem.query, problem.keys, problem.values, problem.length, problem.scaling, policy,
-        means=problem.means[:, :, : -(-problem.length // policy.tail_block)], mask=problem.mask,
+        means=problem.means[:, :, : -(-problem.length // policy.tail_block)], mask=problem.mask, lowrank=lowrank,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "policy",
-    [Policy(topn=12), Policy.paper(12), Policy(topn=12, tail="renormalise"), Policy(topn=5000), Policy(tail_block=12)],
-    ids=["default", "paper", "renormalised", "all rows", "a tail block the kernels do not take"],
+    [
+        Policy(topn=12),
+        Policy(topn=12, select="head"),
+        Policy(topn=12, tail="block"),
+        Policy.paper(12),
+        Policy(topn=12, tail="renormalise"),
+        Policy(topn=5000),
+        Policy(tail="block", tail_block=12),
+    ],
+    ids=["default", "per head", "blocks", "paper", "renormalised", "all rows", "a tail block the kernels do not take"],
 )
 def test_triton_backend_equals_reference(policy: Policy, device: torch.device) -> None:
     step = make_step(policy, device, length=90, capacity=128, padded=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -408,3 +409,9 @@ def test_ids_of_keys_are_unique_and_no_key_is_taken_twice() -> None:
     assert len({key.id for key in KEYS}) == len(KEYS)
     keys = [each for key in KEYS for each in key.keys.split(",")]
     assert len(set(keys)) == len(keys)
+
+
+def test_the_docs_name_every_key() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "dashboard.md").read_text()
+    names = page.split("Names of keys: `")[1].split("`")[0].split()
+    assert names == [key.id for key in KEYS]

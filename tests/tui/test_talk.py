@@ -19,6 +19,7 @@ from kcache_cli.tui.widgets.words import WordsPanel
 from tests.cli.fakes import FakeModel, FakeSession, event
 from tests.tui.conftest import Driver, running
 from tests.tui.fakes import FakeSource, conversation
+from tests.tui.screen import check
 
 
 def chat(*answers: list[str], document: str | None = None) -> tuple[Conversing, FakeSession]:
@@ -47,7 +48,7 @@ def test_a_question_is_answered_on_the_screen() -> None:
     async def whole() -> None:
         async with running(FakeSource(conversation()), talk=talk) as driver:
             await driver.press(*"hi", "enter")
-            await until(driver, lambda: "link" in said(driver).split("Hello there.")[-1])
+            await until(driver, lambda: "tok/s" in said(driver).split("Hello there.")[-1])
             assert "▶ hi\nHello there.\nprompt 1" in said(driver)
             assert "Hello there." in driver.text()
             assert session.messages[0]["content"] == "hi"
@@ -56,6 +57,20 @@ def test_a_question_is_answered_on_the_screen() -> None:
             assert talk.conversation.max_tokens == 7
             await driver.press(*"/nonsense", "enter")
             await until(driver, lambda: "no command /nonsense" in said(driver))
+
+    asyncio.run(whole())
+
+
+@pytest.mark.parametrize(("name", "size"), [("wide-chat", (120, 40)), ("small-chat", (80, 24))])
+def test_how_a_chat_looks(name: str, size: tuple[int, int], request: pytest.FixtureRequest) -> None:
+    talk, _ = chat(["The secret code", " is 7413", "."], document="a word " * 20)
+
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), size, talk=talk) as driver:
+            await driver.press(*"what is it?", "enter", "escape")
+            await until(driver, lambda: "tok/s" in said(driver).split("7413.")[-1])
+            await driver.settle()
+            check(driver.app, name, request.config)
 
     asyncio.run(whole())
 

@@ -161,6 +161,18 @@ def test_before_anything_has_run(lm: LoadedModel) -> None:
         live.close()
 
 
+def test_who_came_before_the_first_cache_comes_to_know_its_policy(lm: LoadedModel) -> None:
+    with publish(lm) as publication:
+        assert publication.path is not None
+        near, far = publication.source(), attach(Place(publication.path))
+        assert near.info.policy == far.info.policy == {}
+        answer(lm)
+        until(lambda: bool(near.info.policy) and bool(far.info.policy))
+        assert near.info.policy == far.info.policy == TOPN.to_dict()
+        assert near.info.pid == far.info.pid
+        far.close()
+
+
 def test_viewers_come_and_go_and_the_engine_goes_back_to_rest(lm: LoadedModel) -> None:
     with publish(lm) as publication:
         for _ in range(3):

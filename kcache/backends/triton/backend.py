@@ -13,6 +13,7 @@ from kcache.backends.triton.common import interpreted
 from kcache.backends.triton.step import dense_decode, triton_decode
 from kcache.backends.triton.workspace import DenseWorkspace, Tuning, Workspace, unsupported
 from kcache.errors import PolicyError
+from kcache.policy import Tail
 
 
 class TritonBackend:
@@ -54,6 +55,8 @@ class TritonBackend:
             step.query, step.keys, step.values, step.length, scaling=step.scaling, workspace=workspace,
             means=step.means, mask=step.mask, softcap=step.softcap, sinks=step.sinks,
         )  # fmt: skip
+        if step.policy.tail == "lowrank":
+            out = _with_lowrank(out, workspace, step)
         # The workspace's picks and mass are overwritten by the next layer.
         return DecodeResult(out, picks[..., : step.length].clone(), mass.clone())
 
@@ -79,15 +82,27 @@ class TritonBackend:
         group, dim_v, policy = step.query.shape[1] // kv_heads, step.values.shape[-1], step.policy
         device = step.query.device
         topn = min(policy.topn, capacity)
-        shape = (batch, kv_heads, group, dim, dim_v, topn, device, policy.select, policy.tail, policy.tail_block)
+        tail: Tail = "none" if policy.tail == "lowrank" else policy.tail
+        shape = (batch, kv_heads, group, dim, dim_v, topn, device, policy.select, tail, policy.tail_block)
         found = self._workspaces.get(shape)
         if found is not None and found.capacity >= capacity:
             return found
-        if unsupported(capacity, group, dim, dim_v, topn, policy.tail, policy.tail_block) is not None:
+        if unsupported(capacity, group, dim, dim_v, topn, tail, policy.tail_block) is not None:
             return None
         made = Workspace(
             batch, kv_heads, group, dim, dim_v, capacity, topn, device,
-            select=policy.select, tail=policy.tail, tail_block=policy.tail_block, tuning=self.tuning,
+            select=policy.select, tail=tail, tail_block=policy.tail_block, tuning=self.tuning,
         )  # fmt: skip
         self._workspaces = {key: kept for key, kept in self._workspaces.items() if key[0] == batch} | {shape: made}
         return made
+
+
+def _with_lowrank(out: torch.Tensor, workspace: Workspace, step: DecodeStep) -> torch.Tensor:
+    """Add the low-rank tail to the output: torch products over the scores that the kernels left in the workspace."""
+    batch, heads = step.keys.shape[:2]
+    scores, lse = workspace.scores[..., : step.length], workspace.lse
+    probs = torch.exp2(scores - lse.unsqueeze(-1)).nan_to_num(0.0)
+    picks = workspace.picks.view(probs.shape[0], 1, -1).expand(-1, probs.shape[1], -1).long()
+    # Picks are filled up with -1 only where every row is picked, row 0 among them.
+    rest = probs.scatter(2, picks.clamp(min=0), 0.0).view(batch, heads, -1, step.length)
+    return (out.float() + ReferenceBackend().lowrank(rest, step).flatten(1, 2)).to(out.dtype)

@@ -61,4 +61,4 @@ def position(value: int) -> str:
     """A place in the context as ``512``, ``4k``, ``1.5k``."""
     if value < 1024:
         return str(value)
-    return f"{value / 1024:.1f}k".replace(".0k", "k")
+    return f"{value / 1024:.2f}".rstrip("0").rstrip(".") + "k"

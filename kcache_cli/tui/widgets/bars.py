@@ -49,10 +49,11 @@ class Headline(Line):
         info = moment.info
         left.append(one_line(info.model), "bold")
         left.append(f" {signs.dot} {one_line(info.command)} {info.pid}", palette.muted)
-        if width >= 100:
-            where = "host-only run: both tiers are RAM" if info.host_only else one_line(info.device)
+        state = self._state(moment, width)
+        where = "host-only run: both tiers are RAM" if info.host_only else one_line(info.device)
+        if left.cell_len + len(where) + state.cell_len + 4 < width:
             left.append(f" {signs.dot} {where}", palette.muted)
-        return columns(left, self._state(moment, width), width)
+        return columns(cut(left, width - state.cell_len - 1), state, width)
 
     def _state(self, moment: Moment, width: int) -> Text:
         look = look_of(self.app)
@@ -138,9 +139,8 @@ class Notice(Line):
     def draw(self, width: int) -> Text:
         """See :class:`Line`."""
         palette = look_of(self.app).palette
-        closed = None if self.moment is None else self.moment.place.closed
-        if closed is None:
+        place = None if self.moment is None else self.moment.place
+        if place is None or place.closed is None:
             return Text()
-        return Text.assemble(
-            (" ! ", f"bold reverse {palette.warn}"), (f" {one_line(closed)}; the last state stays here", palette.warn)
-        )
+        said = one_line(place.closed) + ("" if place.replay else "; the last state stays here")
+        return Text.assemble((" ! ", f"bold reverse {palette.warn}"), (f" {said}", palette.warn))

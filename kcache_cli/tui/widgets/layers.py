@@ -86,7 +86,9 @@ class LayersPanel(Panel):
         table = table_for(width)
         lines = [self._head(table, width)]
         lines += [self._line(row, table, width) for row in self._rows[self._top : self._top + shown]]
-        self.border_subtitle = self._subtitle(moment)
+        subtitle = self._subtitle(moment, shown)
+        if subtitle != self.border_subtitle:  # setting it draws the panel once more
+            self.border_subtitle = subtitle
         return lines
 
     def rows(self, moment: Moment) -> list[LayerRow]:
@@ -97,11 +99,14 @@ class LayersPanel(Panel):
             return []
         return [row for row in sort_rows(layer_rows(moment), self.sort, self.backwards) if test(row)]
 
-    def _subtitle(self, moment: Moment) -> str:
-        if not self.filter:
-            return ""
+    def _subtitle(self, moment: Moment, shown: int) -> str:
+        """Which rows are seen of how many, and what they meet."""
         count = 0 if moment.frame is None else len(moment.frame.layers)
-        return f"{self.filter} · {len(self._rows)} of {count}".replace("[", r"\[")
+        if len(self._rows) == count <= shown:
+            return ""
+        last = min(len(self._rows), self._top + shown)
+        places = f"{self._top + 1 if self._rows else 0}-{last} of {len(self._rows)}"
+        return f"{self.filter}  {places}".strip().replace("[", r"\[")
 
     def _head(self, table: Table, width: int) -> Text:
         palette, signs = self.look.palette, self.look.signs
@@ -120,7 +125,7 @@ class LayersPanel(Panel):
                 continue
             if exact and name == "mass":
                 room = sum(wide for column, wide in table if column in ("mass", "again", "hits", "rows", "link"))
-                text.append(_STAYS.rjust(room)[:room], palette.muted)
+                text.append((_STAYS if room > len(_STAYS) + 1 else "exact").rjust(room), palette.muted)
             else:
                 text.append_text(self._cell(row, name, each))
         text = cut(text, width)

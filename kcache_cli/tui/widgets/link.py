@@ -47,11 +47,14 @@ class LinkPanel(Panel):
         below = max(1, height // 4) if both and height > 2 else 0
         most = max(1.0, float(up.max(initial=0)))
         lines = area(up, width, height - below, most, (palette.h2d,), look)
+        deepest = max(1.0, float(down.max(initial=0)))
         if below:
-            fall = area(down, width, below, max(1.0, float(down.max(initial=0))), (palette.d2h,), look)
+            fall = area(down, width, below, deepest, (palette.d2h,), look)
             lines += [_flipped(line) for line in reversed(fall)] if not look.ascii else fall
-        if lines and most > 1:
-            lines[0] = _over(lines[0], Text(f" {rate(most)}", palette.muted))
+        if most > 1 and height > 1:
+            lines[0] = _over(lines[0], Text(f"{rate(most)} ", palette.muted))
+        if below and deepest > 1:
+            lines[-1] = _over(lines[-1], Text(f"{rate(deepest)} ", palette.muted))
         return lines
 
     def _hits(self, view: LinkView, width: int, host_only: bool) -> Text:

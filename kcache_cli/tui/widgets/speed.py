@@ -39,4 +39,6 @@ class SpeedPanel(Panel):
 
 
 def _ms(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f} ms"
+    if value is None:
+        return "–"
+    return f"{value:.1f} ms" if value < 999.5 else f"{value / 1e3:.1f} s"

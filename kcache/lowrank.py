@@ -1,0 +1,154 @@
+"""The low-rank tail: what each row that was not picked still contributes, by its place in a few directions of V.
+
+The unpicked rows hold 10-25 % of the attention mass, and each of them little. A row of V is approximated as
+``v ~ base + U c`` with ``c = U^T v``: U holds the directions of one KV head in which its rows differ most, ``base`` is
+the mean of what they leave out. Only ``c``, a sixteenth of V by default, stays on the device. The part of a row that
+is lost is nearly independent from row to row, so over many rows of little weight it averages out; a mean over
+neighbouring rows loses fifteen sixteenths of a row's variance, the directions lose much less (docs/log.md).
+
+U and base are fitted once, on the first rows a layer offloads, per sequence and KV head, and again when rows have
+doubled while they were few. The directions are the leading principal components, found by subspace iteration
+(Halko, Martinsson & Tropp, 2011), which is all batched products and needs no full eigendecomposition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kcache.sizes import rank_of
+from kcache.tiers.rows import RowBuffer
+
+_ENOUGH = 2048
+"""Rows after which directions are fitted no more, and the most that a fit reads."""
+_SPARE = 4
+"""Further directions the iteration carries, for speed of convergence."""
+_ROUNDS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What a decode step needs to know of the tail.
+
+    Attributes
+    ----------
+    base : Tensor ``[B, Hkv, Dv]`` fp32
+    basis : Tensor ``[B, Hkv, r, Dv]`` fp32
+        Orthonormal rows.
+    coefficients : Tensor ``[B, Hkv, r, capacity]``
+        In V's dtype. Columns not yet used hold anything finite.
+    """
+
+    base: torch.Tensor
+    basis: torch.Tensor
+    coefficients: torch.Tensor
+
+    def rows(self, length: int) -> torch.Tensor:
+        """Return the approximation of the first ``length`` rows, ``[B, Hkv, length, Dv]`` fp32."""
+        coefficients = self.coefficients[..., :length].float()
+        return self.base.unsqueeze(2) + torch.matmul(coefficients.transpose(2, 3), self.basis)
+
+
+class LowRankTail:
+    """Coefficients of V's rows of one layer, ``[B, H, r, T]``.
+
+    Parameters
+    ----------
+    rank : int or None
+        Directions per KV head; None for a sixteenth of its size.
+    device : torch.device
+    room : callable, optional
+        Tells how many rows to make room for when the coefficients have to grow.
+
+    Attributes
+    ----------
+    length, fitted : int
+        Rows taken in, and how many of them base and basis were fitted on.
+    """
+
+    def __init__(self, rank: int | None, device: torch.device, room: Callable[[], int] | None = None) -> None:
+        self.length = 0
+        self.fitted = 0
+        self._rank = rank
+        self._coefficients = RowBuffer(device, room, axis=3)
+        self._base: torch.Tensor | None = None
+        self._basis: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held on the device."""
+        fitted = [tensor for tensor in (self._base, self._basis) if tensor is not None]
+        return self._coefficients.nbytes + sum(tensor.numel() * tensor.element_size() for tensor in fitted)
+
+    def state(self) -> LowRank:
+        """What a decode step reads."""
+        assert self._base is not None and self._basis is not None and self._coefficients.data is not None
+        return LowRank(self._base, self._basis, self._coefficients.data)
+
+    def begins_at(self, end: int) -> int:
+        """The first row that :meth:`append` must be given to come to ``end`` rows: 0 when a fit is due."""
+        return 0 if self.fitted < _ENOUGH and end >= 2 * self.fitted else self.length
+
+    def append(self, rows: torch.Tensor, valid: torch.Tensor | None, start: int) -> None:
+        """Take in rows; from the first one on, they are fitted.
+
+        Parameters
+        ----------
+        rows : Tensor ``[B, H, T, D]``
+            V, on the device.
+        valid : Tensor ``[B, T]`` bool, or None when all are valid
+        start : int
+            The number of the first of them, from :meth:`begins_at`.
+        """
+        if valid is not None:
+            rows = torch.where(valid[:, None, :, None], rows, 0)
+        if start == 0:
+            self._fit(rows, valid)
+        assert self._basis is not None
+        end = start + rows.shape[2]
+        self._coefficients.reserve(rows.transpose(2, 3)[:, :, : self._basis.shape[2]], end)
+        fresh = torch.matmul(self._basis.to(rows.dtype), rows.transpose(2, 3))
+        self._coefficients.view(end)[..., start:].copy_(fresh)
+        self.length = end
+
+    def _fit(self, rows: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Find base and basis of ``rows``, whose invalid ones are 0."""
+        self.fitted = rows.shape[2]
+        step = -(-self.fitted // _ENOUGH)
+        sample = rows[:, :, ::step].float()
+        kept = None if valid is None else valid[:, None, ::step, None].to(sample.dtype)
+        count = float(sample.shape[2]) if kept is None else kept.sum(2, keepdim=True).clamp(min=1)
+        mean = sample.sum(2, keepdim=True) / count
+        centred = sample - mean if kept is None else (sample - mean) * kept
+        basis = _leading(torch.matmul(centred.transpose(2, 3), centred), rank_of(self._rank, rows.shape[3]))
+        mean = mean.squeeze(2)
+        along = torch.matmul(basis, mean.unsqueeze(3))
+        self._basis = basis
+        self._base = mean - torch.matmul(along.transpose(2, 3), basis).squeeze(2)
+
+    def crop(self, length: int) -> None:
+        """Cut back to ``length`` rows; what was fitted stays."""
+        self._coefficients.wipe(length, self.length)
+        self.length = min(self.length, length)
+
+    def select(self, index: torch.Tensor) -> None:
+        """Keep the batch rows ``index`` ``[B']``."""
+        self._coefficients.select(index)
+        if self._base is not None and self._basis is not None:
+            index = index.to(self._base.device)
+            self._base, self._basis = self._base.index_select(0, index), self._basis.index_select(0, index)
+
+
+def _leading(covariance: torch.Tensor, rank: int) -> torch.Tensor:
+    """Orthonormal rows ``[..., rank, D]`` that span the leading eigenvectors of ``[..., D, D]``."""
+    dim = covariance.shape[-1]
+    carried = min(dim, rank + _SPARE)
+    at = covariance.diagonal(dim1=-2, dim2=-1).topk(carried).indices
+    span = torch.zeros(*at.shape[:-1], dim, carried, device=at.device).scatter_(-2, at.unsqueeze(-2), 1.0)
+    for _ in range(_ROUNDS):
+        span = torch.linalg.qr(torch.matmul(covariance, span)).Q
+    small = torch.matmul(span.transpose(-2, -1), torch.matmul(covariance, span))
+    turned = torch.linalg.eigh(small).eigenvectors[..., -rank:]
+    return torch.matmul(span, turned).transpose(-2, -1).contiguous()
