@@ -6,13 +6,14 @@ import asyncio
 import re
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kcache.errors import InputError, WatchError
 from kcache_cli.pictures.draw import draw
 from kcache_cli.pictures.screen import read_screen
 
 if TYPE_CHECKING:
+    from textual.app import App
     from textual.pilot import Pilot
 
     from kcache.watch.source import Source
@@ -106,9 +107,13 @@ async def _pictured(app: Dashboard, source: Source, wish: Wish, index: int | Non
         for _ in range(VIEWS.index(wish.view)):
             app.action_mode(1)
         await pilot.pause(_LOOK_S)
-        svg = app.export_screenshot()
-        ground = str(app.get_css_variables().get("background", "#101010"))
-    return draw(read_screen(svg, wish.columns, wish.lines), title, ground)
+        return picture_of(app, title)
+
+
+def picture_of(app: App[Any], title: str) -> str:
+    """What an app shows now, as SVG."""
+    screen = read_screen(app.export_screenshot(), *app.size)
+    return draw(screen, title, str(app.get_css_variables().get("background", "#101010")))
 
 
 async def _until_shown(app: Dashboard, pilot: Pilot[None], source: Source, index: int | None) -> None:

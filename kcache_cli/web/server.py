@@ -13,10 +13,11 @@ import secrets
 import shlex
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 from textual_serve.server import Server
 
 from kcache.errors import InputError
@@ -28,7 +29,6 @@ POLICY = (
     "connect-src 'self' ws://{host}; frame-ancestors 'none'; form-action 'none'"
 )
 """The page is textual-serve's; whatever it names elsewhere, a font, is not fetched."""
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class WebServer(Server):
@@ -65,7 +65,7 @@ class WebServer(Server):
         app.middlewares.append(self._guard())
         return app
 
-    def _guard(self) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+    def _guard(self) -> Middleware:
         @web.middleware
         async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
             if not self._is_from_here(request):
