@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv chat test lint format gpu bench docs clean
+.PHONY: help venv chat test lint format gpu bench docs support clean
 
 help:
 	@echo 'make chat    talk to the demo model            (ARGS="--topn 64", MODEL=owner/name)'
@@ -19,6 +19,7 @@ help:
 	@echo 'make gpu     GPU tests and benchmark, on the Python and packages that are there'
 	@echo 'make bench   measure again what docs/benchmarks.md says of the CPU   (FRESH=1 to start over)'
 	@echo 'make docs    write docs/cli.md anew'
+	@echo 'make support  judge every architecture of transformers again, into docs/support.md'
 	@echo 'make clean   remove what was built; the demo model in the cache folder stays'
 	@echo 'PYTHON=...   the Python to build with (now: $(PYTHON))'
 
@@ -58,6 +59,9 @@ bench: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m kcache_cli docs --output docs/cli.md
+
+support: $(STAMP)
+	$(BIN)/kcache models --verify --output docs/support.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -29,6 +30,16 @@ _EAGER = "kcache_eager"
 _SCOPES = "_kcache_scopes"
 _LOCK = threading.Lock()
 _HANDLED = ("softcap", "s_aux")
+_HARMLESS = ("position_ids", "s_aux", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+Watcher = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+WATCHER: ContextVar[Watcher | None] = ContextVar("kcache_watcher", default=None)
+"""Who answers attention's calls instead of it, in this thread: the probe, while it looks at a model."""
+
+
+def not_understood(kwargs: dict[str, Any]) -> list[str]:
+    """The arguments of a call of attention that change its result in a way that a tiered layer does not know."""
+    return [name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in _HARMLESS]
 
 
 def attention(
@@ -42,11 +53,14 @@ def attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend, as transformers calls it: query ``[B, Hq, Q, D]``, result ``[B, Q, Hq, Dv]`` and no weights."""
+    watcher = WATCHER.get()
+    if watcher is not None:
+        return watcher(module, query, key, value, attention_mask, *args, fallback=fallback, **kwargs)
     handle = getattr(value, "_kcache", None)
     if handle is None:
-        return _original(module, query, key, value, attention_mask, *args, fallback=fallback, **kwargs)
-    if kwargs.get("position_bias") is not None:
-        raise CacheStateError("attention with a position bias cannot be tiered; the layer should have stayed stock")
+        return original(module, query, key, value, attention_mask, *args, fallback=fallback, **kwargs)
+    if unknown := not_understood(kwargs):
+        raise CacheStateError(f"attention with {unknown[0]} cannot be tiered; the layer should have stayed stock")
     scaling = kwargs.get("scaling")
     out = handle.attend(
         module,
@@ -63,7 +77,7 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _original(
+def original(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -87,6 +101,8 @@ def _original(
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         out = dense.attend(query, key, value, mask, scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
         return out.transpose(1, 2).contiguous(), None
+    if causal and mask is None and 1 < count < length:
+        mask = _causal(count, length, query.device)
     result: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, *args, **kwargs)
     return result
 
@@ -105,12 +121,17 @@ def _eager(
     """Call the model's own eager attention, which wants an additive mask."""
     count, length = query.shape[2], key.shape[2]
     if mask is None and causal and count > 1:
-        mask = torch.ones(count, length, dtype=torch.bool, device=query.device).tril(length - count)[None, None]
+        mask = _causal(count, length, query.device)
     if mask is not None and mask.dtype == torch.bool:
         zero = torch.zeros((), dtype=query.dtype, device=query.device)
         mask = torch.where(mask, zero, torch.finfo(query.dtype).min)
     result: tuple[torch.Tensor, torch.Tensor | None] = eager(module, query, key, value, mask, *args, **kwargs)
     return result
+
+
+def _causal(count: int, length: int, device: torch.device) -> torch.Tensor:
+    """The mask ``[1, 1, Q, L]`` of ``count`` new rows at the end of ``length``."""
+    return torch.ones(count, length, dtype=torch.bool, device=device).tril(length - count)[None, None]
 
 
 def mask_function(
@@ -129,7 +150,9 @@ def mask_function(
     Reads the padding mask's values only where that costs no wait: on the CPU, or once per prefill.
     """
     plain = allow_is_causal_skip and isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
-    if plain and (local_size is None or kv_length <= local_size):
+    # Rows within a sliding window are all attended; the rows of a chunk's length can lie in two chunks.
+    chunked = getattr(kwargs.get("config"), "attention_chunk_size", None) is not None and kv_offset > 0
+    if plain and (local_size is None or (kv_length <= local_size and not chunked)):
         if attention_mask is None:
             return None
         rows = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
@@ -167,20 +190,33 @@ def attach(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
     The model's attention is switched through transformers' registries and restored on exit. Calls nest and may
     overlap, the last to end restores; several models may be attached at once; with any other cache an attached model
-    computes what it always did.
+    computes what it always did. A model without a layer that can be tiered is left alone: all layers of its KCache
+    are stock ones.
 
     Raises
     ------
     UnsupportedModelError
-        If the model's attention does not go through transformers' attention registry.
+        If kcache cannot serve the model; the message says why.
     """
+    from kcache.probe import probe  # it switches models itself, so it comes after this module
+
+    if not probe(model).tiered:
+        yield model
+        return
+    with switched(model):
+        yield model
+
+
+@contextmanager
+def switched(model: PreTrainedModel) -> Iterator[None]:
+    """Run ``model`` with kcache's attention, whatever it is."""
     with _LOCK:
         scopes = vars(model).get(_SCOPES)
         if scopes is None:
             scopes = vars(model)[_SCOPES] = _Scopes(_switch_on(model))
         scopes.count += 1
     try:
-        yield model
+        yield
     finally:
         with _LOCK:
             scopes.count -= 1

@@ -16,12 +16,15 @@ from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionAndFullAttentionLayer
 
 from kcache.attention import is_ours, text_config
 from kcache.backends import Backend, choose_backend
+from kcache.devices import input_device
 from kcache.errors import CacheStateError, InputError
+from kcache.hybrid import HybridTieredLayer
 from kcache.layer import TieredLayer
+from kcache.parallel import ranks_of
 from kcache.policy import Policy
 from kcache.probe import probe, stock_layers
 from kcache.residency import Residency
@@ -41,10 +44,11 @@ class Shared:
         self.max_length = max_length
         self.validity = Validity()
         self.force_exact = False
-        self.spread = spread_of(policy)
+        self.ranks = ranks_of(model)
+        self.spread = spread_of(policy, self.ranks)
         self.probing = False
         self.look: Look | None = None
-        self.residency = Residency(policy, max_length, context_length(model.config))
+        self.residency = Residency(policy, max_length, context_length(model.config), self.ranks)
         self.model = weakref.ref(model)
         self._config = weakref.ref(text_config(model))
         self._modules = frozenset(id(module) for module in model.modules())
@@ -138,15 +142,19 @@ class KCache(Cache):
             raise InputError(f"max_length must be at least 1 token, got {max_length}")
         self.policy = policy or Policy()
         self.shared = Shared(model, self.policy, max_length)
-        if model.device.type != "meta":
-            self.shared.backend(model.device)
+        self.shared.backend(input_device(model))
         verdict = probe(model)
         layers: list[Any] = stock_layers(model)
         for index in verdict.tiered:
-            layers[index] = TieredLayer(index, self.shared)
+            stock = layers[index]
+            if isinstance(stock, LinearAttentionAndFullAttentionLayer):
+                layers[index] = HybridTieredLayer(index, self.shared, stock.number_of_states)
+            else:
+                layers[index] = TieredLayer(index, self.shared)
         super().__init__(layers=layers)
         tiered = self.tiered_layers
         self.shared.residency.layers = tiered
+        self.shared.residency.devices = dict(verdict.devices)
         for layer, following in pairwise(tiered):
             layer.following = following
         self._latest: TieredLayer | None = None
@@ -211,7 +219,7 @@ class KCache(Cache):
         """Empty the cache, give its memory back and start the counters anew."""
         super().reset()
         self.shared.validity = Validity()
-        self.shared.spread = spread_of(self.policy)
+        self.shared.spread = spread_of(self.policy, self.shared.ranks)
         self.shared.residency.forget()
         self._latest = None
 

@@ -18,6 +18,31 @@ MOST_SEQUENCES = 2**16
 
 
 @dataclass(frozen=True)
+class Split:
+    """How a model, and the memory it runs in, are divided.
+
+    Attributes
+    ----------
+    ranks : int
+        Processes that share out the heads and weights (tensor parallelism).
+    sharers : int
+        Processes on this machine that share its RAM.
+    gpus : int
+        GPUs that one process spreads the model over.
+    gpu_share : float
+        The part of a GPU that is a process's own.
+    """
+
+    ranks: int = 1
+    sharers: int = 1
+    gpus: int = 1
+    gpu_share: float = 1.0
+
+
+WHOLE = Split()
+
+
+@dataclass(frozen=True)
 class Pools:
     """Memory there is, before the weights are loaded.
 
@@ -35,12 +60,14 @@ class Pools:
     working: bool = True
 
     @classmethod
-    def of(cls, device: torch.device) -> Pools:
+    def of(cls, device: torch.device, split: Split = WHOLE) -> Pools:
         """What is free on this machine now. RAM is taken as it is, since only the cache asks for it in large pieces."""
-        available = int(psutil.virtual_memory().available)
+        available = int(psutil.virtual_memory().available) // split.sharers
         if device.type != "cuda":
             return cls(None, available, working=False)
-        return cls(int(torch.cuda.mem_get_info(device)[0]), available)
+        cards = [device] if split.gpus == 1 else [torch.device("cuda", number) for number in range(split.gpus)]
+        free = sum(int(torch.cuda.mem_get_info(card)[0]) for card in cards)
+        return cls(int(free * split.gpu_share), available)
 
     def after(self, weights_bytes: int) -> Pools:
         """What is left once the weights are loaded."""

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from kcache.attention import attach
 from kcache.cache import KCache
 from kcache.errors import CacheStateError, InputError
+from kcache.parallel import ranks_of
 from kcache.policy import Policy
 from kcache.prompts import Prompt, check_length, encode
 from kcache.sampling import Sampler, Sampling
@@ -219,8 +220,9 @@ def decode(
         Sequences to feed padding from now on; the caller keeps it up to date.
     pad_id : int
     """
+    ranks = ranks_of(model)
     while True:
-        tokens = sampler.pick(logits, history)
+        tokens = ranks.first(sampler.pick(logits, history))
         yield tokens.tolist()
         if sampler.needs_history:
             history = torch.cat([history, tokens[:, None]], 1)

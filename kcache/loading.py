@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -22,10 +22,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from kcache.demo import SMOLLM2
+from kcache.devices import check_device_map, input_device
 from kcache.errors import DoesNotFitError, InputError, ModelNotFoundError, UnsupportedModelError
 from kcache.models import Source, find_source
+from kcache.parallel import check_heads
+from kcache.probe import probe
 from kcache.progress import Progress, ignore_progress, quiet_transformers
 from kcache.support import check_supported, context_length
 
@@ -55,13 +59,54 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in: the device of the model's first weights."""
-        return self.model.device
+        """Where token ids go in: the device that the first layers run on."""
+        return input_device(self.model)
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids the model knows are those below this."""
+        return len(cast(Any, self.model.get_input_embeddings()).weight)
 
     @property
     def context_length(self) -> int | None:
         """The most tokens the model was made for; None where its config does not say."""
         return context_length(self.model.config)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What of a model turns prompts into tokens, without its weights.
+
+    Attributes
+    ----------
+    name : str
+    tokenizer : PreTrainedTokenizerBase
+    context_length : int or None
+    vocabulary : int
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    context_length: int | None
+    vocabulary: int
+
+
+def load_reader(
+    name: Name,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Reader:
+    """Load what turns prompts into tokens for a model that others will run; see :func:`load`."""
+    source = find_source(name, revision=revision, gguf_file=gguf_file)
+    config = load_config(name, revision=revision, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    folder = source.fetch(progress or ignore_progress, weights=source.gguf_file is not None, code=trust_remote_code)
+    extra = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    tokenizer = _load_tokenizer(source, folder, trust_remote_code, extra)
+    vocabulary = int(config.get_text_config(decoder=True).vocab_size)
+    return Reader(source.name, tokenizer, context_length(config), vocabulary)
 
 
 def load(
@@ -73,6 +118,7 @@ def load(
     gguf_file: str | None = None,
     quantization_config: Any = None,
     trust_remote_code: bool = False,
+    tensor_parallel: int = 1,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
@@ -93,6 +139,9 @@ def load(
         Handed to transformers as it is.
     trust_remote_code : bool
         Run Python code that comes with the model.
+    tensor_parallel : int
+        Processes to share the model's heads among, started by ``torchrun``; all of them call this. Each then sits on
+        its own GPU, or on the CPU where there is none.
     progress : callable, optional
         Called with bytes done, bytes in all, and a label while files are fetched or converted; perhaps from a thread.
 
@@ -111,20 +160,28 @@ def load(
     """
     torch_dtype = parse_dtype(dtype)
     _check_device_map(device_map)
+    if tensor_parallel > 1:
+        _check_parallel(device_map)
+        device_map = None
     source = find_source(name, revision=revision, gguf_file=gguf_file)
-    load_config(name, revision=revision, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    config = load_config(name, revision=revision, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    if tensor_parallel > 1:
+        check_heads(config, source.name, tensor_parallel)
     folder = source.fetch(progress or ignore_progress, code=trust_remote_code)
     if source.kind == "demo" and torch_dtype == "auto" and not _is_bf16_fast(device_map):
         torch_dtype = torch.float32
-    extra = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    extra: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     tokenizer = _load_tokenizer(source, folder, trust_remote_code, extra)
     if quantization_config is not None:
         extra["quantization_config"] = quantization_config
+    if tensor_parallel > 1:
+        extra["distributed_config"] = DistributedConfig(tp_plan="auto", tp_size=tensor_parallel)
     with _explained(source), quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch_dtype, device_map=device_map, trust_remote_code=trust_remote_code, **extra
         )
-    return LoadedModel(source.name, model.eval(), tokenizer)
+    probe(model.eval())
+    return LoadedModel(source.name, model, tokenizer)
 
 
 def load_config(
@@ -178,7 +235,10 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
 
 
 def _check_device_map(device_map: DeviceMap) -> None:
-    if device_map is None or isinstance(device_map, dict) or device_map in _SPREADS:
+    if isinstance(device_map, dict):
+        check_device_map(device_map, "device_map")
+        return
+    if device_map is None or device_map in _SPREADS:
         return
     try:
         device = torch.device(device_map)
@@ -190,6 +250,13 @@ def _check_device_map(device_map: DeviceMap) -> None:
             raise InputError(f"device {device} asked for, and torch sees {count} CUDA devices here; use auto or cpu")
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("device mps asked for, and torch has none here; use auto or cpu")
+
+
+def _check_parallel(device_map: DeviceMap) -> None:
+    """Raise unless each process is left to take the device that is its own."""
+    own = "cuda" if torch.cuda.is_available() else "cpu"
+    if device_map is not None and str(device_map) not in ("auto", own):
+        raise InputError(f"the processes of tensor parallelism take a device each; leave out device {device_map}")
 
 
 def _is_bf16_fast(device_map: DeviceMap) -> bool:

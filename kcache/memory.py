@@ -11,12 +11,12 @@ import torch
 from transformers import PreTrainedConfig
 
 from kcache.errors import DoesNotFitError
-from kcache.fitting import Fitter, Pools
+from kcache.fitting import WHOLE, Fitter, Pools, Split
 from kcache.need import MemoryNeed, ModelShape, cache_bytes
 from kcache.policy import Policy
 from kcache.weights import Weights
 
-__all__ = ["MemoryNeed", "auto_batch_size", "cache_bytes", "check_fits", "weight_bytes"]
+__all__ = ["MemoryNeed", "Split", "auto_batch_size", "cache_bytes", "check_fits", "weight_bytes"]
 
 
 def check_fits(
@@ -28,16 +28,18 @@ def check_fits(
     device: torch.device | str = "cpu",
     weights_bytes: int = 0,
     dtype_bytes: int = 2,
+    split: Split = WHOLE,
 ) -> MemoryNeed:
-    """Raise unless a cache of this size fits, before anything is loaded.
+    """Raise unless a cache of this size fits, before anything is loaded; ``split`` says what is this process's own.
 
     Raises
     ------
     DoesNotFitError
         Naming what is short, by how much, and what would fit.
     """
-    pools = Pools.of(torch.device(device))
-    fitter = Fitter(ModelShape.of(config, dtype_bytes), policy, pools, weights_bytes)
+    pools = Pools.of(torch.device(device), split)
+    shape = ModelShape.of(config, dtype_bytes).shared(split.ranks)
+    fitter = Fitter(shape, policy, pools, weights_bytes // split.ranks)
     fit = fitter.fit(ctx, batch)
     if fit.short is not None:
         raise DoesNotFitError(fitter.refusal(fit, ctx, batch))
@@ -53,10 +55,11 @@ def auto_batch_size(
     weights_bytes: int = 0,
     dtype_bytes: int = 2,
     limit: int = 16,
+    split: Split = WHOLE,
 ) -> int:
     """The largest batch up to ``limit`` (halving from it) whose cache fits in half of what is free; at least 1."""
-    pools = Pools.of(torch.device(device)).after(weights_bytes).half()
-    fitter = Fitter(ModelShape.of(config, dtype_bytes), policy, pools)
+    pools = Pools.of(torch.device(device), split).after(weights_bytes // split.ranks).half()
+    fitter = Fitter(ModelShape.of(config, dtype_bytes).shared(split.ranks), policy, pools)
     batch = limit
     while batch > 1 and not fitter.fits(ctx, batch):
         batch //= 2

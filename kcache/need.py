@@ -7,10 +7,10 @@ device. The cache itself plans again from the tensors that really arrive.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from kcache.errors import UnsupportedModelError
 from kcache.policy import Policy
@@ -102,7 +102,7 @@ class ModelShape:
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         layers = DynamicCache(config=text).layers
-        full = sum(1 for layer in layers if type(layer) is DynamicLayer)
+        full = sum(1 for layer in layers if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer))
         latent, rotary = getattr(text, "kv_lora_rank", None) or 0, getattr(text, "qk_rope_head_dim", None) or 0
         is_latent = latent > 0 and rotary > 0
         experts = getattr(text, "num_experts_per_tok", None) or 1
@@ -122,6 +122,17 @@ class ModelShape:
             inner=(inner if isinstance(inner, int) else max(inner)) * experts,
             vocabulary=text.vocab_size,
             dtype_bytes=dtype_bytes,
+        )
+
+    def shared(self, ranks: int) -> ModelShape:
+        """One rank's part of a model whose heads are shared out."""
+        return replace(
+            self,
+            k_row=self.k_row // ranks,
+            v_row=self.v_row // ranks,
+            query_heads=self.query_heads // ranks,
+            query_width=self.query_width // ranks,
+            inner=-(-self.inner // ranks),
         )
 
     def need(self, ctx: int, batch: int, policy: Policy, budget: int | None) -> MemoryNeed:

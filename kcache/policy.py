@@ -95,8 +95,8 @@ class Policy:
         CPU-only machine without a ``kv_budget`` it means ``"all"``); ``"all"`` offloads every layer but the dense
         ones; ``"none"`` keeps all V on the device, which is exact full attention.
     kv_budget : int, str or None
-        Device memory for the cache: K, resident V and policy overhead (``"20GiB"``, or bytes). ``None`` means what
-        the device has free.
+        Device memory for the cache: K, resident V and policy overhead (``"20GiB"``, or bytes); of each device, where a
+        model lies on several. ``None`` means what the device has free.
     resident_layers : int or None
         Keep V of exactly this many leading layers on the device, whatever the budget. ``None`` leaves it to
         ``offload`` and ``kv_budget``. ``dense_layers`` are resident in any case.

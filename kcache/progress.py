@@ -59,13 +59,22 @@ def watch_folder(
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from drawing its own progress bars; its setting is put back afterwards."""
+    """Keep transformers from drawing its own progress bars, and accelerate from remarking on where weights went.
+
+    Their settings are put back afterwards.
+    """
+    from logging import ERROR, getLogger
+
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    placing = getLogger("accelerate.big_modeling")
+    level = placing.level
+    placing.setLevel(ERROR)
     try:
         yield
     finally:
+        placing.setLevel(level)
         if shown:
             logging.enable_progress_bar()

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from kcache.errors import ContextLengthError, InputError
 
 if TYPE_CHECKING:
-    from kcache.loading import LoadedModel
+    from kcache.loading import LoadedModel, Reader
 
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | list[int] | list[Message]
 
 
-def encode(lm: LoadedModel, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+def encode(lm: LoadedModel | Reader, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
     """Turn one prompt or several into token ids, one list per sequence.
 
     Raises
@@ -27,7 +27,7 @@ def encode(lm: LoadedModel, prompts: Prompt | Sequence[Prompt]) -> list[list[int
     if not many:
         raise InputError("no prompt given")
     batch = [_encode_one(lm, prompt) for prompt in many]
-    known = len(cast(Any, lm.model.get_input_embeddings()).weight)
+    known = lm.vocabulary
     for number, ids in enumerate(batch, start=1):
         if not ids:
             raise InputError(f"prompt {number} is empty; it needs at least one token")
@@ -37,7 +37,7 @@ def encode(lm: LoadedModel, prompts: Prompt | Sequence[Prompt]) -> list[list[int
     return batch
 
 
-def encode_messages(lm: LoadedModel, messages: list[Message]) -> list[int]:
+def encode_messages(lm: LoadedModel | Reader, messages: list[Message]) -> list[int]:
     """Render messages with the chat template, ready for the assistant's answer.
 
     Raises
@@ -106,7 +106,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return items
 
 
-def _encode_one(lm: LoadedModel, prompt: Prompt) -> list[int]:
+def _encode_one(lm: LoadedModel | Reader, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         _check_text(prompt, "the prompt")
         return [int(token) for token in cast(Any, lm.tokenizer(prompt))["input_ids"]] if prompt else []

@@ -1,7 +1,8 @@
 """Which layers keep V on the device, decided from the tensors that arrive and the memory there is.
 
 The unit is the layer, first layers first. The plan is made when the first rows arrive and again whenever the cache
-outgrows it; a layer that no longer fits is spilled to the host tier, the last one first.
+outgrows it; a layer that no longer fits is spilled to the host tier, the last one first. Where a model lies on several
+devices each has a budget of its own, for the layers that are there, and the shortest of them sets the length.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import psutil
 import torch
 
 from kcache.errors import DoesNotFitError
+from kcache.parallel import ALONE, Ranks
 from kcache.policy import Policy
 from kcache.sizes import TierSizes, in_units, least_resident, reserve, resident_layers, tail_unit
 from kcache.tiers.rows import grown_length
@@ -21,20 +23,32 @@ if TYPE_CHECKING:
 
 
 class Residency:
-    """The residency plan of one cache."""
+    """The residency plan of one cache.
 
-    def __init__(self, policy: Policy, max_length: int | None, context: int | None = None) -> None:
+    Attributes
+    ----------
+    layers : list of TieredLayer
+        The layers it plans for, first to last.
+    devices : dict
+        The device of each layer by its index; a layer that is not named is on the one that first has rows.
+    """
+
+    def __init__(
+        self, policy: Policy, max_length: int | None, context: int | None = None, ranks: Ranks = ALONE
+    ) -> None:
         self.policy = policy
         self.max_length = max_length
         self.context = context
         self.layers: list[TieredLayer] = []
+        self.devices: dict[int, torch.device] = {}
+        self._ranks = ranks
         self.forget()
 
     def forget(self) -> None:
         """Back to no plan."""
         self.planned = self.batch = 0
         self.keeps_young = True
-        self.resident = len(self.layers) if self.policy.offload == "none" else self.policy.dense_layers
+        self._resident: frozenset[int] | None = None
 
     def room(self) -> int:
         """Rows the plan is for, which is what buffers grow to."""
@@ -42,7 +56,11 @@ class Residency:
 
     def is_resident(self, layer: TieredLayer) -> bool:
         """Whether the layer's V stays on the device under the current plan."""
-        return self.policy.offload == "none" or layer.index in self._resident_indices
+        if self.policy.offload == "none":
+            return True
+        if self._resident is None:
+            return layer in self.layers[: self.policy.dense_layers]
+        return layer.index in self._resident
 
     def resident_room(self, layer: TieredLayer) -> int:
         """Rows V on the device grows to: all, or as many as a layer that will leave can hold before it does."""
@@ -53,47 +71,61 @@ class Residency:
         """Whether V of a layer goes to the host tier at ``length`` rows."""
         return not self.is_resident(layer) and (length >= self.policy.dense_below or not self.keeps_young)
 
-    @property
-    def _resident_indices(self) -> frozenset[int]:
-        return frozenset(layer.index for layer in self.layers[: self.resident])
-
     def plan(self, layer: TieredLayer, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
         """Plan for ``end`` rows if that is more than was planned for, or the batch is another.
 
         Raises
         ------
         DoesNotFitError
-            If K (and what must stay beside it) does not fit the device, or offloaded V does not fit host memory.
+            If K (and what must stay beside it) does not fit a device, or offloaded V does not fit host memory.
         """
         if end <= self.planned and keys.shape[0] == self.batch:
             return
         v_row = _row_bytes(values)
         tail = tail_unit(self.policy, v_row, values.shape[3], values.shape[0] * values.shape[1])
-        sizes = TierSizes(len(self.layers), _row_bytes(keys), v_row, *tail)
-        budget = self._budget(layer.device)
+        places = self._places(layer, _row_bytes(keys), v_row, tail)
         needed = end if self.max_length is None else max(end, self.max_length)
-        length = self._aim(needed)
-        if budget is not None and sizes.device(length, self._least) > budget:
-            if sizes.device(needed, self._least) > budget:
-                fits = sizes.longest(self._least, budget, needed)
-                self._refuse_device(needed, sizes.device(needed, self._least), budget, fits)
-            length = sizes.longest(self._least, budget, length)
-        resident = resident_layers(sizes, self.policy, length, budget)
-        if self.planned:
-            resident = min(resident, self.resident)
-        length = self._fit_host(layer.device, sizes, resident, needed, length)
+        length = aim = self._aim(needed)
+        for place in places:
+            if not place.fits(aim, place.least):
+                if not place.fits(needed, place.least):
+                    self._refuse_device(place, needed)
+                length = min(length, place.longest(aim))
+        for place in places:
+            place.resident = resident_layers(place.sizes, self.policy, length, place.budget, place.least)
+            if self.planned:
+                place.resident = min(place.resident, sum(self.is_resident(each) for each in place.layers))
+        length = self._fit_host(places, needed, length)
         self.planned, self.batch = length, keys.shape[0]
-        self.resident = resident
-        young = (len(self.layers) - resident) * sizes.v_row * min(length, max(0, self.policy.dense_below - 1))
-        self.keeps_young = budget is None or sizes.device(length, resident) + young <= budget
-        for late in self.layers[resident:]:
+        self._resident = frozenset(each.index for place in places for each in place.layers[: place.resident])
+        young = min(length, max(0, self.policy.dense_below - 1))
+        self.keeps_young = all(place.keeps(length, young) for place in places)
+        for late in self.layers:
             if late.length and not late.offloaded and self.leaves(late, late.length):
                 late.spill()
 
-    @property
-    def _least(self) -> int:
-        """Leading layers whose V stays on the device whatever the budget."""
-        return least_resident(self.policy, len(self.layers))
+    def _places(self, layer: TieredLayer, k_row: int, v_row: int, tail: tuple[int, int, int]) -> list[Place]:
+        """The devices there are, with their layers, sizes and budgets; ``layer`` is the one whose rows arrive."""
+        expected = self.devices.get(layer.index, layer.device)
+        if expected != layer.device:  # the model has been moved since it was looked at
+            moved = {index: layer.device for index, device in self.devices.items() if device == expected}
+            self.devices.update(moved)
+        least = least_resident(self.policy, len(self.layers))
+        places: dict[torch.device, Place] = {}
+        for position, each in enumerate(self.layers):
+            device = each.device if each.is_initialized else self.devices.get(each.index, layer.device)
+            if device not in places:
+                places[device] = Place(device)
+            places[device].layers.append(each)
+            places[device].least += position < least
+        found = list(places.values())
+        for place in found:
+            place.sizes = TierSizes(len(place.layers), k_row, v_row, *tail)
+            place.budget = self._budget(place)
+        limits = self._ranks.least([place.budget for place in found if place.budget is not None])
+        for place in found:
+            place.budget = None if place.budget is None else limits.pop(0)
+        return found
 
     def _aim(self, needed: int) -> int:
         """Rows to plan for: the known final length, or twice what there was, but no more than the model's context."""
@@ -104,30 +136,30 @@ class Residency:
         grown = grown_length(needed, self.planned)
         return grown if self.context is None else max(needed, min(grown, self.context))
 
-    def _budget(self, device: torch.device) -> int | None:
-        """Bytes of the device the cache may take, or None where only RAM bounds it."""
+    def _budget(self, place: Place) -> int | None:
+        """Bytes of a device the cache may take, or None where only RAM bounds it."""
         if self.policy.kv_budget is not None:
             assert isinstance(self.policy.kv_budget, int)
             return self.policy.kv_budget
-        if device.type != "cuda":
+        if place.device.type != "cuda":
             return None
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        held = sum(layer.stats().device_bytes for layer in self.layers)
+        free, _ = torch.cuda.mem_get_info(place.device)
+        cached = torch.cuda.memory_reserved(place.device) - torch.cuda.memory_allocated(place.device)
+        held = sum(layer.stats().device_bytes for layer in place.layers)
         return max(0, free + cached + held - reserve(free))
 
-    def _fit_host(self, device: torch.device, sizes: TierSizes, resident: int, needed: int, length: int) -> int:
-        """As many of ``length`` rows as RAM can hold; on a host-only run both tiers count.
+    def _fit_host(self, places: list[Place], needed: int, length: int) -> int:
+        """As many of ``length`` rows as RAM can hold; where the device is the host, both tiers count.
 
-        Refuses before anything is allocated if that is fewer than ``needed``.
+        Refuses before anything is allocated if that is fewer than ``needed``. Processes that hold the model between
+        them share what this machine has, and keep to the shortest.
         """
-        both = device.type == "cpu"
-        held = [layer.stats() for layer in self.layers]
-        held_bytes = sum(stats.host_bytes + (stats.device_bytes if both else 0) for stats in held)
-        available = psutil.virtual_memory().available + held_bytes
+        held = sum(place.held_in_ram for place in places)
+        available = psutil.virtual_memory().available // self._ranks.sharers + held
+        (available,) = self._ranks.least([available])
 
         def wanted(rows: int) -> int:
-            return sizes.host(rows, resident) + (sizes.device(rows, resident) if both else 0)
+            return sum(place.in_ram(rows) for place in places)
 
         if wanted(length) <= available:
             return length
@@ -139,12 +171,62 @@ class Residency:
             f"are available; about {fits:,} tokens would fit, or a smaller batch"
         )
 
-    def _refuse_device(self, length: int, wanted: int, budget: int, fits: int) -> None:
+    def _refuse_device(self, place: Place, length: int) -> None:
+        assert place.budget is not None
         hint = "" if self.policy.offload != "none" else ", or offload V with offload='auto'"
+        where = "device memory" if len(place.layers) == len(self.layers) else f"memory on {place.device}"
         raise DoesNotFitError(
-            f"a cache of {length:,} tokens needs {in_units(wanted)} of device memory and {in_units(budget)} are "
-            f"allowed; about {fits:,} tokens would fit, or a smaller batch{hint}"
+            f"a cache of {length:,} tokens needs {in_units(place.sizes.device(length, place.least))} of {where} and "
+            f"{in_units(place.budget)} are allowed; about {place.longest(length):,} tokens would fit, or a smaller "
+            f"batch{hint}"
         )
+
+
+class Place:
+    """The layers on one device, and what they may take there.
+
+    Attributes
+    ----------
+    device : torch.device
+    layers : list of TieredLayer
+    least, resident : int
+        How many of the first of them keep V there whatever the budget, and how many do.
+    sizes : TierSizes
+    budget : int or None
+        Bytes; None where only RAM bounds them.
+    """
+
+    sizes: TierSizes
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.layers: list[TieredLayer] = []
+        self.least = self.resident = 0
+        self.budget: int | None = None
+
+    def fits(self, rows: int, resident: int) -> bool:
+        """Whether ``rows`` rows fit with V of ``resident`` layers there."""
+        return self.budget is None or self.sizes.device(rows, resident) <= self.budget
+
+    def longest(self, below: int) -> int:
+        """The most rows that fit with as little V there as may be."""
+        return below if self.budget is None else self.sizes.longest(self.least, self.budget, below)
+
+    def keeps(self, rows: int, young: int) -> bool:
+        """Whether V of ``young`` rows of the other layers fits too."""
+        extra = (len(self.layers) - self.resident) * self.sizes.v_row * young
+        return self.budget is None or self.sizes.device(rows, self.resident) + extra <= self.budget
+
+    def in_ram(self, rows: int) -> int:
+        """Bytes of RAM at ``rows`` rows: the host tier, and the other tier where the device is the host."""
+        here = self.sizes.device(rows, self.resident) if self.device.type == "cpu" else 0
+        return self.sizes.host(rows, self.resident) + here
+
+    @property
+    def held_in_ram(self) -> int:
+        """Bytes of RAM its layers hold now."""
+        held = [layer.stats() for layer in self.layers]
+        return sum(stats.host_bytes + (stats.device_bytes if self.device.type == "cpu" else 0) for stats in held)
 
 
 def _row_bytes(rows: torch.Tensor) -> int:

@@ -92,7 +92,7 @@ def least_resident(policy: Policy, layers: int) -> int:
     return min(layers, max(policy.dense_layers, policy.resident_layers or 0))
 
 
-def resident_layers(sizes: TierSizes, policy: Policy, length: int, budget: int | None) -> int:
+def resident_layers(sizes: TierSizes, policy: Policy, length: int, budget: int | None, least: int | None = None) -> int:
     """Leading layers whose V stays on the device at ``length`` rows.
 
     Parameters
@@ -102,8 +102,10 @@ def resident_layers(sizes: TierSizes, policy: Policy, length: int, budget: int |
     length : int
     budget : int or None
         Bytes the tiered layers may take on the device; None where only RAM bounds them.
+    least : int, optional
+        How many stay whatever the budget, where ``sizes`` are those of one of several devices.
     """
-    least = least_resident(policy, sizes.layers)
+    least = least_resident(policy, sizes.layers) if least is None else least
     if budget is None or policy.offload != "auto" or policy.resident_layers is not None:
         return least
     fits = (count for count in range(sizes.layers, least, -1) if sizes.device(length, count) <= budget)

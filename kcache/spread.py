@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from kcache.parallel import ALONE, Ranks
 from kcache.policy import Policy
 
 GAIN = 0.5
@@ -25,8 +26,9 @@ class Spread:
     Decode steps come layer by layer: the first layer of a step closes the one before.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, ranks: Ranks = ALONE) -> None:
         self._policy = policy
+        self._ranks = ranks
         self._threshold: torch.Tensor | None = None
         self._rows: torch.Tensor | None = None
         self._heads = 0
@@ -59,11 +61,12 @@ class Spread:
     def _follow(self) -> None:
         if self._threshold is None or self._rows is None:
             return
-        error = self._rows / (self._heads * self._policy.topn) - 1
+        rows = self._ranks.total(self._rows)  # where the heads are shared out, the threshold is still one for all
+        error = rows / (self._heads * self._ranks.size * self._policy.topn) - 1
         self._threshold = self._threshold * torch.exp(GAIN * error.clamp(max=2))
         self._rows, self._heads = None, 0
 
 
-def spread_of(policy: Policy) -> Spread | None:
+def spread_of(policy: Policy, ranks: Ranks = ALONE) -> Spread | None:
     """Return the thresholds a policy asks for; None when rows are spread evenly."""
-    return Spread(policy) if policy.spread == "need" else None
+    return Spread(policy, ranks) if policy.spread == "need" else None

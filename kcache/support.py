@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kcache.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -31,7 +31,7 @@ def check_supported(config: PretrainedConfig, name: str, *, trust_remote_code: b
     Raises
     ------
     UnsupportedModelError
-        With the reason: encoder-decoder, an encoder, another task's head, or no KV cache.
+        With the reason: encoder-decoder, an encoder, another task's head, no KV cache, or attention of its own.
     """
     kind = f"{name} is a {config.model_type or type(config).__name__} model"
     if config.is_encoder_decoder:
@@ -58,6 +58,28 @@ def check_supported(config: PretrainedConfig, name: str, *, trust_remote_code: b
         raise UnsupportedModelError(
             f"{kind}, which keeps no KV cache, so there is nothing to tier; run it with transformers as it is"
         )
+    is_whole = config.get_text_config(decoder=True) is config  # else attention of its own may be that of its eyes
+    if is_whole and not _takes_registry(model_class):
+        raise UnsupportedModelError(
+            f"{kind}, which attends in code of its own, outside transformers' attention registry; run it with "
+            "transformers as it is"
+        )
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise for a model that is no decoder with a KV cache, as far as it can be said without running it.
+
+    Raises
+    ------
+    UnsupportedModelError
+        With the reason.
+    """
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model; kcache serves decoder-only causal models")
+    parameters = inspect.signature(model.forward).parameters
+    if "past_key_values" not in parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        raise UnsupportedModelError(f"{name} takes no past_key_values, so it has no KV cache and nothing to tier")
 
 
 def context_length(config: PretrainedConfig) -> int | None:
@@ -71,6 +93,12 @@ def _causal_class(config: PretrainedConfig) -> Any:
 
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return known[0] if isinstance(known, (tuple, list)) else known
+
+
+def _takes_registry(model_class: Any) -> bool:
+    """Whether the class asks transformers' registry for its attention, as far as transformers itself can tell."""
+    asks = getattr(model_class, "_can_set_attn_implementation", None)
+    return asks is None or bool(asks())
 
 
 def _is_encoder(config: PretrainedConfig) -> bool:

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from kcache import __version__
 from kcache_cli import exits
 from kcache_cli.commands import bench, chat, config, docs, doctor, eval, generate, inspect, models, plan, pull
+from kcache_cli.ranks import check_command
 from kcache_cli.register import add
 
 
@@ -99,11 +100,13 @@ kcache bench  [dim]how fast it is here, beside transformers[/dim]
 
 @app.callback(epilog=_EXAMPLES)
 def kcache(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
     """Long-context inference for Hugging Face models: K stays in device memory, V waits in host RAM."""
+    check_command(context.invoked_subcommand)
 
 
 add(app, "chat", chat.chat)

@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from kcache.evaluate.places import Place
     from kcache.evaluate.sweep import Known
     from kcache.evaluate.sweep import Spec as FidelitySpec
+    from kcache.fitting import Split
     from kcache.prompts import Prompt
     from kcache.watch.publish import Publication
 
 Progress = Callable[[int, int, str], None]
 
 _UNKNOWN_CONTEXT = 4096
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,18 @@ class Engine(Protocol):
 
 
 class KCacheEngine:
-    """The real one."""
+    """The real one.
+
+    Parameters
+    ----------
+    split : Split, optional
+        What part of a model and of this machine is this process's own; by default all.
+    """
+
+    split: Split | None = None
+
+    def __init__(self, split: Split | None = None) -> None:
+        self.split = split
 
     def plan(
         self,
@@ -121,12 +134,14 @@ class KCacheEngine:
         import kcache
         from kcache import memory
         from kcache.loading import parse_dtype
+        from kcache.parallel import check_heads
         from kcache.support import context_length
 
         config = kcache.load_config(
             model.name, revision=model.revision, gguf_file=model.gguf_file, trust_remote_code=model.trust_remote_code
         )
-        device = planning_device(model.device or "auto")
+        device = _map_device(model) if model.device_map else planning_device(model.device or "auto")
+        split = self.split or spread_of(model, device)
         context = context_length(config)
         asked = ctx or context or _UNKNOWN_CONTEXT
         if context is not None and asked > context and not allow_overflow:
@@ -138,8 +153,16 @@ class KCacheEngine:
         asked_dtype = parse_dtype(model.dtype or "auto")
         wanted = config.dtype if asked_dtype == "auto" else asked_dtype
         dtype = wanted if isinstance(wanted, torch.dtype) else None
-        weights = memory.weight_bytes(config, dtype, trust_remote_code=model.trust_remote_code)
-        sizes = {"weights_bytes": weights, "dtype_bytes": 2 if dtype is None else dtype.itemsize}
+        if split.ranks > 1:
+            check_heads(config, model.name, split.ranks)
+        # An explicit map says itself which weights are on a device, and what is left there is seen when they are.
+        mapped = model.device_map is not None
+        weights = 0 if mapped else memory.weight_bytes(config, dtype, trust_remote_code=model.trust_remote_code)
+        sizes: dict[str, Any] = {
+            "weights_bytes": weights,
+            "dtype_bytes": 2 if dtype is None else dtype.itemsize,
+            "split": split,
+        }
         batch = batch_size or memory.auto_batch_size(config, planned, policy, device, **sizes)
         memory.check_fits(config, planned, batch, policy, device=device, **sizes)
         return Plan(context, planned, batch, device.type == "cpu")
@@ -156,7 +179,8 @@ class KCacheEngine:
 
         return kcache.load(
             model.name,
-            device_map=model.device or "auto",
+            device_map=_device_map(model),
+            tensor_parallel=1 if self.split is None else self.split.ranks,
             dtype=model.dtype or "auto",
             revision=model.revision,
             gguf_file=model.gguf_file,
@@ -213,11 +237,43 @@ def engine_of(ctx: typer.Context) -> Engine:
     return engine
 
 
+def _device_map(model: ModelOptions) -> Any:
+    """What ``--device`` or ``--device-map`` says, for accelerate."""
+    if model.device_map is None:
+        return model.device or "auto"
+    from kcache.devices import read_device_map
+
+    if model.device not in (None, "auto"):
+        raise InputError(f"--device {model.device} and --device-map exclude each other; use one")
+    return read_device_map(model.device_map)
+
+
+def _map_device(model: ModelOptions) -> Any:
+    """The torch device a device map puts its first GPU layers on, for planning; the CPU if it has none."""
+    import torch
+
+    places = [torch.device(place) for place in _device_map(model).values() if place != "disk"]
+    return next((place for place in places if place.type == "cuda"), torch.device("cpu"))
+
+
+def spread_of(model: ModelOptions, device: Any) -> Split:
+    """How many GPUs the model will be spread over when this process has it to itself."""
+    import torch
+
+    from kcache.fitting import Split
+
+    if device.type != "cuda":
+        return Split()
+    if model.device_map is not None:
+        return Split(gpus=len({str(place) for place in _device_map(model).values() if place not in ("cpu", "disk")}))
+    return Split(gpus=torch.cuda.device_count() if (model.device or "auto") in _SPREADS else 1)
+
+
 def planning_device(name: str) -> Any:
     """The torch device a ``--device`` means, for planning."""
     import torch
 
-    if name in ("auto", "balanced", "balanced_low_0", "sequential"):
+    if name in _SPREADS:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)

@@ -10,6 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
@@ -55,6 +56,14 @@ class ModelOptions:
     ] = None
     device: Annotated[
         str | None, _model("--device", help="auto, cpu, cuda, cuda:1, ...", default="auto", metavar="DEVICE")
+    ] = None
+    device_map: Annotated[
+        Path | None,
+        _model(
+            "--device-map",
+            help='Which module goes where, a JSON file as accelerate has it: {"model.layers.0": 0, "lm_head": "cpu"}.',
+            metavar="FILE",
+        ),
     ] = None
     dtype: Annotated[DtypeName | None, _model("--dtype", help="Number format of the weights.", default="auto")] = None
     revision: Annotated[str | None, _model("--revision", help="Branch, tag or commit on the hub.", metavar="REV")] = (

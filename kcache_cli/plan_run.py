@@ -172,10 +172,11 @@ def _pools(question: Question, card_bytes: int | None) -> Pools:
     import torch
 
     from kcache.fitting import Pools
-    from kcache_cli.engine import planning_device
+    from kcache_cli.engine import planning_device, spread_of
 
     device_bytes = question.hbm or card_bytes
-    here = Pools.of(torch.device("cpu") if device_bytes else planning_device(question.model.device or "auto"))
+    device = torch.device("cpu") if device_bytes else planning_device(question.model.device or "auto")
+    here = Pools.of(device, spread_of(question.model, device))
     return Pools(device_bytes or here.device_bytes, question.host or here.host_bytes)
 
 

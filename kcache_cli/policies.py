@@ -6,12 +6,14 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kcache.errors import InputError, PolicyError
 from kcache.policy import Policy
 from kcache_cli.options import PolicyOptions
-from kcache_cli.settings import Settings, fill
+
+if TYPE_CHECKING:
+    from kcache_cli.settings import Settings
 
 FIELDS = ("topn", "offload", "kv_budget", "resident_layers", "dense_layers", "backend")
 
@@ -29,6 +31,8 @@ def build_policy(options: PolicyOptions, settings: Settings) -> Policy:
     InputError
         If a policy file cannot be read.
     """
+    from kcache_cli.settings import fill
+
     given = options if options.policy is not None else fill(options, settings)
     changes = {name: getattr(given, name) for name in FIELDS if getattr(given, name) is not None}
     return read_policy(given.policy or settings.policy).replace(**changes)

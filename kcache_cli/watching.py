@@ -60,6 +60,12 @@ class WatchOptions:
 
             check_terminal()
 
+    def refuse(self, reason: str) -> None:
+        """Raise :class:`InputError` if a recording or a port was asked for."""
+        for name, asked in (("--record", self.record is not None), ("--publish-port", self.publish_port is not None)):
+            if asked:
+                raise InputError(f"{name}: {reason}; leave it out")
+
 
 @contextmanager
 def watching(engine: Engine, lm: Any, command: str, options: WatchOptions) -> Iterator[Publication | None]:

@@ -28,13 +28,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests marked ``gpu`` on a machine without CUDA."""
-    if torch.cuda.is_available():
-        return
-    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    """Leave out the tests marked ``gpu`` on a machine without CUDA, and ``gpu(2)`` where there are fewer GPUs."""
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    left_out = [item for item in items if _gpus_for(item) > there]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if _gpus_for(item) <= there]
+
+
+def _gpus_for(item: pytest.Item) -> int:
+    """How many GPUs a test needs."""
+    marker = item.get_closest_marker("gpu")
+    return 0 if marker is None else int(marker.args[0]) if marker.args else 1
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""The CPU backend: the reference's arithmetic with the copies taken out.
+"""The CPU backend: compiled kernels where they apply, and the reference's arithmetic with the copies taken out.
+
+From a few hundred rows on, steps in bf16 and fp32 go to :mod:`kcache.backends.jit`, if Numba is there. What remains is
+torch: short contexts, fp16, soft-capped scores, picks per query head.
 
 A product over a slice of a larger buffer copies K first; over the whole buffer, or per head, the product reads the
 rows in place. Scores and probabilities live in scratch memory that layers and steps share. In 16-bit types the scores
@@ -8,12 +11,21 @@ are rounded to K's dtype, which moves the logits of a whole model no more than s
 
 from __future__ import annotations
 
+import importlib.util
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
 import torch
 
-from kcache.backends.base import DecodeStep
+from kcache.backends.base import DecodeResult, DecodeStep
 from kcache.backends.reference import ReferenceBackend, probabilities
 from kcache.spread import MOST
 
+if TYPE_CHECKING:
+    from kcache.backends.jit.steps import Kernels
+
+_WORTH = 128
+"""Rows from which a compiled step beats torch's operators."""
 _LONG = 1024
 """Rows from which two batched products beat SDPA."""
 _LINE = 64
@@ -30,12 +42,32 @@ class CpuBackend(ReferenceBackend):
     def __init__(self) -> None:
         self._scores = _Scratch()
         self._probs = _Scratch()
+        self._kernels: Kernels | None = None
+
+    def decode(self, step: DecodeStep) -> DecodeResult:
+        """Run the four verbs for one layer."""
+        kernels = self._compiled(step)
+        result = kernels.decode(step) if kernels is not None and kernels.serves_decode(step) else None
+        return super().decode(step) if result is None else result
+
+    def _compiled(self, step: DecodeStep) -> Kernels | None:
+        """The kernels, if they are worth calling."""
+        if step.length < _WORTH or not _has_numba():
+            return None
+        if self._kernels is None:
+            from kcache.backends.jit.steps import Kernels
+
+            self._kernels = Kernels()
+        return self._kernels
 
     def dense(self, step: DecodeStep) -> torch.Tensor:
         """Exact attention over K and V on the device, ``[B, Hq, Dv]``.
 
-        For long contexts in 16-bit types two batched products are up to 2.5 times as fast as torch's SDPA.
+        In torch, two batched products are up to 2.5 times as fast as SDPA for long contexts in 16-bit types.
         """
+        kernels = self._compiled(step)
+        if kernels is not None and kernels.serves_dense(step):
+            return kernels.dense(step)
         short = step.length < _LONG or step.query.dtype.itemsize != 2
         if short or not _is_plain(step) or not _is_full(step.values, step.length):
             return super().dense(step)
@@ -141,6 +173,11 @@ class CpuBackend(ReferenceBackend):
         weights = torch.zeros(batch * heads, group, capacity, dtype=means.dtype)
         weights[..., :blocks] = left.flatten(0, 1)[..., :capacity]
         return torch.bmm(weights, means.view(-1, capacity, dim)).view(batch, heads, group, dim)
+
+
+@lru_cache
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
 
 
 def _is_plain(step: DecodeStep) -> bool:

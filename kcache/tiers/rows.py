@@ -25,17 +25,21 @@ class RowBuffer:
         Where the rows live; ``cpu`` for the host tier.
     room : callable, optional
         Tells how many rows to make room for when the buffer has to grow; by default they double.
-    pinned : bool
-        Register host memory with the CUDA driver so kernels and copies reach it directly.
+    reader : torch.device, optional
+        A CUDA device whose kernels and copies reach this host memory directly: it is registered with the driver.
     axis : int
         Where the rows are counted: 2 for ``[B, H, capacity, D]``, 3 for ``[B, H, D, capacity]``.
     """
 
     def __init__(
-        self, device: torch.device, room: Callable[[], int] | None = None, pinned: bool = False, axis: int = 2
+        self,
+        device: torch.device,
+        room: Callable[[], int] | None = None,
+        reader: torch.device | None = None,
+        axis: int = 2,
     ) -> None:
         self.device = device
-        self.pinned = pinned
+        self.reader = reader
         self.axis = axis
         self._room = room
         self.data: torch.Tensor | None = None
@@ -86,7 +90,7 @@ class RowBuffer:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowBuffer:
         """A buffer of its own in the same kind of memory; a plain copy of a pinned tensor would not be pinned."""
-        memo[id(self)] = twin = RowBuffer(self.device, pinned=self.pinned, axis=self.axis)
+        memo[id(self)] = twin = RowBuffer(self.device, reader=self.reader, axis=self.axis)
         twin._room = copy.deepcopy(self._room, memo)
         if self.data is not None:
             twin.data = twin._empty(tuple(self.data.shape), self.data.dtype).copy_(self.data)
@@ -95,8 +99,8 @@ class RowBuffer:
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Allocate; a buffer made in inference mode must still be writable outside of it."""
         with torch.inference_mode(False):
-            if self.pinned:
-                return pinned_empty(shape, dtype)
+            if self.reader is not None:
+                return pinned_empty(shape, dtype, self.reader)
             # Zeros, since a product over the whole buffer weighs rows not yet filled with 0, and 0 x NaN is NaN.
             return torch.zeros(shape, dtype=dtype, device=self.device)
 

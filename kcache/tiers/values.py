@@ -82,7 +82,7 @@ class ValueStore:
     def spill(self) -> None:
         """Move what the device holds to the host tier; the device memory is given back."""
         young = self.resident
-        host = RowBuffer(torch.device("cpu"), self._room, pinned=self.device.type == "cuda")
+        host = RowBuffer(torch.device("cpu"), self._room, self.device if self.device.type == "cuda" else None)
         if young is not None and young.data is not None and self.length:
             host.reserve(young.data, self.length)  # may be refused; nothing has been lost then
         self.host, self.resident = host, None

@@ -6,12 +6,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kcache_cli.console import console
 
 if TYPE_CHECKING:
     from kcache import TokenEvent
+
+
+class Watch(Protocol):
+    """Takes in new tokens as they come."""
+
+    def __call__(self, event: TokenEvent, tokens: int = 1) -> None:
+        """Take in the latest token of a prompt, or its latest ``tokens``."""
 
 
 class Meter:
@@ -26,10 +33,10 @@ class Meter:
         self.units = done * max_tokens
         self._clock, self._began = clock, clock()
 
-    def count(self, event: TokenEvent) -> None:
-        """Take in one token."""
-        self.tokens += 1
-        self.units += 1
+    def count(self, event: TokenEvent, tokens: int = 1) -> None:
+        """Take in the latest token of a prompt, or its latest ``tokens``."""
+        self.tokens += tokens
+        self.units += tokens
         if event.finish_reason is not None:
             self.done += 1
             self.units += self.max_tokens - event.completion_tokens
@@ -46,7 +53,7 @@ class Meter:
 
 
 @contextmanager
-def progress_bar(meter: Meter) -> Iterator[Callable[[TokenEvent], None]]:
+def progress_bar(meter: Meter) -> Iterator[Watch]:
     """Draw the meter while the body runs, where standard error is a terminal; yields what to call per token."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -67,8 +74,8 @@ def progress_bar(meter: Meter) -> Iterator[Callable[[TokenEvent], None]]:
     with bars:
         task = bars.add_task("", total=meter.total * meter.max_tokens, completed=meter.units, **_fields(meter))
 
-        def count(event: TokenEvent) -> None:
-            meter.count(event)
+        def count(event: TokenEvent, tokens: int = 1) -> None:
+            meter.count(event, tokens)
             bars.update(task, completed=meter.units, **_fields(meter))
 
         yield count

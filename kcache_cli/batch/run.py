@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,17 @@ from kcache_cli.batch.inputs import BadLine, Entry
 from kcache_cli.batch.journal import Journal, Result
 from kcache_cli.batch.output import OrderedOutput
 from kcache_cli.batch.plan import batch_seed, make_batches
+from kcache_cli.batch.progress import Watch
 from kcache_cli.engine import Engine
 from kcache_cli.options import ModelOptions
 
 if TYPE_CHECKING:
-    from kcache import Sampling, TokenEvent
+    from kcache import Sampling
 
-Watch = Callable[["TokenEvent"], None]
+Batches = Sequence[tuple[int, Sequence["Work"]]]
+"""Batches with their numbers."""
+Decoder = Callable[["Job", Any, Batches, Watch], Iterator[tuple[int, list[Result]]]]
+"""Runs batches, in whatever order, and yields the results of each with its number."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,12 @@ def prepare(job: Job, lm: Any, entries: Sequence[Entry]) -> tuple[list[Work], li
     return work, bad
 
 
+def one_by_one(job: Job, lm: Any, batches: Batches, watch: Watch) -> Iterator[tuple[int, list[Result]]]:
+    """Run batches here, in their order."""
+    for number, work in batches:
+        yield number, job.decode(lm, work, number, watch)
+
+
 @dataclass
 class Todo:
     """The batches of a job, the results it already has, and the batches still to run."""
@@ -123,13 +133,13 @@ def run_batches(
     output: OrderedOutput,
     journal: Journal | None,
     watch: Watch,
+    decode: Decoder,
 ) -> None:
     """Run what remains; results reach the journal first and the output when their turn comes."""
     for number, results in todo.done.items():
         output.add(zip(todo.batches[number], results, strict=True))
-    for number in todo.remaining:
-        batch = todo.batches[number]
-        results = job.decode(lm, [work[position] for position in batch], number, watch)
+    batches = [(number, [work[position] for position in todo.batches[number]]) for number in todo.remaining]
+    for number, results in decode(job, lm, batches, watch):
         if journal is not None:
             journal.record(number, results)
-        output.add(zip(batch, results, strict=True))
+        output.add(zip(todo.batches[number], results, strict=True))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from kcache_cli.batch.inputs import BadLine, Inputs
     from kcache_cli.batch.journal import Journal
     from kcache_cli.batch.run import Job
+    from kcache_cli.engine import Engine
 
+EngineName = Literal["local", "ray"]
 DEFAULT_MAX_TOKENS = 256
 _SHOWN_BAD_LINES = 20
 
@@ -52,6 +54,23 @@ def generate(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away an output that is there.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a bad line instead of leaving it out.")] = False,
+    engine_name: Annotated[
+        EngineName,
+        typer.Option("--engine", help="Who runs the batches: this process, or the workers of a Ray cluster."),
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="ADDRESS",
+            help="A running Ray cluster: auto, or its address.",
+            show_default="a new one here",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, metavar="INTEGER", help="Ray workers.", show_default="one per GPU, or node"),
+    ] = None,
     *,
     sampling_options: SamplingOptions,
     policy_options: PolicyOptions,
@@ -67,18 +86,65 @@ def generate(
     bad line is reported by its number and left out; two lines with one id are refused. Sampling uses seed 0 unless
     --seed says otherwise, so a run can be repeated.
 
+    With --engine ray each worker holds the model and runs whole batches; one that dies is replaced, and its batch is
+    run again. Started by torchrun, the processes share one model's heads and rank 0 reads and writes.
+
     Examples
     --------
       kcache generate -i prompts.jsonl -o out.jsonl
       kcache generate Qwen/Qwen3-0.6B -i prompts.jsonl -o out.jsonl --topn 64 -n 512
       cat questions.txt | kcache generate -i - -o - --temperature 0
+      kcache generate -i prompts.jsonl -o out.jsonl --engine ray --workers 4
+      torchrun --nproc-per-node 2 -m kcache_cli generate -i prompts.jsonl -o out.jsonl
     """
+    from kcache_cli.batch.cluster import on_ray
+    from kcache_cli.engine import engine_of
+    from kcache_cli.ranks import launched, together
+
+    if engine_name == "ray":
+        if launched() > 1:
+            raise InputError("--engine ray and torchrun exclude each other; start kcache by itself")
+        watch_options.refuse("the workers of --engine ray are not watched from outside")
+        running = on_ray(address, workers)
+    elif address is not None or workers is not None:
+        raise InputError("--address and --workers are for --engine ray; add that, or leave them out")
+    else:
+        running = together(engine_of(context))
+    with running as engine:
+        _generate(
+            engine,
+            model_options,
+            source,
+            target,
+            max_tokens,
+            batch_size,
+            overwrite,
+            strict,
+            sampling_options,
+            policy_options,
+            watch_options,
+        )
+
+
+def _generate(
+    engine: Engine,
+    model_options: ModelOptions,
+    source: str,
+    target: str,
+    max_tokens: int | None,
+    batch_size: int | None,
+    overwrite: bool,
+    strict: bool,
+    sampling_options: SamplingOptions,
+    policy_options: PolicyOptions,
+    watch_options: WatchOptions,
+) -> None:
+    """Read, plan, and run what is left of the job."""
     from kcache_cli.batch.inputs import parse_inputs, read_source
     from kcache_cli.batch.journal import Header, Journal
     from kcache_cli.batch.output import check_target
     from kcache_cli.batch.run import Job
     from kcache_cli.console import working
-    from kcache_cli.engine import engine_of
     from kcache_cli.policies import build_policy
     from kcache_cli.settings import fill, load_settings
 
@@ -96,7 +162,7 @@ def generate(
     if not inputs.entries:
         raise InputError(f"-i {source}: holds no prompts")
 
-    engine, overflow = engine_of(context), policy_options.allow_overflow
+    overflow = policy_options.allow_overflow
     header = Header(inputs.sha256, _settings_of(model, sampling, policy, max_tokens, overflow, batch_size))
     with contextlib.ExitStack() as stack:
         journal: Journal | None = None
@@ -129,6 +195,7 @@ def _run(
     watch_options: WatchOptions,
 ) -> None:
     """Load the model, run what is left, and say what was done."""
+    from kcache_cli.batch.cluster import decoder_of
     from kcache_cli.batch.output import OrderedOutput, mend, standard_output
     from kcache_cli.batch.progress import Meter, progress_bar
     from kcache_cli.batch.run import plan_work, prepare, run_batches
@@ -158,13 +225,13 @@ def _run(
         count = stack.enter_context(progress_bar(meter)) if beside is None else beside.count
         publication = stack.enter_context(watching(job.engine, lm, "generate", watch_options))
 
-        def watch(event: TokenEvent) -> None:
-            count(event)
+        def watch(event: TokenEvent, tokens: int = 1) -> None:
+            count(event, tokens)
             if publication is not None:
                 publication.job(meter.done, meter.total)
 
         def run() -> None:
-            run_batches(job, lm, work, todo, output, journal, watch)
+            run_batches(job, lm, work, todo, output, journal, watch, decoder_of(job.engine))
 
         try:
             if beside is not None and publication is not None:
@@ -196,6 +263,7 @@ def _settings_of(
     """Everything the results depend on, as plain values."""
     return {
         **asdict(model),
+        "device_map": None if model.device_map is None else str(model.device_map),
         **asdict(sampling),
         "seed": sampling.seed or 0,
         "max_tokens": max_tokens,

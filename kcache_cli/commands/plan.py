@@ -12,7 +12,7 @@ from kcache_cli.options import ModelOptions, PolicyOptions, Without, with_option
 
 @with_options
 def plan(
-    model_options: ModelOptions,
+    model_options: Annotated[ModelOptions, Without(("device_map",))],
     batch: Annotated[
         str,
         typer.Option(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +12,9 @@ from kcache.policy import Offload, Policy
 from kcache_cli.options import PolicyOptions, number_list
 from kcache_cli.policies import build_policy
 from kcache_cli.rows.formats import Format
-from kcache_cli.settings import Settings
+
+if TYPE_CHECKING:
+    from kcache_cli.settings import Settings
 
 TOPNS = (64, 128)
 

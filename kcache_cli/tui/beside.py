@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from kcache import TokenEvent
     from kcache_cli.tui.app import Dashboard
 
-Count = Callable[["TokenEvent"], None]
+Count = Callable[["TokenEvent", int], None]
 _LOOK_S = 0.2
 
 
 class Meter(Protocol):
     """Counts tokens; see :class:`kcache_cli.batch.progress.Meter`."""
 
-    def count(self, event: TokenEvent) -> None:
+    def count(self, event: TokenEvent, tokens: int = 1) -> None:
         """Take in one token."""
 
 
@@ -42,7 +42,7 @@ class Beside:
         self._failed: BaseException | None = None
         self._thread: threading.Thread | None = None
 
-    def count(self, event: TokenEvent) -> None:
+    def count(self, event: TokenEvent, tokens: int = 1) -> None:
         """Take in a token, in the job's thread.
 
         Raises
@@ -52,7 +52,7 @@ class Beside:
         """
         if self._stopping:
             raise KeyboardInterrupt
-        self._count(event)
+        self._count(event, tokens)
 
     def stop(self) -> bool:
         """Stop the job at its next token; whether it is running."""

@@ -1,0 +1,9 @@
+"""Decode steps on the CPU, compiled on first use by Numba: K is read once, at the speed of memory.
+
+No torch operator reads 16-bit K in place: a matrix product repacks it every step, and without AVX-512 it falls back to
+code ten times slower than the memory. These kernels widen rows to fp32 in registers and need no compiler on the
+machine, only Numba's wheels. Where Numba is missing, :class:`~kcache.backends.cpu.CpuBackend` does the same in torch.
+
+``bits`` is what Numba lacks, ``rows`` the products, ``score``, ``weigh`` and ``combine`` the verbs over a piece of a
+head, ``regions`` the decode steps made of them, ``team`` the threads, ``steps`` what the backend calls.
+"""

@@ -1,0 +1,295 @@
+"""Decode steps as regions that all threads enter: pieces of heads are shared out, with a barrier between the passes.
+
+What a region works on is one array of 64-bit integers, sizes and addresses; its places are named here.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numba import cfunc, types
+from numba.np.numpy_support import carray
+
+from kcache.backends.jit.bits import call_number, call_void, kernel, pointer
+from kcache.backends.jit.rows import accumulate, products
+from kcache.backends.jit.verbs import (
+    HIGHEST,
+    LOWEST,
+    add_picked,
+    mask_out,
+    normaliser,
+    pick_above,
+    sum_along,
+    sum_up,
+    take_from,
+    weigh,
+)
+
+_NAMES = (
+    "threads number barrier items kv_heads length piece group rank most passes renormalises "
+    "k_words v_words half half_v k_capacity v_capacity c_capacity mask_stride "
+    "query keys values mask sinks scores peaks totals weights threshold lists counts picks found "
+    "coefficients base basis along mass out"
+)
+FIELDS = _NAMES.split()
+AT = {name: place for place, name in enumerate(FIELDS)}
+_FIELDS = len(FIELDS)
+SCORE, COMBINE = 1, 2
+"""Bits of ``passes``."""
+
+(
+    _THREADS, _NUMBER, _BARRIER, _ITEMS, _KV_HEADS, _LENGTH, _PIECE, _GROUP, _RANK, _MOST, _PASSES, _RENORMALISES,
+    _K_WORDS, _V_WORDS, _HALF, _HALF_V, _K_CAPACITY, _V_CAPACITY, _C_CAPACITY, _MASK_STRIDE,
+    _QUERY, _KEYS, _VALUES, _MASK, _SINKS, _SCORES, _PEAKS, _TOTALS, _WEIGHTS, _THRESHOLD, _LISTS, _COUNTS, _PICKS,
+    _FOUND, _COEFFICIENTS, _BASE, _BASIS, _ALONG, _MASS, _OUT,
+) = range(_FIELDS)  # fmt: skip
+
+
+@kernel
+def thread_number(at: Any) -> Any:
+    """Number of the calling thread in its team."""
+    return call_number(at[_NUMBER]) if at[_THREADS] > 1 else np.int32(0)
+
+
+@kernel
+def wait_for_all(at: Any) -> None:
+    """Go on when every thread has come here."""
+    if at[_THREADS] > 1:
+        call_void(at[_BARRIER])
+
+
+@kernel
+def score_all(at: Any, thread: Any, words: Any) -> None:
+    """Scores of every piece, and what the normalisers are made of."""
+    items, length, piece, group = at[_ITEMS], at[_LENGTH], at[_PIECE], at[_GROUP]
+    pieces = (length + piece - 1) // piece
+    query = carray(pointer(at[_QUERY]), (items, group, 2, at[_HALF]), np.float32)
+    keys = carray(pointer(at[_KEYS]), (items, at[_K_CAPACITY], at[_K_WORDS]), words)
+    scores = carray(pointer(at[_SCORES]), (items, pieces, group, piece), np.float32)
+    peaks = carray(pointer(at[_PEAKS]), (items, pieces, group), np.float32)
+    totals = carray(pointer(at[_TOTALS]), (items, pieces, group), np.float32)
+    for turn in range(thread, items * pieces, at[_THREADS]):
+        item, nth = turn // pieces, turn % pieces
+        start, stop = nth * piece, min(nth * piece + piece, length)
+        products(query[item], keys[item][start:stop], scores[item, nth])
+        if at[_MASK] != 0:
+            mask = carray(pointer(at[_MASK]), (items // at[_KV_HEADS], at[_MASK_STRIDE]), np.uint8)
+            mask_out(scores[item, nth], mask[item // at[_KV_HEADS]][start:stop])
+        sum_up(scores[item, nth], stop - start, peaks[item, nth], totals[item, nth])
+
+
+@kernel
+def weigh_all(at: Any, thread: Any, single: Any) -> None:
+    """Probabilities, what they hold per direction, and the rows above the threshold."""
+    items, length, piece, group = at[_ITEMS], at[_LENGTH], at[_PIECE], at[_GROUP]
+    pieces, kv_heads, rank = (length + piece - 1) // piece, at[_KV_HEADS], at[_RANK]
+    scores = carray(pointer(at[_SCORES]), (items, pieces, group, piece), np.float32)
+    peaks = carray(pointer(at[_PEAKS]), (items, pieces, group), np.float32)
+    totals = carray(pointer(at[_TOTALS]), (items, pieces, group), np.float32)
+    weights = carray(pointer(at[_WEIGHTS]), (items, pieces * piece), np.float32)
+    lists = carray(pointer(at[_LISTS]), (items, pieces, piece), np.int32)
+    counts = carray(pointer(at[_COUNTS]), (items, pieces), np.int64)
+    along = carray(pointer(at[_ALONG]), (items, pieces, group, rank + 1), np.float32)
+    sinks = carray(pointer(at[_SINKS]), (kv_heads, group), np.float32)
+    thresholds = carray(pointer(at[_THRESHOLD]), (items // kv_heads,), np.float32)
+    coefficients = carray(pointer(at[_COEFFICIENTS]), (items, rank, at[_C_CAPACITY]), single)
+    norms = np.empty(group, np.float32)
+    last = -1
+    for turn in range(thread, items * pieces, at[_THREADS]):
+        item, nth = turn // pieces, turn % pieces
+        start, stop = nth * piece, min(nth * piece + piece, length)
+        if item != last:
+            for g in range(group):
+                sink = sinks[item % kv_heads, g] if at[_SINKS] != 0 else LOWEST
+                norms[g] = normaliser(peaks[item], totals[item], g, sink)
+            last = item
+        weigh(scores[item, nth], norms, weights[item][start:stop])
+        if rank > 0:
+            sum_along(scores[item, nth], coefficients[item], start, stop - start, along[item, nth])
+        if at[_THRESHOLD] != 0:
+            least = thresholds[item // kv_heads]
+            counts[item, nth] = pick_above(weights[item][start:stop], least, start, lists[item, nth])
+
+
+@kernel
+def gather_picks(at: Any, item: Any) -> Any:
+    """One list of the pieces' picks, filled up with -1; how many there are, all of them even if they did not fit."""
+    pieces, most = (at[_LENGTH] + at[_PIECE] - 1) // at[_PIECE], at[_MOST]
+    lists = carray(pointer(at[_LISTS]), (at[_ITEMS], pieces, at[_PIECE]), np.int32)
+    counts = carray(pointer(at[_COUNTS]), (at[_ITEMS], pieces), np.int64)
+    picks = carray(pointer(at[_PICKS]), (at[_ITEMS], most), np.int64)
+    total = 0
+    for nth in range(pieces):
+        for index in range(counts[item, nth]):
+            if total < most:
+                picks[item, total] = lists[item, nth, index]
+            total += 1
+    for index in range(total, most):
+        picks[item, index] = -1
+    return total
+
+
+@kernel
+def combine_all(at: Any, thread: Any, words: Any, single: Any) -> None:
+    """Picked rows, and the tail of the others, item by item."""
+    items, length, piece, group = at[_ITEMS], at[_LENGTH], at[_PIECE], at[_GROUP]
+    pieces, rank, most, half_v = (length + piece - 1) // piece, at[_RANK], at[_MOST], at[_HALF_V]
+    values = carray(pointer(at[_VALUES]), (items, at[_V_CAPACITY], at[_V_WORDS]), words)
+    scores = carray(pointer(at[_SCORES]), (items, pieces, group, piece), np.float32)
+    picks = carray(pointer(at[_PICKS]), (items, most), np.int64)
+    found = carray(pointer(at[_FOUND]), (items,), np.int64)
+    mass = carray(pointer(at[_MASS]), (items, group), np.float32)
+    out = carray(pointer(at[_OUT]), (items, group, 2, half_v), np.float32)
+    parts = carray(pointer(at[_ALONG]), (items, pieces, group, rank + 1), np.float32)
+    coefficients = carray(pointer(at[_COEFFICIENTS]), (items, rank, at[_C_CAPACITY]), single)
+    base = carray(pointer(at[_BASE]), (items, 2, half_v), np.float32)
+    basis = carray(pointer(at[_BASIS]), (items, rank, 2, half_v), np.float32)
+    along = np.empty((group, rank + 1), np.float32)
+    scale = np.empty(group, np.float32)
+    for item in range(thread, items, at[_THREADS]):
+        if at[_THRESHOLD] != 0:
+            found[item] = gather_picks(at, item)
+        count = min(found[item], most)
+        for g in range(group):
+            held = np.float32(0.0)
+            for nth in range(count):
+                row = picks[item, nth]
+                held += scores[item, row // piece, g, row % piece]
+            mass[item, g] = held
+            scale[g] = np.float32(1.0) / held if at[_RENORMALISES] != 0 and held > 0 else np.float32(1.0)
+            for part in range(2):
+                for d in range(half_v):
+                    out[item, g, part, d] = np.float32(0.0)
+        add_picked(scores[item], values[item], picks[item], count, scale, out[item])
+        if rank > 0:
+            for g in range(group):
+                for j in range(rank + 1):
+                    along[g, j] = np.float32(0.0)
+                    for nth in range(pieces):
+                        along[g, j] += parts[item, nth, g, j]
+            take_from(scores[item], coefficients[item], picks[item], count, along)
+            for g in range(group):
+                for part in range(2):
+                    for d in range(half_v):
+                        out[item, g, part, d] += along[g, rank] * base[item, part, d]
+                        for j in range(rank):
+                            out[item, g, part, d] += along[g, j] * basis[item, j, part, d]
+
+
+@kernel
+def decode(at: Any, words: Any, single: Any) -> None:
+    """The TopN decode step of one layer; ``items`` are sequences times KV heads."""
+    thread = thread_number(at)
+    if at[_PASSES] & SCORE:
+        score_all(at, thread, words)
+        wait_for_all(at)
+        weigh_all(at, thread, single)
+        wait_for_all(at)
+    if at[_PASSES] & COMBINE:
+        combine_all(at, thread, words, single)
+
+
+@kernel
+def attend_pieces(at: Any, thread: Any, words: Any) -> None:
+    """Each piece attended by itself, its output not yet normalised."""
+    items, length, piece, group = at[_ITEMS], at[_LENGTH], at[_PIECE], at[_GROUP]
+    pieces, half_v = (length + piece - 1) // piece, at[_HALF_V]
+    query = carray(pointer(at[_QUERY]), (items, group, 2, at[_HALF]), np.float32)
+    keys = carray(pointer(at[_KEYS]), (items, at[_K_CAPACITY], at[_K_WORDS]), words)
+    values = carray(pointer(at[_VALUES]), (items, at[_V_CAPACITY], at[_V_WORDS]), words)
+    scores = carray(pointer(at[_SCORES]), (items, pieces, group, piece), np.float32)
+    peaks = carray(pointer(at[_PEAKS]), (items, pieces, group), np.float32)
+    totals = carray(pointer(at[_TOTALS]), (items, pieces, group), np.float32)
+    parts = carray(pointer(at[_ALONG]), (items, pieces, group, 2, half_v), np.float32)
+    weights = carray(pointer(at[_WEIGHTS]), (items, pieces * piece), np.float32)
+    norms = np.empty(group, np.float32)
+    for turn in range(thread, items * pieces, at[_THREADS]):
+        item, nth = turn // pieces, turn % pieces
+        start, stop = nth * piece, min(nth * piece + piece, length)
+        products(query[item], keys[item][start:stop], scores[item, nth])
+        if at[_MASK] != 0:
+            mask = carray(pointer(at[_MASK]), (items // at[_KV_HEADS], at[_MASK_STRIDE]), np.uint8)
+            mask_out(scores[item, nth], mask[item // at[_KV_HEADS]][start:stop])
+        sum_up(scores[item, nth], stop - start, peaks[item, nth], totals[item, nth])
+        for g in range(group):
+            norms[g] = peaks[item, nth, g] if peaks[item, nth, g] > LOWEST else HIGHEST
+        weigh(scores[item, nth], norms, weights[item][start:stop])
+        parts[item, nth] = np.float32(0.0)
+        accumulate(scores[item, nth], values[item][start:stop], parts[item, nth])
+
+
+@kernel
+def merge(at: Any, thread: Any) -> None:
+    """The pieces put together by their log-sum-exp."""
+    items, group, kv_heads, half_v = at[_ITEMS], at[_GROUP], at[_KV_HEADS], at[_HALF_V]
+    pieces = (at[_LENGTH] + at[_PIECE] - 1) // at[_PIECE]
+    peaks = carray(pointer(at[_PEAKS]), (items, pieces, group), np.float32)
+    totals = carray(pointer(at[_TOTALS]), (items, pieces, group), np.float32)
+    parts = carray(pointer(at[_ALONG]), (items, pieces, group, 2, half_v), np.float32)
+    sinks = carray(pointer(at[_SINKS]), (kv_heads, group), np.float32)
+    out = carray(pointer(at[_OUT]), (items, group, 2, half_v), np.float32)
+    for item in range(thread, items, at[_THREADS]):
+        for g in range(group):
+            sink = sinks[item % kv_heads, g] if at[_SINKS] != 0 else LOWEST
+            norm = normaliser(peaks[item], totals[item], g, sink)
+            out[item, g] = np.float32(0.0)
+            for nth in range(pieces):
+                if peaks[item, nth, g] > LOWEST:
+                    share = np.float32(np.exp(peaks[item, nth, g] - norm))
+                    for part in range(2):
+                        for d in range(half_v):
+                            out[item, g, part, d] += share * parts[item, nth, g, part, d]
+
+
+@kernel
+def dense(at: Any, words: Any) -> None:
+    """Exact attention of one token: each piece of a head by itself, then the pieces merged."""
+    thread = thread_number(at)
+    attend_pieces(at, thread, words)
+    wait_for_all(at)
+    merge(at, thread)
+
+
+def _entries(sources: int) -> dict[tuple[str, torch.dtype], Callable[[Any], None]]:
+    """The functions that threads enter. ``sources`` tells versions of this package apart in Numba's cache on disk.
+
+    That cache watches the file of the function it compiles and none of those it calls.
+    """
+
+    def decode_bf16(data: Any) -> None:
+        if sources != 0:
+            decode(carray(data, (_FIELDS,), np.int64), np.uint32, np.uint16)
+
+    def decode_fp32(data: Any) -> None:
+        if sources != 0:
+            decode(carray(data, (_FIELDS,), np.int64), np.float32, np.float32)
+
+    def dense_bf16(data: Any) -> None:
+        if sources != 0:
+            dense(carray(data, (_FIELDS,), np.int64), np.uint32)
+
+    def dense_fp32(data: Any) -> None:
+        if sources != 0:
+            dense(carray(data, (_FIELDS,), np.int64), np.float32)
+
+    return {
+        ("decode", torch.bfloat16): decode_bf16,
+        ("decode", torch.float32): decode_fp32,
+        ("dense", torch.bfloat16): dense_bf16,
+        ("dense", torch.float32): dense_fp32,
+    }
+
+
+@lru_cache
+def compiled(name: str, dtype: torch.dtype) -> int:
+    """Address of a region: ``decode`` or ``dense``. Compiled on first use, which takes seconds, and kept on disk."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    sources = 1 + zlib.crc32(b"".join(path.read_bytes() for path in files))
+    region: Any = cfunc(types.void(types.voidptr), cache=True)(_entries(sources)[name, dtype])
+    return int(region.address)

@@ -1,0 +1,62 @@
+"""Where a model that lies on several devices takes its tokens, and the device maps it is spread by.
+
+accelerate runs each module on a device of its own and streams in weights that are kept in RAM or on disk, so a
+parameter's device says where it is kept, and the hook on the model says where it runs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kcache.errors import InputError
+
+PLACES = "cpu, disk, a GPU's number, or a device such as cuda:1"
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return the device token ids go to: where the first layers run, even if their weights are kept elsewhere."""
+    found = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    if found is not None:
+        return torch.device(found)
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
+def read_device_map(path: Path) -> dict[str, str | int]:
+    """Read an explicit device map, ``{"module": "device"}`` in JSON, as accelerate has it.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read or is no such map.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"the device map {path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(f"the device map {path} is not JSON: {error}") from None
+    check_device_map(value, str(path))
+    return value
+
+
+def check_device_map(value: Any, name: str) -> None:
+    """Raise :class:`InputError` unless ``value`` maps module names to places that are here."""
+    if not isinstance(value, dict) or not value:
+        raise InputError(f'{name} is no device map; write {{"module": device}}, a device being {PLACES}')
+    for module, place in value.items():
+        if place in ("cpu", "disk") and not isinstance(place, bool):
+            continue
+        try:
+            device = torch.device(place) if not isinstance(place, bool) else None
+        except (RuntimeError, TypeError, ValueError):
+            device = None
+        if device is None:
+            raise InputError(f"{name} puts {module!r} on {place!r}, which is no device; use {PLACES}")
+        count = torch.cuda.device_count()
+        if device.type == "cuda" and (device.index or 0) >= count:
+            raise InputError(f"{name} puts {module!r} on {device}, and torch sees {count} CUDA devices here")

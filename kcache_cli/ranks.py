@@ -1,0 +1,196 @@
+"""``torchrun -m kcache_cli generate``: one command, several processes, each with a share of the model's heads.
+
+Rank 0 runs the command: it alone reads the prompts and writes results, notes and the journal. What it asks of the
+engine it asks of the other ranks too, and they do nothing but follow. Sampled tokens are rank 0's
+(:mod:`kcache.parallel`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from kcache.errors import DoesNotFitError, InputError
+from kcache.policy import Policy
+from kcache_cli import exits
+from kcache_cli.engine import KCacheEngine, Plan, Progress
+from kcache_cli.options import ModelOptions
+
+if TYPE_CHECKING:
+    from kcache import TokenEvent
+
+_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+_PATIENCE = timedelta(days=30)  # followers wait for rank 0, which may wait for its input
+
+
+def launched(environ: Mapping[str, str] = os.environ) -> int:
+    """How many processes torchrun (or another launcher) has started this command in; 1 without one."""
+    return int(environ["WORLD_SIZE"]) if all(environ.get(name) for name in _LAUNCH) else 1
+
+
+def check_command(name: str | None, environ: Mapping[str, str] = os.environ) -> None:
+    """Refuse commands that do not know how to run in several processes.
+
+    Raises
+    ------
+    InputError
+        On rank 0; the others leave without a word.
+    """
+    if launched(environ) == 1 or name == "generate":
+        return
+    if environ["RANK"] != "0":
+        raise SystemExit(exits.USAGE)
+    raise InputError(f"torchrun runs `kcache generate` and no other command; run `kcache {name}` by itself")
+
+
+@contextmanager
+def together(engine: Any) -> Iterator[Any]:
+    """Yield the engine to use. Under torchrun that is one that leads the other ranks; those never get out of here."""
+    if launched() == 1:
+        yield engine
+        return
+    import torch.distributed as dist
+
+    control = _join()
+    if dist.get_rank() != 0:
+        code = _follow(_share(), control)
+        dist.destroy_process_group()
+        raise SystemExit(code)
+    leader = Leader(_share(), control)
+    try:
+        yield leader
+    finally:
+        leader.end()
+
+
+class Leader(KCacheEngine):
+    """The engine of rank 0: what it does, the others do with it."""
+
+    def __init__(self, split: Any, control: Any) -> None:
+        super().__init__(split)
+        self._control = control
+        self._busy = False
+
+    def plan(self, model: ModelOptions, policy: Policy, **wanted: Any) -> Plan:
+        """The plan of the rank with the least room."""
+        _tell(("plan", model, policy, wanted), self._control)
+        return _plan_together(self, (model, policy, wanted), self._control)
+
+    def load(self, model: ModelOptions, progress: Progress) -> Any:
+        """Load a share of the model, as all do."""
+        _tell(("load", model), self._control)
+        self._busy = True
+        lm = super().load(model, progress)
+        self._busy = False
+        return lm
+
+    def generate(self, lm: Any, prompts: list[list[int]], policy: Policy, **options: Any) -> Iterator[TokenEvent]:
+        """Decode a batch, all ranks together."""
+        _tell(("generate", prompts, policy, options), self._control)
+        self._busy = True
+        yield from super().generate(lm, prompts, policy, **options)
+        self._busy = False
+
+    def end(self) -> None:
+        """Let the others go; those that are in the middle of something see that this process has gone."""
+        if not self._busy:
+            import torch.distributed as dist
+
+            _tell(("end",), self._control)
+            dist.destroy_process_group()
+
+
+def _follow(split: Any, control: Any) -> int:
+    """Do as rank 0 does until it ends; returns the exit code.
+
+    What rank 0 itself will tell is no failure here: torchrun would end rank 0 for it, perhaps before it has spoken.
+    """
+    engine, lm = KCacheEngine(split), None
+    try:
+        while True:
+            command, *values = _hear(control)
+            if command == "end":
+                return 0
+            if command == "plan":
+                _plan_together(engine, values, control)
+            elif command == "load":
+                lm = engine.load(values[0], _no_progress)
+            else:
+                prompts, policy, options = values
+                for _ in engine.generate(lm, prompts, policy, **options):
+                    pass
+    except KeyboardInterrupt:
+        return exits.INTERRUPTED
+    except DoesNotFitError:
+        return 0  # decided by all ranks together, and told by rank 0
+    except Exception as error:
+        print(f"kcache: rank {os.environ['RANK']}: {exits.describe(error)}", file=sys.stderr)
+        return exits.exit_code(error)
+
+
+def _plan_together(engine: KCacheEngine, values: Any, control: Any) -> Plan:
+    """Every rank's plan, and of those the one with the smallest batch; the first refusal is everyone's."""
+    import torch.distributed as dist
+
+    model, policy, wanted = values
+    mine: Plan | Exception
+    try:
+        mine = KCacheEngine.plan(engine, model, policy, **wanted)
+    except Exception as error:
+        mine = error
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine, group=control)
+    problem = next((each for each in found if isinstance(each, Exception)), None)
+    if problem is None:
+        return min(found, key=lambda plan: plan.batch_size)
+    if dist.get_rank() == 0:
+        raise problem
+    return found[0]
+
+
+def _join() -> Any:
+    """Meet the other processes; returns the group through which rank 0 says what to do."""
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(
+                f"process {device.index + 1} of this machine has no GPU of its own: torch sees "
+                f"{torch.cuda.device_count()}; use that as --nproc-per-node"
+            )
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device, timeout=timedelta(hours=2))
+    else:
+        dist.init_process_group("gloo", timeout=timedelta(hours=2))
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+
+def _share() -> Any:
+    from kcache.fitting import Split
+
+    ranks = launched()
+    return Split(ranks=ranks, sharers=int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+
+
+def _tell(command: tuple[Any, ...], control: Any) -> None:
+    import torch.distributed as dist
+
+    dist.broadcast_object_list([command], src=0, group=control)
+
+
+def _hear(control: Any) -> tuple[Any, ...]:
+    import torch.distributed as dist
+
+    heard: list[Any] = [None]
+    dist.broadcast_object_list(heard, src=0, group=control)
+    return tuple(heard[0])
+
+
+def _no_progress(done_bytes: int, total_bytes: int, label: str) -> None:
+    """Rank 0 shows it."""

@@ -1,0 +1,143 @@
+"""The compiled decode steps compute the reference's, on random shapes, types, masks, sinks, ties and thresholds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kcache.backends.base import DecodeResult, DecodeStep
+from kcache.backends.cpu import CpuBackend
+from kcache.backends.jit.steps import Kernels
+from kcache.backends.jit.team import Team
+from kcache.backends.reference import ReferenceBackend
+from kcache.policy import Policy
+from tests.test_backends import problem
+
+TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2e-2}
+KERNELS = Kernels()
+
+policies = st.builds(
+    Policy,
+    topn=st.sampled_from([1, 5, 16, 5000]),
+    tail=st.sampled_from(["lowrank", "renormalise", "none"]),
+    tail_rank=st.sampled_from([None, 3]),
+)
+problems = st.builds(
+    problem,
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 4, 7]),
+    length=st.sampled_from([1, 2, 17, 63, 1023, 1024, 1025, 2100]),
+    dim=st.sampled_from([16, 40]),
+    value_dim=st.sampled_from([16, 24]),
+    spare=st.sampled_from([0, 1, 30]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    policy=policies,
+    masked=st.booleans(),
+    sinks=st.booleans(),
+    threshold=st.sampled_from([None, None, 0.9, 0.02]),
+)
+
+
+def rows_of(result: DecodeResult) -> list[set[int]]:
+    return [{row for row in rows if row >= 0} for rows in result.picks.flatten(0, -2).tolist()]
+
+
+def check_decode(step: DecodeStep, kernels: Kernels = KERNELS, ties: bool = False) -> None:
+    got, want = kernels.decode(step), ReferenceBackend().decode(step)
+    if got is None:
+        assert step.threshold is not None
+        return
+    tolerance = TOLERANCE[step.keys.dtype]
+    assert got.out.dtype == step.query.dtype
+    assert got.mass.shape == want.mass.shape
+    if step.keys.dtype == torch.float32 and not ties:
+        assert rows_of(got) == rows_of(want)
+        torch.testing.assert_close(got.mass, want.mass, atol=1e-5, rtol=1e-4)
+    if not ties:
+        torch.testing.assert_close(got.out.float(), want.out.float(), atol=tolerance, rtol=tolerance)
+
+
+@settings(max_examples=120, derandomize=True, deadline=None, database=None)
+@given(step=problems)
+def test_decode_equals_the_reference(step: DecodeStep) -> None:
+    assert KERNELS.serves_decode(step)
+    check_decode(step)
+
+
+@settings(max_examples=80, derandomize=True, deadline=None, database=None)
+@given(step=problems)
+def test_dense_equals_the_reference(step: DecodeStep) -> None:
+    assert KERNELS.serves_dense(step)
+    tolerance = TOLERANCE[step.keys.dtype]
+    got, want = KERNELS.dense(step).float(), ReferenceBackend().dense(step).float()
+    torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+
+
+def test_ties_pick_each_row_once() -> None:
+    step = problem(length=1500, ties=True, policy=Policy(topn=9, tail="none"))
+    got, want = KERNELS.decode(step), ReferenceBackend().decode(step)
+    assert got is not None
+    assert all(len(rows) == 9 for rows in rows_of(got))
+    torch.testing.assert_close(got.mass, want.mass, atol=1e-6, rtol=1e-4)
+
+
+def test_a_sequence_with_every_row_masked_gives_zeros() -> None:
+    step = problem(length=300, policy=Policy(topn=9))
+    step = replace(step, mask=torch.zeros(2, 300, dtype=torch.bool))
+    result = KERNELS.decode(step)
+    assert result is not None
+    assert (result.mass == 0).all()
+    assert (result.out == 0).all()
+    assert (KERNELS.dense(step) == 0).all()
+
+
+def test_one_thread_without_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kcache.backends.jit.steps.find_team", Team)
+    alone = Kernels()
+    step = problem(length=2100, threshold=0.01)
+    check_decode(step, alone)
+    torch.testing.assert_close(alone.dense(step), KERNELS.dense(step))
+
+
+def test_more_rows_than_allowed_are_the_references_to_choose() -> None:
+    step = problem(length=3000, threshold=1e-7, policy=Policy(topn=2))
+    assert KERNELS.decode(step) is None
+    got, want = CpuBackend().decode(step), ReferenceBackend().decode(step)
+    assert rows_of(got) == rows_of(want)
+    torch.testing.assert_close(got.out, want.out, atol=3e-5, rtol=3e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"softcap": 2.0},
+        {"policy": Policy(topn=9, select="head")},
+        {"policy": Policy(topn=9, tail="block")},
+        {"dtype": torch.float16},
+        {"strided": True},
+    ],
+    ids=["softcap", "per head", "blocks", "fp16", "strided"],
+)
+def test_what_they_do_not_serve_goes_to_torch(change: dict[str, Any]) -> None:
+    step = problem(length=200, **change)
+    assert not KERNELS.serves_decode(step)
+    got, want = CpuBackend().decode(step), ReferenceBackend().decode(step)
+    torch.testing.assert_close(got.out.float(), want.out.float(), atol=2e-2, rtol=2e-2)
+
+
+def test_the_cpu_backend_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = problem(length=200)
+    backend = CpuBackend()
+    backend.decode(step)
+    assert backend._kernels is not None
+    monkeypatch.setattr("kcache.backends.cpu._has_numba", lambda: False)
+    without = CpuBackend()
+    torch.testing.assert_close(without.decode(step).out, backend.decode(step).out, atol=3e-5, rtol=3e-5)
+    assert without._kernels is None
