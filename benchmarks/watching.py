@@ -1,6 +1,6 @@
 """What being watched costs a decode step: ratios of step times within one process, by who is watching.
 
-    python benchmarks/watching.py [--output docs/benchmarks/watching.json]
+    python -m benchmarks.watching [--output docs/benchmarks/watching.json]
 
 One model, one cache over real text, and turns of a few decode steps each, taken in a new order every round: with
 nothing published, published without a viewer, with a viewer attached over the socket that reads at the dashboard's
@@ -81,7 +81,7 @@ class Viewer:
     """The process that watches."""
 
     def __init__(self, rate_hz: float) -> None:
-        command = [sys.executable, str(Path(__file__)), "--view", "--rate", str(rate_hz)]
+        command = [sys.executable, "-m", "benchmarks.watching", "--view", "--rate", str(rate_hz)]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
