@@ -50,6 +50,11 @@ class Card:
         return self.datasheet_memory_gb_s * MEMORY_EFFICIENCY
 
     @property
+    def weights_gb_s(self) -> float:
+        """Weights in a decode step: as fast as memory."""
+        return self.memory_gb_s
+
+    @property
     def h2d_gb_s(self) -> float:
         """Large copies over the link as achieved."""
         return self.datasheet_link_gb_s * LINK_EFFICIENCY

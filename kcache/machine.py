@@ -65,6 +65,9 @@ class Machine:
         Large copies from and to pinned memory; None on a host-only machine.
     gather_gb_s : float
         Rows of 256 bytes gathered one by one from the host tier, as the engine does it.
+    matvec_gb_s : float or None
+        Weights of one token's matrix products, read by torch's operators with their overhead; None where that is taken
+        to be as fast as memory, as on a GPU.
     compute_tflops : float
         A large matrix product in bfloat16 or, where that is faster, in float32.
     device_bytes, host_bytes, host_free_bytes : int
@@ -97,6 +100,12 @@ class Machine:
     links: tuple[LinkSpeed, ...] = ()
     gathers: tuple[GatherSpeed, ...] = ()
     pinned: bool | None = None
+    matvec_gb_s: float | None = None
+
+    @property
+    def weights_gb_s(self) -> float:
+        """Weights in a decode step of one token."""
+        return self.matvec_gb_s or self.memory_gb_s
 
     @property
     def host_only(self) -> bool:
@@ -155,6 +164,7 @@ def measure(device: torch.device | str = "auto", quick: bool = True) -> Machine:
         links=() if quick else links,
         gathers=() if quick else gathers,
         pinned=None if host_only else table.is_pinned(),
+        matvec_gb_s=_matvec_gb_s(least_s) if host_only else None,
     )
 
 
@@ -212,6 +222,22 @@ def _compute_tflops(device: torch.device, size: int, least_s: float) -> float:
         took = fast_s(partial(torch.mm, matrix, matrix), device, least_s)
         best = max(best, 2 * size**3 / took / 1e12)
     return best
+
+
+def _matvec_gb_s(least_s: float) -> float:
+    """Weights that products with one row get through, on the CPU, in the faster of bfloat16 and float32."""
+    best = 0.0
+    for dtype in (torch.bfloat16, torch.float32):
+        row = torch.ones(1, 1024, dtype=dtype)
+        weights = torch.ones(2**26 // (1024**2 * dtype.itemsize), 1024, 1024, dtype=dtype)
+        took = fast_s(partial(_linears, row, weights), torch.device("cpu"), least_s)
+        best = max(best, weights.numel() * dtype.itemsize / took / 1e9)
+    return best
+
+
+def _linears(row: torch.Tensor, weights: torch.Tensor) -> None:
+    for weight in weights:
+        torch.nn.functional.linear(row, weight)
 
 
 def _host_memory(device: torch.device, size: int) -> torch.Tensor:

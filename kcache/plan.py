@@ -32,6 +32,10 @@ class Speeds(Protocol):
         """Device memory."""
 
     @property
+    def weights_gb_s(self) -> float:
+        """Weights in a decode step of one token."""
+
+    @property
     def gather_gb_s(self) -> float:
         """Single rows from the host tier."""
 
@@ -185,13 +189,15 @@ class Planner:
         fetches = shape.group if self.policy.select == "head" else 1
         picked = offloaded * batch * shape.v_row * min(self.policy.topn, ctx) * fetches
         link_bytes = int(picked * (1 - self.hit_rate))
-        memory_bytes = self.weights.read_bytes(batch) + need.device_bytes + scores + picked - link_bytes
+        weights_bytes = self.weights.read_bytes(batch)
+        memory_bytes = weights_bytes + need.device_bytes + scores + picked - link_bytes
         attended = (shape.layers + shape.untiered) * ctx + sum(min(ctx, window) for window in shape.windows)
         flops = 2 * batch * (self.weights.used_per_token + 2 * shape.query_width * attended)
         memory_ms = memory_bytes / self.speeds.memory_gb_s / 1e6
         compute_ms = flops / self.speeds.compute_tflops / 1e9
         link_ms = link_bytes / self.speeds.gather_gb_s / 1e6
-        step_ms = max(memory_ms, compute_ms) + link_ms
+        slower_ms = weights_bytes * (1 / self.speeds.weights_gb_s - 1 / self.speeds.memory_gb_s) / 1e6
+        step_ms = max(memory_ms + slower_ms, compute_ms) + link_ms
         return Prediction(
             step_ms=step_ms,
             tok_s=batch / step_ms * 1e3,

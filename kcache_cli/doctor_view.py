@@ -101,6 +101,8 @@ def _system(machine: Machine, host: Host, slot: PciSlot | None) -> Table:
     for node in host.nodes:
         gpu = ", the GPU's" if slot is not None and slot.numa_node == node.index else ""
         table.add_row(f"NUMA node {node.index}{gpu}", f"CPUs {node.cpus}, {size(node.memory_bytes)}")
+    if machine.matvec_gb_s is not None:
+        table.add_row("weights, one token at a time", f"{machine.matvec_gb_s:.1f} GB/s")
     table.add_row("matrix products", f"{machine.compute_tflops:.2f} TFLOP/s")
     table.add_row("versions", ", ".join(f"{name} {value or '-'}" for name, value in machine.versions.items()))
     return table

@@ -48,6 +48,7 @@ class Round:
 
     memory_gb_s: float = 1000.0
     gather_gb_s: float = 10.0
+    weights_gb_s: float = 1000.0
     compute_tflops: float = 1e6
 
 
@@ -101,6 +102,13 @@ def test_llama_3_weights_are_those_published(tmp_path: Path) -> None:
     assert weights.total_bytes == 2 * 8_030_261_248
     assert weights.table_bytes == 2 * 128256 * 4096
     assert weights.read_bytes(1) == weights.read_bytes(64) == weights.total_bytes - weights.table_bytes
+
+
+def test_weights_can_be_slower_than_memory(tmp_path: Path) -> None:
+    config = config_of(LLAMA_3_8B, tmp_path)
+    fast, slow = (predict(config, 4096, 1, Policy(), Round(weights_gb_s=speed))["full"] for speed in (1000.0, 100.0))
+    assert slow.step_ms - fast.step_ms == pytest.approx(15_009_849_344 * (1 / 100 - 1 / 1000) / 1e6)
+    assert slow.floor_ms == fast.floor_ms
 
 
 def test_step_by_hand(tmp_path: Path) -> None:

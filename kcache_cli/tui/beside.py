@@ -11,7 +11,14 @@ if TYPE_CHECKING:
     from kcache import TokenEvent
     from kcache_cli.tui.app import Dashboard
 
-Count = Callable[["TokenEvent", int], None]
+
+class Count(Protocol):
+    """Takes in the latest token of a prompt, or its latest ``tokens``."""
+
+    def __call__(self, event: TokenEvent, tokens: int = 1) -> None:
+        """Count them."""
+
+
 _LOOK_S = 0.2
 
 
@@ -19,7 +26,7 @@ class Meter(Protocol):
     """Counts tokens; see :class:`kcache_cli.batch.progress.Meter`."""
 
     def count(self, event: TokenEvent, tokens: int = 1) -> None:
-        """Take in one token."""
+        """Take in the latest token of a prompt, or its latest ``tokens``."""
 
 
 class Beside:
@@ -43,7 +50,7 @@ class Beside:
         self._thread: threading.Thread | None = None
 
     def count(self, event: TokenEvent, tokens: int = 1) -> None:
-        """Take in a token, in the job's thread.
+        """Take in tokens, in the job's thread.
 
         Raises
         ------

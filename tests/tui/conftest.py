@@ -23,10 +23,12 @@ class Driver:
 
     async def settle(self) -> None:
         """Wait until the reader and the screen have nothing to do."""
-        for _ in range(2):
+        while True:
             while not self.clock.settled:
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(0.002)
             await self.pilot.pause()
+            if self.clock.settled:
+                return
 
     async def tick(self, seconds: float = 0.2) -> None:
         """Let time pass."""
@@ -56,7 +58,8 @@ async def running(
     app = Dashboard(source, clock=clock, **options)
     async with app.run_test(size=size, notifications=True) as pilot:
         driver = Driver(app, pilot, clock, source)
-        await driver.settle()
+        for _ in range(3):  # the first layout, what it lays out, and what that draws
+            await driver.settle()
         yield driver
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -216,7 +215,7 @@ class FakeClock:
         due = self._now + seconds
         self._waiting = bell, due
         while not bell.is_set() and self._now < due - 1e-9:
-            time.sleep(0.0005)
+            bell.wait(0.002)
         self._waiting = None
 
     @property

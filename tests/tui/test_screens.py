@@ -77,6 +77,7 @@ def test_screen(case: Case, request: pytest.FixtureRequest, monkeypatch: pytest.
                 heat.at_layer, heat.cursor = case.cursor
                 await driver.settle()
             await driver.press(*case.keys)
+            await driver.settle()
             check(driver.app, case.name, request.config)
 
     asyncio.run(look())

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import pytest
+from textual.widgets import Input
 
 from kcache.policy import Policy
 from kcache_cli.chat.conversation import Conversation
@@ -37,6 +38,12 @@ async def until(driver: Driver, condition: Callable[[], bool]) -> None:
     raise AssertionError("it did not come to that")
 
 
+async def write(driver: Driver, text: str) -> None:
+    """Put text into the input, and send it."""
+    driver.app.query_one("#say", Input).value = text
+    await driver.press("enter")
+
+
 def said(driver: Driver) -> str:
     text = driver.app.query_one(WordsPanel).said
     return "" if text is None else text.plain
@@ -52,10 +59,10 @@ def test_a_question_is_answered_on_the_screen() -> None:
             assert "▶ hi\nHello there.\nprompt 1" in said(driver)
             assert "Hello there." in driver.text()
             assert session.messages[0]["content"] == "hi"
-            await driver.press(*"/set max_tokens 7", "enter")
+            await write(driver, "/set max_tokens 7")
             await until(driver, lambda: "max_tokens = 7" in said(driver))
             assert talk.conversation.max_tokens == 7
-            await driver.press(*"/nonsense", "enter")
+            await write(driver, "/nonsense")
             await until(driver, lambda: "no command /nonsense" in said(driver))
 
     asyncio.run(whole())
@@ -67,7 +74,8 @@ def test_how_a_chat_looks(name: str, size: tuple[int, int], request: pytest.Fixt
 
     async def whole() -> None:
         async with running(FakeSource(conversation()), size, talk=talk) as driver:
-            await driver.press(*"what is it?", "enter", "escape")
+            await write(driver, "what is it?")
+            await driver.press("escape")
             await until(driver, lambda: "tok/s" in said(driver).split("7413.")[-1])
             await driver.settle()
             check(driver.app, name, request.config)
@@ -88,7 +96,7 @@ def test_ctrl_c_stops_the_reply_and_the_screen_goes_on_meanwhile() -> None:
 
     async def whole() -> None:
         async with running(FakeSource(conversation()), talk=talk) as driver:
-            await driver.press(*"count", "enter")
+            await write(driver, "count")
             await until(driver, reached.is_set)
             await driver.press("escape", "v")  # the engine hangs, the screen does not
             assert "one" in said(driver)
