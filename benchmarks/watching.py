@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help="steps of a turn that are timed")
     parser.add_argument("--seconds", type=float, default=120.0, help="how long to measure, the prefill aside")
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
-    parser.add_argument("--rate", type=float, default=10.0, help="frames per second the viewer asks for")
+    parser.add_argument("--rate", type=float, default=5.0, help="frames per second the viewer asks for")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--view", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
