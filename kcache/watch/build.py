@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import numpy as np
 
 from kcache.watch.capture import Arriving, Captured
 from kcache.watch.codec import Message
 from kcache.watch.columns import NO_SHARE, PARTS, PHASES, ROLES, STATS
-from kcache.watch.frame import MOST_BUCKETS, Memory, Phase, bucket_tokens
+from kcache.watch.frame import MOST_BUCKETS, Memory, Phase, SequenceFrame, Speed, bucket_tokens
 from kcache.watch.tokens import Tokens
 
 Shapes = tuple[tuple[int, ...], ...]
 _ROW = 32
 _POSITION = (1 << _ROW) - 1
+_MEMORY, _SPEED, _SEQUENCE = ([item.name for item in fields(kind)] for kind in (Memory, Speed, SequenceFrame))
 
 
 def build(
@@ -36,6 +38,7 @@ def build(
     counts = np.array(captured.counts, np.int64).reshape(layers, len(STATS)).T
     length = int(counts[STATS.index("tokens")].max(initial=0))
     same = captured.run == tokens.run
+    speed = tokens.speed()
     message: Message = {
         "kind": "frame",
         "number": number,
@@ -52,10 +55,10 @@ def build(
         "overlap": np.full(layers, NO_SHARE, np.uint8),
         "heads": np.zeros(layers, np.uint16),
         "mass": np.zeros(0, np.uint8),
-        "memory": list(astuple(memory)),
-        "speed": list(astuple(tokens.speed())),
+        "memory": [getattr(memory, name) for name in _MEMORY],
+        "speed": [getattr(speed, name) for name in _SPEED],
         "marks": [[mark.start, ROLES.index(mark.role)] for mark in tokens.marks] if same else [],
-        "sequences": [list(map(int, astuple(item))) for item in tokens.sequences()] if same else [],
+        "sequences": [[int(getattr(item, name)) for name in _SEQUENCE] for item in tokens.sequences()] if same else [],
         "job": None if job is None else list(job),
     }
     if captured.picks is not None:
@@ -67,50 +70,61 @@ def _add_picks(message: Message, captured: Captured, width: int) -> None:
     picks = captured.picks
     assert picks is not None
     layers = len(picks.shapes)
-    rows, layer_of = _rows_of(picks.shapes, 3), _layers_of(picks.shapes, 3)
-    now = _sorted(_values(captured.positions), picks.shapes, 3)
-    of = layer_of[now >> _ROW]
+    plan = _plan(tuple(shape[:-1] for shape in picks.shapes), 3)
+    now = _sorted(_values(captured.positions), picks.shapes, plan)
+    of = plan.layer_of[now >> _ROW]
     total = np.bincount(of, minlength=layers)
     buckets = (now & _POSITION) // width + of * MOST_BUCKETS
     message["histogram"] = np.bincount(buckets, minlength=layers * MOST_BUCKETS).reshape(layers, MOST_BUCKETS)
     if captured.before:
-        both = np.sort(np.concatenate([now, _sorted(_values(captured.before), captured.shapes_before, 3)]))
-        again = np.bincount(layer_of[both[1:][both[1:] == both[:-1]] >> _ROW], minlength=layers)
+        before = _sorted(_values(captured.before), captured.shapes_before, plan)
+        both = np.concatenate([now, before])
+        both.sort(kind="stable")  # which merges two runs that are sorted
+        again = np.bincount(plan.layer_of[both[1:][both[1:] == both[:-1]] >> _ROW], minlength=layers)
         shares = np.rint(again / np.maximum(total, 1) * PARTS)
         message["overlap"] = np.where(total > 0, shares, NO_SHARE).astype(np.uint8)
     if any(len(shape) == 4 for shape in picks.shapes):  # those of a group's query heads together
-        now = _sorted(_values(captured.positions), picks.shapes, 2)
-        rows = _rows_of(picks.shapes, 2)
+        plan = _plan(tuple(shape[:-1] for shape in picks.shapes), 2)
+        now = _sorted(_values(captured.positions), picks.shapes, plan)
     row = now >> _ROW
     position = now & _POSITION
-    first = np.diff(row, prepend=-1) > 0
+    differences = position.copy()
+    np.subtract(position[1:], position[:-1], out=differences[1:], where=row[1:] == row[:-1])
     heads = np.array(picks.heads)
     message["mass"] = _shares(_values(captured.mass), heads, picks.observed)
     message["heads"] = heads.astype(np.uint16)
     message["shapes"] = np.array([shape[:2] or (0, 0) for shape in picks.shapes], np.uint32)
-    message["rows"] = np.bincount(row, minlength=rows)
-    message["picks"] = np.where(first, position, np.diff(position, prepend=0))
+    message["rows"] = np.bincount(row, minlength=len(plan.layer_of))
+    message["picks"] = differences
 
 
-def _rows_of(shapes: Shapes, depth: int) -> int:
-    """How many rows of picks there are, a row for each of the first ``depth`` dimensions but the last."""
-    return sum(math.prod(shape[: min(depth, len(shape) - 1)]) for shape in shapes if shape)
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Rows of picks: how many of each layer that picks, and the layer of each."""
+
+    rows: np.ndarray
+    layer_of: np.ndarray
 
 
-def _layers_of(shapes: Shapes, depth: int) -> np.ndarray:
-    """The layer of each row."""
-    return np.repeat(np.arange(len(shapes)), [_rows_of((shape,), depth) for shape in shapes])
+@lru_cache(maxsize=8)
+def _plan(shapes: Shapes, depth: int) -> _Plan:
+    """A row for each of the first ``depth`` dimensions of picks, the last of which is not among ``shapes``.
+
+    The same step for step, which the number of picks is not.
+    """
+    each = np.array([math.prod(shape[: min(depth, len(shape))]) if shape else 0 for shape in shapes])
+    return _Plan(each[each > 0], np.repeat(np.arange(len(shapes)), each))
 
 
-def _sorted(flat: np.ndarray, shapes: Shapes, depth: int) -> np.ndarray:
+def _sorted(flat: np.ndarray, shapes: Shapes, plan: _Plan) -> np.ndarray:
     """Picks as one ascending array of row and position; -1, which fills up rows, is left out."""
-    picking = [shape for shape in shapes if shape]
-    each = [_rows_of((shape,), depth) for shape in picking]
-    length = [math.prod(shape) // rows for shape, rows in zip(picking, each, strict=True)]
-    row = np.repeat(np.arange(sum(each)), np.repeat(length, each))
+    sizes = np.array([math.prod(shape) for shape in shapes if shape])
+    row = np.repeat(np.arange(len(plan.layer_of)), np.repeat(sizes // plan.rows, plan.rows))
     picked = flat >= 0
     keys: np.ndarray = (row[picked] << _ROW) | flat[picked]
-    return np.sort(keys)
+    if not (keys[1:] >= keys[:-1]).all():
+        keys.sort()
+    return keys
 
 
 def _values(parts: Sequence[Arriving]) -> np.ndarray:

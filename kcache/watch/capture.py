@@ -94,7 +94,10 @@ class Picks:
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A moment as the engine hands it over: counters of each layer (the fields of Stats), and picks under way."""
+    """A moment as the engine hands it over: counters of each layer (the fields of Stats), and picks under way.
+
+    ``prompt`` says of the end of a forward whether that read a prompt; None for a moment in between.
+    """
 
     run: int
     time_s: float
@@ -107,6 +110,7 @@ class Captured:
     mass: tuple[Arriving, ...] = ()
     before: tuple[Arriving, ...] = ()
     shapes_before: tuple[tuple[int, ...], ...] = ()
+    prompt: bool | None = None
 
 
 class Capture:
@@ -135,6 +139,8 @@ class Capture:
         When the last one ended.
     lost : int
         Frames that gave way to newer ones.
+    took_s : float
+        What the latest frame cost the engine's thread.
     """
 
     def __init__(self, model: PreTrainedModel, wake: Callable[[], None], only: KCache | None = None) -> None:
@@ -142,6 +148,7 @@ class Capture:
         self.forwards: deque[Forward] = deque(maxlen=_FORWARDS)
         self.ready: deque[Captured] = deque()
         self.running, self.ended_s, self.lost = False, -math.inf, 0
+        self.took_s, self._began_s, self._prompt = 0.0, 0.0, False
         self.probe, self._taking = False, False
         self.run = 0
         self._wake = wake
@@ -191,7 +198,7 @@ class Capture:
         prompt = count > 1 or cache.shared.force_exact
         mask = kwargs.get("attention_mask") if prompt and batch > 1 else None
         now = time.perf_counter()
-        self.running, self._taking = True, now >= self.due_s
+        self.running, self._began_s, self._prompt, self._taking = True, now, prompt, now >= self.due_s
         cache.shared.probing = self.probe and self._taking
         self.forwards.append(
             Forward(
@@ -217,6 +224,8 @@ class Capture:
         if self.due_s == NEVER:
             self._latest = self._earlier = None
             return
+        if not self._taking and now + 2 * (now - self._began_s) < self.due_s:
+            return  # neither this step nor the next is wanted
         before, self._latest = self._latest, _picks(cache, self.run)
         self._earlier = before
         if not self._taking and (self.probe or now < self.due_s):
@@ -226,7 +235,8 @@ class Capture:
         if len(self.ready) >= QUEUE:
             self.ready.popleft()
             self.lost += 1
-        self.ready.append(_captured(cache, self.run, self._latest, before))
+        self.ready.append(_captured(cache, self.run, self._latest, before, self._prompt))
+        self.took_s = time.perf_counter() - now
         self._wake()
 
     def _ours(self, kwargs: dict[str, Any]) -> KCache | None:
@@ -273,7 +283,9 @@ def _together(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(joined)
 
 
-def _captured(cache: KCache, run: int, picks: Picks | None, before: Picks | None) -> Captured:
+def _captured(
+    cache: KCache, run: int, picks: Picks | None, before: Picks | None, prompt: bool | None = None
+) -> Captured:
     """Read the counters, and send the picks on their way."""
     counts: list[tuple[int, ...]] = []
     kinds, modes = bytearray(), bytearray()
@@ -305,6 +317,7 @@ def _captured(cache: KCache, run: int, picks: Picks | None, before: Picks | None
         () if picks is None else _sent(picks.mass, torch.float32),
         _sent(before.positions, torch.int32) if follows and before is not None else (),
         before.shapes if follows and before is not None else (),
+        prompt,
     )
 
 

@@ -36,6 +36,8 @@ IDLE_S = 1.0
 """After so long without a forward the phase is idle."""
 _LOOK_S = 1.0
 _FAREWELL_S = 0.5
+_SHARE = 0.015
+"""Of one processor's time that frames for viewers may take; where they would take more, there are fewer of them."""
 
 
 class Publication:
@@ -75,6 +77,7 @@ class Publication:
         self._phase: Phase = "idle"
         self._prompt = False
         self._shown_s = 0.0
+        self._frame_s = 0.0
         self._seen_viewers = 0
         self._stopping = False
         self._failed: str | None = None
@@ -178,11 +181,15 @@ class Publication:
         # In this order: the forward of a frame was there before the frame.
         ready = [self._capture.ready.popleft() for _ in range(len(self._capture.ready))]
         self._take_forwards()
+        began_s = time.thread_time()
         for captured in ready if self._recorder is not None else ready[-1:]:
             self._show(captured)
         self._look_around(bool(ready))
         for viewer in self._viewers:
             viewer.serve(self._board)
+        if ready:
+            spent_s = time.thread_time() - began_s + self._capture.took_s
+            self._frame_s += (spent_s - self._frame_s) / 4
 
     def _say_when(self) -> None:
         """Tell the engine when the next frame is wanted."""
@@ -191,7 +198,7 @@ class Publication:
         if self._recorder is not None and self._recorder.problem is None:
             capture.interval_s, capture.due_s = 0.0, 0.0
         elif self._viewers:
-            capture.interval_s = 1 / max(viewer.rate_hz for viewer in self._viewers)
+            capture.interval_s = max(self._frame_s / _SHARE, 1 / max(viewer.rate_hz for viewer in self._viewers))
             capture.due_s = min(capture.due_s, time.perf_counter() + capture.interval_s)
         else:
             capture.due_s = NEVER
@@ -230,7 +237,10 @@ class Publication:
         return "idle"
 
     def _show(self, captured: Captured) -> None:
-        self._put(build(captured, self._tokens, self._gauges.read(), self._phase_now(), 0, self._job))
+        phase = self._phase_now()
+        if captured.prompt is not None:  # it may have waited here, while the engine went on
+            phase = "prefill" if captured.prompt else "decode"
+        self._put(build(captured, self._tokens, self._gauges.read(), phase, 0, self._job))
 
     def _put(self, frame: Message) -> None:
         if self._board.info is None and self._capture.cache is not None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from kcache.errors import InputError
 from kcache.watch.codec import Message
-from kcache.watch.columns import PICKS, WIDTHS
+from kcache.watch.columns import PICKS, STATS, WIDTHS
 from kcache.watch.frame import MOST_BUCKETS
 from kcache.watch.kcr import DELTA, END, HEADER, KEY, KEY_EVERY, MAGIC, START, TEXT, VERSION, record, thin
 from kcache.watch.tokens import Tokens
@@ -20,11 +20,13 @@ BUDGET = 62
 """Bytes per layer and step that a recording keeps to in the long run, of 32 layers (1,984) or more; text aside.
 
 Counters, mass and histograms come first. Where they take more than that, the histograms get half the buckets, twice as
-wide. Exact picks, many times the size of the rest, are written whenever what has been saved so far pays for them.
+wide. Exact picks, many times the size of the rest, are written whenever what has been saved so far pays for them. Only
+steps earn: frames of a prompt, or in the middle of a step, live on what is left.
 """
 _LEAST_LAYERS = 32
 _WINDOW = 8
 _ROOM = 0.45
+_STEPS = STATS.index("steps")
 
 
 class Recorder:
@@ -53,6 +55,7 @@ class Recorder:
         self._before: Message = {}
         self._alone = 0
         self._spent = self._earned = 0
+        self._step = (0, 0)
         self._buckets = MOST_BUCKETS
         self._sizes: deque[int] = deque(maxlen=_WINDOW)
         self._picks_cost = 0
@@ -76,12 +79,15 @@ class Recorder:
         plain = {name: value for name, value in frame.items() if name not in picks}
         plain["histogram"] = _merged(plain["histogram"], self._buckets)
         pay = BUDGET * max(_LEAST_LAYERS, len(frame["kinds"]))
-        self._earned += pay
+        step = plain["run"], int(plain["counts"][_STEPS].max(initial=0))
+        advanced = step[1] > 0 and step != self._step
+        if advanced:
+            self._earned, self._step = self._earned + pay, step
         alone = self._alone % KEY_EVERY == 0 or plain["run"] != self._before.get("run")
         self._alone = 1 if alone else self._alone + 1
         kind, thinned = (KEY, plain) if alone else (DELTA, thin(plain, self._before))
         data = record(kind, thinned)
-        if not alone:
+        if advanced and not alone:
             self._fit_buckets(len(data), pay)
         if picks and self._spent + len(data) + self._picks_cost <= self._earned:
             with_picks = record(kind, {**thinned, **picks})

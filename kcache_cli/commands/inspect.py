@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from kcache.errors import InputError
 
 if TYPE_CHECKING:
-    from kcache.watch.frame import Frame
     from kcache.watch.source import Source
+
+View = Literal["last", "history", "heads", "age"]
+
+
+def _picture(*names: str, **more: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Pictures", **more)
 
 
 def inspect(
@@ -33,37 +37,69 @@ def inspect(
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Print the state and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --once: one JSON object.")] = False,
+    web: Annotated[
+        bool, typer.Option("--web", help="Serve the dashboard to a browser on this machine, until Ctrl-C.")
+    ] = False,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="With --web: where; 0 takes any free port.")
+    ] = 8010,
     export_csv: Annotated[
         str | None,
         typer.Option("--export-csv", metavar="FILE", help="Write a row per layer, of every recorded frame, and exit."),
     ] = None,
+    export_svg: Annotated[
+        str | None, _picture("--export-svg", metavar="FILE", help="Write a picture of the dashboard and exit.")
+    ] = None,
+    export_png: Annotated[
+        str | None, _picture("--export-png", metavar="FILE", help="The same as PNG.", show_default=False)
+    ] = None,
+    size: Annotated[
+        str, _picture("--size", metavar="COLUMNSxLINES", help="Of the terminal in the picture.")
+    ] = "120x40",
+    at: Annotated[
+        int | None, _picture("--at", metavar="STEP", min=0, help="Which decode step.", show_default="the newest")
+    ] = None,
+    view: Annotated[
+        View, _picture("--view", help="What the heat map shows: the last step, its history, one layer by head, age.")
+    ] = "last",
+    report: Annotated[
+        str | None,
+        typer.Option("--report", metavar="FILE", help="Write the run as one page of HTML, to keep or send, and exit."),
+    ] = None,
 ) -> None:
     """Look at a run: what is in which memory, what crosses the link, where attention looks.
 
-    A full-screen dashboard, unless --once or --export-csv is given; ? lists its keys. Finds `kcache chat`, `generate`,
-    `bench` and any program that calls kcache.telemetry.publish(), as long as they run as the same user; or replays
-    what --record wrote. With nothing running it says so and exits with 1.
+    A full-screen dashboard, unless it shall print or write something; ? lists its keys. Finds `kcache chat`,
+    `generate`, `bench`, `eval` and any program that calls kcache.telemetry.publish(), as long as they run as the same
+    user; or replays what --record wrote. With nothing running it says so and exits with 1.
 
     Examples
     --------
       kcache inspect
       kcache inspect run.kcr
+      kcache inspect --web
       kcache inspect --once
       kcache inspect --once --json
       kcache inspect run.kcr --once
       kcache inspect run.kcr --export-csv run.csv
+      kcache inspect run.kcr --export-png step.png --at 12 --view history
+      kcache inspect run.kcr --report run.html
     """
     from kcache_cli.inspect.choose import choose
-    from kcache_cli.rows.store import check_file
+    from kcache_cli.inspect.files import Files
+    from kcache_cli.pictures.take import Wish, parse_size
 
     if as_json and not once:
         raise InputError("--json goes with --once")
-    target = check_file("--export-csv", export_csv)
-    if not once and target is None and file is None and pid is None and address is None:
+    files = Files.check(export_csv, export_svg, export_png, report)
+    wish = Wish(*parse_size(size), at, view)
+    if not once and not files and file is None and pid is None and address is None:
         pid = _ask()
     with contextlib.closing(choose(file, pid, address)) as source:
-        if target is not None:
-            _export(source, target)
+        if files:
+            files.write(source, wish, "" if file is None else file.name)
+        elif web:
+            _serve(source, file, pid, address, port)
         elif once:
             _print(source, as_json)
         else:
@@ -79,6 +115,16 @@ def _ask() -> int | None:
     return pick() if has_terminal() else None
 
 
+def _serve(source: Source, file: Path | None, pid: int | None, address: str | None, port: int) -> None:
+    """Serve what could be opened just now; each window opens it for itself."""
+    from kcache_cli.exits import note
+    from kcache_cli.web.order import Order
+    from kcache_cli.web.server import serve
+
+    source.close()
+    serve(Order.of(file, pid, address), port, lambda where: note(f"the dashboard is at {where}; Ctrl-C ends it"))
+
+
 def _print(source: Source, as_json: bool) -> None:
     from kcache_cli.inspect.values import state
     from kcache_cli.inspect.view import show
@@ -88,32 +134,3 @@ def _print(source: Source, as_json: bool) -> None:
         print(json_line(state(source)))
     else:
         show(source)
-
-
-def _export(source: Source, target: Path) -> None:
-    """All frames of a recording; of a live run the newest."""
-    from kcache_cli.exits import note, warn
-    from kcache_cli.inspect.values import rows
-    from kcache_cli.rows.formats import comma_separated
-    from kcache_cli.rows.store import Store
-
-    table = Store(target, "csv", comma_separated)
-    newest = source.latest()
-    found = [newest] if source.live and newest is not None else _frames(source)
-    frames = 0
-    for frame in found:
-        table.rows += rows(frame)
-        frames = frames + 1
-    table.close()
-    if source.closed is not None:
-        warn(source.closed)
-    note(f"{frames:,} frame{'' if frames == 1 else 's'} in {target}")
-
-
-def _frames(source: Source) -> Iterator[Frame]:
-    """The frames of a recording, up to where it can be read."""
-    for index in source.span():
-        try:
-            yield source.frame(index)
-        except IndexError:  # the source says now what is wrong
-            return

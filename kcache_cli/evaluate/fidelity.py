@@ -12,6 +12,7 @@ import typer
 from kcache_cli.completion import complete_policy
 from kcache_cli.evaluate.flags import ResultOptions
 from kcache_cli.options import ModelOptions, PolicyOptions, Without, number_list, token_count, with_options
+from kcache_cli.watching import WatchOptions, watching
 
 if TYPE_CHECKING:
     from kcache.evaluate.fidelity import Case
@@ -82,6 +83,7 @@ def fidelity(
     ] = None,
     *,
     results: ResultOptions,
+    watch_options: WatchOptions,
     policy_options: Annotated[PolicyOptions, Without(("policy", "topn", "offload", "ctx", "allow_overflow"))],
 ) -> None:
     """Compare decoding with N rows with full attention, on a text.
@@ -121,6 +123,7 @@ def fidelity(
     spec = Spec(cases, ctx, steps, places)
     target, chart = results.target, check_file("--plot", plot)
     check_plot(chart)
+    watch_options.check()
     chosen = choose_format(results.form, target)
     there = rows_to_resume(results.resume, target, chosen, COMMAND, NAMES)
     prose = read_prose(text)
@@ -131,7 +134,8 @@ def fidelity(
     found = find_places(lm, prose, spec.ctx, spec.steps, spec.places)
     store = Store(target, chosen, markdown, there)
     try:
-        _run(engine, lm, spec, prose, found, store)
+        with watching(engine, lm, "eval fidelity", watch_options):
+            _run(engine, lm, spec, prose, found, store)
     finally:
         store.close()
         if chart is not None and store.rows:

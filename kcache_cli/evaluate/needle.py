@@ -12,6 +12,7 @@ from kcache.errors import InputError
 from kcache_cli.evaluate.flags import ResultOptions, TopnOptions
 from kcache_cli.options import ModelOptions, PolicyOptions, Without, number_list, with_options
 from kcache_cli.rows.formats import Row
+from kcache_cli.watching import WatchOptions, watching
 
 if TYPE_CHECKING:
     from kcache.evaluate.retrieval import Case, Spec
@@ -65,6 +66,7 @@ def needle(
     ] = None,
     *,
     results: ResultOptions,
+    watch_options: WatchOptions,
     topn_options: TopnOptions,
     policy_options: Annotated[PolicyOptions, Without(("topn", "offload", "ctx", "allow_overflow"))],
 ) -> None:
@@ -114,15 +116,18 @@ def needle(
     )
     target, chart = results.target, check_file("--plot", plot)
     check_plot(chart)
+    watch_options.check()
     form = choose_format(results.form, target)
     there = rows_to_resume(results.resume, target, form, _COMMAND, _NAMES)
 
+    engine = engine_of(context)
     with download_bar(f"loading {model.name}") as progress:
-        lm = engine_of(context).load(model, progress)
+        lm = engine.load(model, progress)
     left = _left(lm, spec, there)
     store = Store(target, form, markdown, _others(lm, spec, there, left))
     try:
-        with steps_bar(len(left), "asking", lambda label: label.partition(":")[0]) as watch:
+        bar = steps_bar(len(left), "asking", lambda label: label.partition(":")[0])
+        with watching(engine, lm, "eval needle", watch_options), bar as watch:
             for rows in run_cases(lm, spec, left, lambda label: watch(label, 0), surroundings(lm.device)):
                 store.add([row.to_dict() for row in rows])
                 watch("", 1)

@@ -14,6 +14,7 @@ from kcache.errors import InputError
 from kcache_cli.evaluate.flags import ResultOptions, TopnOptions
 from kcache_cli.options import ModelOptions, PolicyOptions, Without, with_options
 from kcache_cli.rows.formats import Row
+from kcache_cli.watching import WatchOptions, watching
 
 _COMMAND = "kcache eval tasks"
 _NAMES = {"task", "doc", "digest", "scores"}
@@ -64,6 +65,7 @@ def tasks(
     ] = None,
     *,
     results: ResultOptions,
+    watch_options: WatchOptions,
     topn_options: TopnOptions,
     policy_options: Annotated[PolicyOptions, Without(("topn", "offload", "ctx", "allow_overflow"))],
 ) -> None:
@@ -110,19 +112,22 @@ def tasks(
     target = results.target
     form = choose_format(results.form, target)
     there = rows_to_resume(results.resume, target, form, _COMMAND, _NAMES)
+    watch_options.check()
+    engine = engine_of(context)
 
     from kcache.evaluate.harness import evaluate, open_tasks
 
     with open_tasks(names, data) as found:
         with download_bar(f"loading {model.name}") as progress:
-            lm = engine_of(context).load(model, progress)
+            lm = engine.load(model, progress)
         store = Store(target, form, markdown, there)
 
         def keep(rows: Sequence[Row]) -> None:
             store.replace([*store.rows, *rows], _is_judged)
 
         try:
-            with steps_bar(None, "asking", lambda label: label) as watch:
+            bar = steps_bar(None, "asking", lambda label: label)
+            with watching(engine, lm, "eval tasks", watch_options), bar as watch:
                 answerer = Answerer(lm, contenders(policy, topns), there, keep, watch, surroundings(lm.device))
                 rows = evaluate(answerer, found, limit, max_tokens)
             judged = {row_key(row): row for row in rows}

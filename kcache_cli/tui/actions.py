@@ -13,6 +13,8 @@ from textual.screen import Screen
 from textual.widgets import Input
 
 from kcache.errors import InputError
+from kcache_cli.pictures.take import picture_of
+from kcache_cli.replace import replace
 from kcache_cli.tui.feed import RATES_HZ, Feed
 from kcache_cli.tui.keys import KEYS
 from kcache_cli.tui.layout import PANELS
@@ -186,9 +188,7 @@ class Actions(App[None]):
         while (path := self.folder / f"kcache-{number}.svg").exists():
             number += 1
         try:
-            part = path.with_name(f".{path.name}.part")
-            part.write_text(self.export_screenshot(), encoding="utf-8")
-            part.replace(path)
+            replace(path, picture_of(self, "kcache").encode("utf-8", "replace"))
         except OSError as error:
             self.notify(f"{path}: {error.strerror or error}", severity="error", markup=False)
             return

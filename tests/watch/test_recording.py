@@ -101,6 +101,26 @@ def test_two_kib_a_step_at_32_layers(tmp_path: Path) -> None:
     assert (path.stat().st_size - before) / 100 <= 2048
 
 
+def test_only_steps_pay_for_picks(tmp_path: Path) -> None:
+    """A prompt of many frames, or a step with many looks in between, makes no step larger than it may be."""
+    path = tmp_path / "run.kcr"
+    steps = Steps(layers=32, kv_heads=8, group=4, topn=128, tokens=4000)
+    recorder = Recorder(path)
+    recorder.begin(asdict(INFO))
+    frame = steps.step()
+    nothing = {**frame, "counts": np.zeros_like(frame["counts"])}
+    recorder.write(nothing, steps.text)
+    before = path.stat().st_size
+    for _ in range(60):
+        recorder.write({**nothing}, steps.text)
+    for _ in range(20):
+        columns = steps.step()
+        for _ in range(3):
+            recorder.write(columns, steps.text)
+    recorder.close("done")
+    assert (path.stat().st_size - before) / 20 <= 2048 + 3 * 200
+
+
 def test_exact_picks_are_there_where_there_is_room_for_them(tmp_path: Path) -> None:
     frames = written(tmp_path / "run.kcr", small(), 100)
     recording = open_recording(tmp_path / "run.kcr")
@@ -301,6 +321,25 @@ def test_any_messages_are_survived(
     with path.open("ab") as file:
         file.write(record(kind, changes) + record(b"D", {"delta": ["counts"], **changes}))
     _read_all(path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    info=st.dictionaries(st.sampled_from([*asdict(INFO), "more"]), _PLAIN),
+    left_out=st.sets(st.sampled_from([*asdict(INFO)])),
+)
+def test_any_header_is_survived(info: Message, left_out: set[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A header is right, or the file is refused."""
+    path = tmp_path_factory.getbasetemp() / "header.kcr"
+    message = {name: value for name, value in {**asdict(INFO), **info}.items() if name not in left_out}
+    path.write_bytes(START.pack(MAGIC, VERSION) + record(HEADER, message))
+    try:
+        recording = open_recording(path)
+    except FormatError:
+        with pytest.raises(FormatError, match="record 1 at byte 10"):
+            open_recording(path)
+    else:
+        assert isinstance(recording.info, Info) and isinstance(recording.info.model, str)
 
 
 def _recorded(tmp_path_factory: pytest.TempPathFactory) -> bytes:

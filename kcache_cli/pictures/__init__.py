@@ -1,0 +1,1 @@
+"""Pictures of the dashboard as files: SVG that looks the same everywhere, and PNG made of it."""

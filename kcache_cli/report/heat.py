@@ -1,0 +1,130 @@
+"""Heat maps of a run: where each layer looked last, over the answer, and at every step.
+
+Everything is in shares of a layer's picks, so that layers that fetch more rows do not outshine the others. Arrays are
+``[layers, buckets]`` or ``[steps, buckets]``; buckets are those of the last frame of the run that is shown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kcache.watch.frame import Frame
+
+HALF_LIFE_STEPS = 32
+MOST_ROWS = 240
+"""Rows of the picture of steps; of a longer answer, several steps share one."""
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What :class:`Heat` found.
+
+    Attributes
+    ----------
+    last, history : ndarray ``[layers, buckets]``
+        Shares of each layer's picks at the last step, and decayed over the steps before.
+    steps : ndarray ``[rows, buckets]``
+        Mean over layers, a row for ``steps_per_row`` steps from ``first_step`` on.
+    first_step, steps_per_row : int
+    run, tokens, bucket_tokens : int
+        Of the frame the buckets are those of.
+    layers : list of int
+        Indices of the layers that pick, a row of ``last`` and ``history`` each.
+    would : bool
+        They attended exactly, and this is what would have been picked.
+    """
+
+    last: np.ndarray
+    history: np.ndarray
+    steps: np.ndarray
+    first_step: int
+    steps_per_row: int
+    run: int
+    tokens: int
+    bucket_tokens: int
+    layers: list[int]
+    would: bool
+
+
+class Heat:
+    """Takes the frames of a run in order; a new run begins anew once it picks something."""
+
+    def __init__(self) -> None:
+        self._latest: Frame | None = None
+        self._history = np.zeros((0, 0))
+        self._rows: list[tuple[int, int, np.ndarray]] = []
+        self._step = 0
+
+    def add(self, frame: Frame) -> None:
+        """Take in a frame."""
+        heat = frame.heat
+        if not frame.step or not heat.any():
+            return
+        before = self._latest
+        if before is None or before.run != frame.run or before.tokens > frame.tokens + before.bucket_tokens:
+            self._history, self._rows, self._step = np.zeros(heat.shape), [], frame.step - 1
+            before = None
+        if before is not None and frame.step == before.step:
+            self._latest = frame
+            return
+        shares = _shares(heat)
+        if before is not None:
+            self._history = rebucketed(self._history, before.bucket_tokens, frame.bucket_tokens, frame.buckets)
+        decay = 0.5 ** ((frame.step - self._step) / HALF_LIFE_STEPS)
+        self._history = decay * self._history + (1 - decay) * shares
+        self._step, self._latest = frame.step, frame
+        self._rows.append((frame.step, frame.bucket_tokens, shares[heat.any(1)].mean(0).astype(np.float32)))
+
+    def maps(self) -> Maps | None:
+        """What was found; None where nothing was picked."""
+        frame = self._latest
+        if frame is None:
+            return None
+        width, buckets = frame.bucket_tokens, frame.buckets
+        picking = [index for index in range(len(frame.layers)) if self._history[index].any()]
+        rows = np.stack([rebucketed(row, old, width, buckets) for _, old, row in self._rows])
+        each = -(-len(rows) // MOST_ROWS)
+        starts = np.arange(0, len(rows), each)
+        sizes = np.diff(np.append(starts, len(rows)))
+        return Maps(
+            last=_shares(frame.heat)[picking],
+            history=_normal(self._history)[picking],
+            steps=np.add.reduceat(rows, starts, axis=0) / sizes[:, None],
+            first_step=self._rows[0][0],
+            steps_per_row=each,
+            run=frame.run,
+            tokens=frame.tokens,
+            bucket_tokens=width,
+            layers=[frame.layers[index].index for index in picking],
+            would=all(frame.layers[index].mode == "dense" for index in picking),
+        )
+
+
+def _shares(heat: np.ndarray) -> np.ndarray:
+    return _normal(heat.astype(np.float64))
+
+
+def _normal(heat: np.ndarray) -> np.ndarray:
+    """Each row over its sum."""
+    total = heat.sum(-1, keepdims=True)
+    return np.divide(heat, total, out=np.zeros_like(heat), where=total > 0)
+
+
+def rebucketed(values: np.ndarray, width: int, wanted: int, buckets: int) -> np.ndarray:
+    """Values per bucket of ``width`` positions as values per bucket of ``wanted``, ``[..., buckets]``.
+
+    Widths are powers of two. Values are sums: narrow buckets are added up, a wide one is spread evenly.
+    """
+    if wanted < width:
+        values = np.repeat(values, width // wanted, axis=-1) / (width // wanted)
+    elif wanted > width:
+        factor = wanted // width
+        padding = -values.shape[-1] % factor
+        values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, padding)])
+        values = values.reshape(*values.shape[:-1], -1, factor).sum(-1)
+    found = np.zeros((*values.shape[:-1], buckets), values.dtype)
+    shared = min(buckets, values.shape[-1])
+    found[..., :shared] = values[..., :shared]
+    return found

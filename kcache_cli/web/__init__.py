@@ -1,0 +1,1 @@
+"""``kcache inspect --web``: the dashboard in a browser, on this machine only."""
