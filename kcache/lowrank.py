@@ -8,7 +8,7 @@ neighbouring rows loses fifteen sixteenths of a row's variance, the directions l
 
 U and base are fitted per sequence and KV head on the first rows that a layer offloads, and again whenever a sequence
 may have twice as many real rows, until there are 2,048. The directions are the leading principal components, found by
-subspace iteration (Halko, Martinsson & Tropp, 2011), which is all batched products and needs no full eigendecomposition.
+subspace iteration (Halko, Martinsson & Tropp, 2011): batched products, no full eigendecomposition.
 """
 
 from __future__ import annotations
