@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from kcache import __version__
 from kcache_cli import exits
-from kcache_cli.commands import bench, chat, config, docs, doctor, eval, generate, inspect, models, plan, pull
+from kcache_cli.commands import bench, chat, config, docs, doctor, eval, generate, inspect, models, plan, pull, tune
 from kcache_cli.ranks import check_command
 from kcache_cli.register import add
 
@@ -113,6 +113,7 @@ add(app, "chat", chat.chat)
 add(app, "generate", generate.generate)
 add(app, "bench", bench.bench)
 app.add_typer(eval.app, name="eval")
+add(app, "tune", tune.tune)
 add(app, "inspect", inspect.inspect)
 add(app, "plan", plan.plan)
 add(app, "doctor", doctor.doctor)

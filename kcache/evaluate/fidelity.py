@@ -66,16 +66,35 @@ def measure(
     watch : callable
         Told what begins: ``prefill``, ``full attention``, then the label of each case.
     """
-    prompt = place.ids[:, : -steps - 1]
-    watch("prefill")
-    prefix = Prefix(lm, prompt[0, :-1].tolist())
-    watch("full attention")
-    ids, following = place.ids[:, -steps - 1 : -1], place.ids[0, -steps:, None]
-    full = [*_forced(lm, _begin(lm, prefix, _FULL, prompt, steps), ids)]
-    truth = _Truth(place.start, ids, following.split(_BLOCK), full)
+    held = HeldPlace(lm, place, steps, watch)
     for case in cases:
         watch(case.label)
-        yield case, truth.beside(lm, _begin(lm, prefix, case.policy, prompt, steps))
+        yield case, held.beside(case.policy)
+
+
+class HeldPlace:
+    """A place that has been prefilled, and what full attention says of its steps; policies can be measured at it.
+
+    Parameters
+    ----------
+    lm, place, steps, watch
+        See :func:`measure`.
+    """
+
+    def __init__(
+        self, lm: LoadedModel, place: Place, steps: int, watch: Callable[[str], None] = lambda label: None
+    ) -> None:
+        self._lm, self._steps, self._prompt = lm, steps, place.ids[:, : -steps - 1]
+        watch("prefill")
+        self._prefix = Prefix(lm, self._prompt[0, :-1].tolist())
+        watch("full attention")
+        ids, following = place.ids[:, -steps - 1 : -1], place.ids[0, -steps:, None]
+        full = [*_forced(lm, _begin(lm, self._prefix, _FULL, self._prompt, steps), ids)]
+        self._truth = _Truth(place.start, ids, following.split(_BLOCK), full)
+
+    def beside(self, policy: Policy) -> Figures:
+        """Measure a policy."""
+        return self._truth.beside(self._lm, _begin(self._lm, self._prefix, policy, self._prompt, self._steps))
 
 
 @dataclass(frozen=True)

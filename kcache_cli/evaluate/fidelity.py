@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kcache_cli.completion import complete_policy
-from kcache_cli.evaluate.flags import ResultOptions
-from kcache_cli.options import ModelOptions, PolicyOptions, Without, number_list, token_count, with_options
+from kcache_cli.evaluate.flags import PlacesOptions, ResultOptions
+from kcache_cli.options import ModelOptions, PolicyOptions, Without, number_list, with_options
 from kcache_cli.watching import WatchOptions, watching
 
 if TYPE_CHECKING:
@@ -34,28 +34,7 @@ def _option(*names: str, help: str, metavar: str, default: str | bool = False, *
 def fidelity(
     context: typer.Context,
     model_options: ModelOptions,
-    text: Annotated[
-        list[str] | None,
-        _option(
-            "--text", help="Text to read, UTF-8; may be repeated.", metavar="FILE", default="the reference of Python"
-        ),
-    ] = None,
-    ctx: Annotated[
-        int,
-        _option(
-            "--ctx",
-            help="Tokens prefilled before the steps: 7680, 8k, ...",
-            metavar="TOKENS",
-            default="7680",
-            parser=token_count,
-        ),
-    ] = 7680,
-    steps: Annotated[
-        int, _option("--steps", help="Decode steps after them.", metavar="INTEGER", default="256", min=1)
-    ] = 256,
-    places: Annotated[
-        int, _option("--places", help="Places in the text, spread over it.", metavar="INTEGER", default="4", min=1)
-    ] = 4,
+    sample: PlacesOptions,
     topn: Annotated[
         str | None,
         _option("--topn", help="V rows fetched per KV head and step.", metavar="LIST", default="the policy's"),
@@ -120,13 +99,13 @@ def fidelity(
         for name, each in build_policies(policy, policy_options, settings).items()
         for rows in number_list(topn, "--topn", (each.topn,))
     )
-    spec = Spec(cases, ctx, steps, places)
+    spec = Spec(cases, sample.ctx, sample.steps, sample.places)
     target, chart = results.target, check_file("--plot", plot)
     check_plot(chart)
     watch_options.check()
     chosen = choose_format(results.form, target)
     there = rows_to_resume(results.resume, target, chosen, COMMAND, NAMES)
-    prose = read_prose(text)
+    prose = read_prose(sample.text)
 
     engine = engine_of(context)
     with download_bar(f"loading {model.name}") as progress:

@@ -1,4 +1,4 @@
-"""Flags that ``kcache eval needle`` and ``kcache eval tasks`` share, and the policy and files they mean."""
+"""Flags that several of ``kcache eval`` and ``kcache tune`` share, and the policy and files they mean."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kcache.policy import Offload, Policy
-from kcache_cli.options import PolicyOptions, number_list
+from kcache_cli.options import PolicyOptions, number_list, token_count
 from kcache_cli.policies import build_policy
 from kcache_cli.rows.formats import Format
 
@@ -25,6 +25,40 @@ def _policy(*names: str, **more: Any) -> Any:
 
 def _result(*names: str, help: str, metavar: str | None = None) -> Any:
     return typer.Option(*names, help=help, metavar=metavar, rich_help_panel="Results", show_default=False)
+
+
+def _measure(*names: str, help: str, metavar: str, default: str, **more: Any) -> Any:
+    return typer.Option(
+        *names, help=help, metavar=metavar, show_default=default, rich_help_panel="What to measure", **more
+    )
+
+
+@dataclass(frozen=True)
+class PlacesOptions:
+    """Which text, and how much of it is read at how many places."""
+
+    text: Annotated[
+        list[str] | None,
+        _measure(
+            "--text", help="Text to read, UTF-8; may be repeated.", metavar="FILE", default="the reference of Python"
+        ),
+    ] = None
+    ctx: Annotated[
+        int,
+        _measure(
+            "--ctx",
+            help="Tokens prefilled before the steps: 7680, 8k, ...",
+            metavar="TOKENS",
+            default="7680",
+            parser=token_count,
+        ),
+    ] = 7680
+    steps: Annotated[
+        int, _measure("--steps", help="Decode steps after them.", metavar="INTEGER", default="256", min=1)
+    ] = 256
+    places: Annotated[
+        int, _measure("--places", help="Places in the text, spread over it.", metavar="INTEGER", default="4", min=1)
+    ] = 4
 
 
 @dataclass(frozen=True)

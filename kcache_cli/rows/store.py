@@ -156,11 +156,16 @@ class Store:
 
     def _replace(self, text: str) -> None:
         assert self.target is not None
-        target = self.target.resolve()
-        with NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, delete=False) as file:
-            file.write(text)
-        os.chmod(file.name, target.stat().st_mode & 0o777 if target.exists() else 0o644)  # noqa: PTH101
-        os.replace(file.name, target)  # noqa: PTH105
+        write_whole(self.target, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file through a temporary one beside it, so that it is never there in part."""
+    target = path.resolve()
+    with NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, delete=False) as file:
+        file.write(text)
+    os.chmod(file.name, target.stat().st_mode & 0o777 if target.exists() else 0o644)  # noqa: PTH101
+    os.replace(file.name, target)  # noqa: PTH105
 
 
 def check_file(option: str, name: str | None) -> Path | None:

@@ -1,0 +1,183 @@
+"""``kcache tune`` at work: the search over rows that are kept as they come, the table, the profile."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from kcache_cli.evaluate.flags import PlacesOptions, ResultOptions
+from kcache_cli.options import ModelOptions
+
+if TYPE_CHECKING:
+    from kcache.evaluate.fidelity import Case
+    from kcache.evaluate.figures import Figures
+    from kcache.evaluate.haystack import Prose
+    from kcache.evaluate.places import Place
+    from kcache.evaluate.sweep import Spec
+    from kcache.evaluate.tune import Goal, HeldPlaces, Search, Trial
+    from kcache.policy import Policy
+    from kcache_cli.rows.formats import Row
+    from kcache_cli.rows.store import Store
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is looked for, on what, and where it goes."""
+
+    model: ModelOptions
+    sample: PlacesOptions
+    goal: Goal
+    base: Policy
+    profile: Path
+    results: ResultOptions
+
+
+def answer(context: typer.Context, question: Question) -> None:
+    """Search, print what was tried, write the profile.
+
+    Raises
+    ------
+    KCacheError
+        If nothing tried reaches the goal.
+    """
+    from kcache.evaluate.places import find_places
+    from kcache.evaluate.shapes import find_shapes
+    from kcache.evaluate.sweep import Spec
+    from kcache.evaluate.tune import HeldPlaces, Search, topns_for
+    from kcache_cli.console import download_bar
+    from kcache_cli.engine import engine_of
+    from kcache_cli.evaluate.prose import read_prose
+    from kcache_cli.evaluate.tune_table import COMMAND, NAMES, markdown
+    from kcache_cli.exits import note
+    from kcache_cli.rows.store import Store, choose_format, rows_to_resume
+
+    sample, results, goal = question.sample, question.results, question.goal
+    spec = Spec((), sample.ctx, sample.steps, sample.places)
+    target = results.target
+    form = choose_format(results.form, target)
+    there = rows_to_resume(results.resume, target, form, COMMAND, NAMES)
+    prose = read_prose(sample.text)
+    with download_bar(f"loading {question.model.name}") as progress:
+        lm = engine_of(context).load(question.model, progress)
+    places = find_places(lm, prose, spec.ctx, spec.steps, spec.places)
+    shapes = find_shapes(lm, question.base, spec.ctx, goal.device_overhead)
+    book = _Book(lm, spec, prose, places, Store(target, form, markdown, there))
+    desk = HeldPlaces(lm, places, spec.steps, note)
+    search = Search(
+        shapes,
+        goal,
+        len(places),
+        lambda case, number: book.figures(desk, case, number),
+        topns_for(spec.ctx),
+        book.write,
+    )
+    try:
+        search.run()
+    except KeyboardInterrupt:
+        note("stopped; what has been measured is there" if target is not None else "stopped")
+        raise
+    finally:
+        rows = book.close(search)
+    if target is not None:
+        sys.stdout.write(markdown(rows))
+        note(f"{len(book.store.rows)} rows in {target}")
+    _conclude(search, book, question)
+
+
+class _Book:
+    """What has been measured, now or before, as rows of a store."""
+
+    def __init__(self, lm: Any, spec: Spec, prose: Prose, places: Sequence[Place], store: Store) -> None:
+        from kcache.bench.env import surroundings
+        from kcache_cli.evaluate.fidelity_table import identity
+
+        self.store = store
+        self._lm, self._spec, self._prose, self._places = lm, spec, prose, places
+        self._env = surroundings(lm.device)
+        self._rows = {identity(row): row for row in store.rows}
+        self._fresh: set[Case] = set()
+
+    def figures(self, desk: HeldPlaces, case: Case, number: int) -> Figures:
+        """A case's figures at a place: those that are there, or measured."""
+        from kcache_cli.evaluate.fidelity_table import figures_there
+        from kcache_cli.exits import note
+
+        start = self._places[number].start
+        known = [each for each in figures_there(self.store.rows, self._blank(case)) if each.start == start]
+        if not known:
+            self._fresh.add(case)
+        figures = known[0] if known else desk.measure(case, number)
+        link = f"{figures.bytes_h2d_per_token / 1e6:.3f} MB/token"
+        kl = f"KL {sum(figures.kl) / len(figures.kl):.4f}"
+        note(
+            f"{case.label} · place {number + 1}/{len(self._places)} · {kl} · {link}"
+            + (" · was there already" if known else "")
+        )
+        return figures
+
+    def write(self, trial: Trial) -> None:
+        """Take a trial that has grown by a place, and write the file."""
+        from kcache_cli.evaluate.fidelity_table import identity
+
+        blank = self._blank(trial.case)
+        self._rows[identity(blank)] = self._row(trial, chosen=False)
+        self.store.replace([*self._rows.values()], lambda row: False)
+
+    def close(self, search: Search) -> list[Row]:
+        """Mark the best and write everything; returns the rows of this search."""
+        from kcache_cli.evaluate.fidelity_table import identity
+
+        mine = [trial for trial in search.trials if trial.figures]
+        rows = [self._row(trial, chosen=trial is search.best) for trial in mine]
+        self._rows |= {identity(row): row for row in rows}
+        self.store.rows = [*self._rows.values()]
+        self.store.close()
+        return rows
+
+    def row_of(self, trial: Trial) -> Row:
+        """The row of a trial that has been written."""
+        from kcache_cli.evaluate.fidelity_table import identity
+
+        return self._rows[identity(self._blank(trial.case))]
+
+    def _blank(self, case: Case) -> Row:
+        from kcache.evaluate.sweep import make_row
+
+        return make_row(self._lm, self._spec, self._prose, case, self._places, ())
+
+    def _row(self, trial: Trial, chosen: bool) -> Row:
+        from kcache.evaluate.sweep import make_row
+        from kcache_cli.evaluate.fidelity_table import identity
+
+        row = make_row(self._lm, self._spec, self._prose, trial.case, self._places, trial.figures)
+        before = self._rows.get(identity(row), {})
+        return {
+            **row,
+            "target_kl": trial.goal.target_kl,
+            "most_device_overhead": trial.goal.device_overhead,
+            "reaches_target": trial.reaches,
+            "chosen": chosen,
+            "env": before.get("env", self._env) if trial.case not in self._fresh else self._env,
+        }
+
+
+def _conclude(search: Search, book: _Book, question: Question) -> None:
+    """Write the profile, or say how close the closest came."""
+    from kcache.errors import KCacheError
+    from kcache_cli.evaluate.profile import write_profile
+    from kcache_cli.exits import note
+
+    best = search.best
+    if best is None:
+        closest = search.closest
+        raise KCacheError(
+            f"no policy tried comes within KL {question.goal.target_kl:g} of full attention; the closest is "
+            f"{closest.case.label} at {closest.distance:.4f}; use a larger --target-kl or --device-overhead"
+        )
+    write_profile(question.profile, best.case.policy, book.row_of(best))
+    note(f"the cheapest is {best.case.label}; wrote {question.profile}, for --policy {question.profile}")
