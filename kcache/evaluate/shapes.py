@@ -94,7 +94,7 @@ def find_shapes(lm: LoadedModel, base: Policy, length: int, most: float) -> list
 
 @dataclass(frozen=True)
 class _Tensors:
-    """What the layers that may be offloaded hold of one token: how many they are, bytes of K and V, heads, their size."""
+    """The layers that may be offloaded, and what each holds of one token: bytes of K and V, heads and their size."""
 
     layers: int
     k_row: int

@@ -86,7 +86,7 @@ def answer(context: typer.Context, question: Question) -> None:
     if target is not None:
         sys.stdout.write(markdown(rows))
         note(f"{len(book.store.rows)} rows in {target}")
-    _conclude(search, book, question)
+    _conclude(search, rows, question)
 
 
 class _Book:
@@ -99,74 +99,67 @@ class _Book:
         self.store = store
         self._lm, self._spec, self._prose, self._places = lm, spec, prose, places
         self._env = surroundings(lm.device)
+        self._before = [*store.rows]
         self._rows = {identity(row): row for row in store.rows}
         self._fresh: set[Case] = set()
 
     def figures(self, desk: HeldPlaces, case: Case, number: int) -> Figures:
         """A case's figures at a place: those that are there, or measured."""
-        from kcache_cli.evaluate.fidelity_table import figures_there
         from kcache_cli.exits import note
 
-        start = self._places[number].start
-        known = [each for each in figures_there(self.store.rows, self._blank(case)) if each.start == start]
-        if not known:
+        known = self._known(case).get(self._places[number].start)
+        if known is None:
             self._fresh.add(case)
-        figures = known[0] if known else desk.measure(case, number)
-        link = f"{figures.bytes_h2d_per_token / 1e6:.3f} MB/token"
-        kl = f"KL {sum(figures.kl) / len(figures.kl):.4f}"
-        note(
-            f"{case.label} · place {number + 1}/{len(self._places)} · {kl} · {link}"
-            + (" · was there already" if known else "")
-        )
+        figures = known or desk.measure(case, number)
+        said = [
+            case.label,
+            f"place {number + 1}/{len(self._places)}",
+            f"KL {sum(figures.kl) / len(figures.kl):.4f}",
+            f"{figures.bytes_h2d_per_token / 1e6:.3f} MB/token",
+        ]
+        note(" · ".join(said if known is None else [*said, "was there already"]))
         return figures
 
     def write(self, trial: Trial) -> None:
         """Take a trial that has grown by a place, and write the file."""
-        from kcache_cli.evaluate.fidelity_table import identity
-
-        blank = self._blank(trial.case)
-        self._rows[identity(blank)] = self._row(trial, chosen=False)
+        self._take(trial, chosen=False)
         self.store.replace([*self._rows.values()], lambda row: False)
 
     def close(self, search: Search) -> list[Row]:
         """Mark the best and write everything; returns the rows of this search."""
-        from kcache_cli.evaluate.fidelity_table import identity
-
-        mine = [trial for trial in search.trials if trial.figures]
-        rows = [self._row(trial, chosen=trial is search.best) for trial in mine]
-        self._rows |= {identity(row): row for row in rows}
+        rows = [self._take(trial, chosen=trial is search.best) for trial in search.trials if trial.figures]
         self.store.rows = [*self._rows.values()]
         self.store.close()
         return rows
 
-    def row_of(self, trial: Trial) -> Row:
-        """The row of a trial that has been written."""
-        from kcache_cli.evaluate.fidelity_table import identity
-
-        return self._rows[identity(self._blank(trial.case))]
-
-    def _blank(self, case: Case) -> Row:
+    def _known(self, case: Case) -> dict[int, Figures]:
+        """A case's figures of before, by where a place starts."""
         from kcache.evaluate.sweep import make_row
+        from kcache_cli.evaluate.fidelity_table import figures_there
 
-        return make_row(self._lm, self._spec, self._prose, case, self._places, ())
+        blank = make_row(self._lm, self._spec, self._prose, case, self._places, ())
+        return {figures.start: figures for figures in figures_there(self._before, blank)}
 
-    def _row(self, trial: Trial, chosen: bool) -> Row:
+    def _take(self, trial: Trial, chosen: bool) -> Row:
+        """The row of a trial; what was known of a place that the trial did without stays in it."""
         from kcache.evaluate.sweep import make_row
         from kcache_cli.evaluate.fidelity_table import identity
 
-        row = make_row(self._lm, self._spec, self._prose, trial.case, self._places, trial.figures)
-        before = self._rows.get(identity(row), {})
-        return {
+        figures = self._known(trial.case) | {each.start: each for each in trial.figures}
+        row = make_row(self._lm, self._spec, self._prose, trial.case, self._places, [*figures.values()])
+        before = {} if trial.case in self._fresh else self._rows.get(identity(row), {})
+        self._rows[identity(row)] = {
             **row,
             "target_kl": trial.goal.target_kl,
             "most_device_overhead": trial.goal.device_overhead,
             "reaches_target": trial.reaches,
             "chosen": chosen,
-            "env": before.get("env", self._env) if trial.case not in self._fresh else self._env,
+            "env": before.get("env", self._env),
         }
+        return self._rows[identity(row)]
 
 
-def _conclude(search: Search, book: _Book, question: Question) -> None:
+def _conclude(search: Search, rows: Sequence[Row], question: Question) -> None:
     """Write the profile, or say how close the closest came."""
     from kcache.errors import KCacheError
     from kcache_cli.evaluate.profile import write_profile
@@ -179,5 +172,6 @@ def _conclude(search: Search, book: _Book, question: Question) -> None:
             f"no policy tried comes within KL {question.goal.target_kl:g} of full attention; the closest is "
             f"{closest.case.label} at {closest.distance:.4f}; use a larger --target-kl or --device-overhead"
         )
-    write_profile(question.profile, best.case.policy, book.row_of(best))
+    (row,) = [row for row in rows if row["chosen"]]
+    write_profile(question.profile, best.case.policy, row)
     note(f"the cheapest is {best.case.label}; wrote {question.profile}, for --policy {question.profile}")
