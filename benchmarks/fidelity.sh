@@ -21,4 +21,7 @@ for text in "" "$@"; do
 	$kcache eval fidelity ${text:+--text "$text"} --topn 64,128 --policy default "${ablation[@]}" \
 		--resume --output "$out/$name-ablation.jsonl"
 done
+# The profile of the demo model is found on the first of the texts.
+[ $# = 0 ] || $kcache tune smollm2 --text "$1" --ctx 7680 --steps 64 --places 2 --profile kcache/profiles/smollm2.toml \
+	--overwrite --resume --output "$out/tune-$(basename "$1" .txt).jsonl"
 ${PYTHON:-python3} benchmarks/page.py

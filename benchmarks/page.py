@@ -3,8 +3,9 @@
     python benchmarks/page.py
 
 A table stands between ``<!-- rows FILE -->`` (one file, as ``kcache bench`` prints it), ``<!-- runs FILE ... -->``
-(the same cases in several runs, kcache's speed over each other engine) or ``<!-- fidelity FILE ... -->`` (as ``kcache
-eval fidelity`` prints them) and ``<!-- end -->``. Files that are not there leave their table as it is.
+(the same cases in several runs, kcache's speed over each other engine), ``<!-- fidelity FILE ... -->`` or ``<!-- tune
+FILE ... -->`` (as ``kcache eval fidelity`` and ``kcache tune`` print them) and ``<!-- end -->``. Files that are not
+there leave their table as it is.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from pathlib import Path
 
 from kcache_cli.bench.same import COMMAND, NAMES
 from kcache_cli.bench.table import markdown
-from kcache_cli.evaluate import fidelity_table
+from kcache_cli.evaluate import fidelity_table, tune_table
 from kcache_cli.rows.formats import Row
 from kcache_cli.rows.store import read_rows
 
 DOCS = Path(__file__).parent.parent / "docs"
-BLOCK = re.compile(r"(<!-- (rows|runs|fidelity) ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (rows|runs|fidelity|tune) ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def runs_table(runs: Sequence[Sequence[Row]]) -> str:
@@ -55,9 +56,9 @@ def fill(text: str, folder: Path) -> str:
         paths = [folder / name for name in match[3].split()]
         if not all(path.exists() for path in paths):
             return match[0]
-        if match[2] == "fidelity":
-            ours = fidelity_table.COMMAND, fidelity_table.NAMES
-            body = fidelity_table.markdown([row for path in paths for row in read_rows(path, "rows", *ours)])
+        if match[2] in ("fidelity", "tune"):
+            page = tune_table if match[2] == "tune" else fidelity_table
+            body = page.markdown([row for path in paths for row in read_rows(path, "rows", page.COMMAND, page.NAMES)])
         else:
             files = [read_rows(path, "rows", COMMAND, NAMES) for path in paths]
             body = markdown(files[0]) if match[2] == "rows" else runs_table(files)

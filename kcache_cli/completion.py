@@ -18,7 +18,9 @@ def complete_model(incomplete: str) -> list[str]:
 
 
 def complete_policy(incomplete: str) -> list[str]:
-    """Policy names, and TOML files in the folder that is being typed."""
+    """Policy names, profiles, and TOML files in the folder that is being typed."""
+    from kcache_cli.policies import NAMES, profiles
+
     folder = Path(incomplete).parent
     files = [str(path) for path in folder.glob("*.toml")] if folder.is_dir() else []
-    return [name for name in ["default", "paper", *sorted(files)] if name.startswith(incomplete)]
+    return [name for name in [*NAMES, *profiles(), *sorted(files)] if name.startswith(incomplete)]

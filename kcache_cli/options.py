@@ -105,8 +105,8 @@ class PolicyOptions:
         str | None,
         _policy(
             "--policy",
-            help="default, paper (the scheme as published), or a TOML file of policy fields. "
-            "Single policy flags change it further.",
+            help="default, paper (the scheme as published), smollm2 (what kcache tune found), or a TOML file of policy "
+            "fields. Single policy flags change it further.",
             default="default",
             metavar="NAME|FILE",
             autocompletion=complete_policy,

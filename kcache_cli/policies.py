@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import kcache
 from kcache.errors import InputError, PolicyError
 from kcache.policy import Policy
 from kcache_cli.options import PolicyOptions
@@ -15,6 +16,7 @@ from kcache_cli.options import PolicyOptions
 if TYPE_CHECKING:
     from kcache_cli.settings import Settings
 
+NAMES = ("default", "paper")
 FIELDS = ("topn", "offload", "kv_budget", "resident_layers", "dense_layers", "backend")
 
 
@@ -51,16 +53,23 @@ def build_policies(names: Sequence[str] | None, options: PolicyOptions, settings
 
 
 def read_policy(name: str) -> Policy:
-    """Return the policy called ``name``, or the one in the TOML file of that name."""
+    """Return the policy called ``name``, a profile that comes with kcache, or the policy in the TOML file of that name.
+
+    Raises
+    ------
+    PolicyError, InputError
+    """
     if name == "default":
         return Policy()
     if name == "paper":
         return Policy.paper()
-    path = Path(name).expanduser()
+    path = profiles().get(name, Path(name).expanduser())
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"--policy {name}: neither default, paper, nor a file that exists") from None
+        raise InputError(
+            f"--policy {name}: neither {', '.join([*NAMES, *profiles()])}, nor a file that exists"
+        ) from None
     except OSError as error:
         raise InputError(f"--policy {name}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -71,3 +80,8 @@ def read_policy(name: str) -> Policy:
         return Policy.from_dict(values)
     except PolicyError as error:
         raise PolicyError(f"{name}: {error}") from None
+
+
+def profiles() -> dict[str, Path]:
+    """The profiles that come with kcache, by the name of the model each was found for."""
+    return {path.stem: path for path in sorted((Path(kcache.__file__).parent / "profiles").glob("*.toml"))}

@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     seed: int | None = Field(None, ge=0, le=2**32 - 1, description="makes sampling repeatable")
     max_tokens: int | None = Field(None, ge=1, description="longest answer, in tokens")
     system: str | None = Field(None, description="system message of chat")
-    policy: str = Field("default", min_length=1, description="default, paper, or a TOML file")
+    policy: str = Field("default", min_length=1, description="default, paper, smollm2, or a TOML file")
     topn: int | None = Field(None, ge=1, description="V rows fetched per KV head and step")
     offload: Offload | None = Field(None, description="auto, all, none")
     kv_budget: str | int | None = Field(None, description="device memory for the cache, like 20GiB")

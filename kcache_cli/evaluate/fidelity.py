@@ -43,8 +43,8 @@ def fidelity(
         list[str] | None,
         _option(
             "--policy",
-            help="default, paper (the scheme as published), or a TOML file of policy fields; may be repeated. Single "
-            "policy flags change each of them further.",
+            help="default, paper (the scheme as published), smollm2 (what kcache tune found), or a TOML file of policy "
+            "fields; may be repeated. Single policy flags change each of them further.",
             metavar="NAME|FILE",
             default="default",
             autocompletion=complete_policy,

@@ -32,6 +32,7 @@ class Engine(KCacheEngine):
     """The real one, stopped with Ctrl-C before measurement number ``stop_before``."""
 
     def __init__(self, stop_before: int | None = None) -> None:
+        super().__init__()
         self.stop_before = stop_before
         self.specs: list[Spec] = []
         self.dtypes: list[str | None] = []
@@ -129,7 +130,7 @@ def test_without_a_text_it_is_the_reference(run: Run, base: list[str]) -> None:
         ("--places 9", "text.txt has 1,179 tokens, and 9 places of 297 tokens need 2,673; give a longer --text"),
         ("--ctx 2040 --steps 9", "are longer than the context of"),
         ("--text nothing.txt", "--text nothing.txt: cannot be read"),
-        ("--policy nothing.toml", "neither default, paper, nor a file that exists"),
+        ("--policy nothing.toml", "neither default, paper, smollm2, nor a file that exists"),
         ("--ctx many", "not a number of tokens"),
         ("--steps 0", "--steps"),
         ("--topn 64,x", "'x' is not a number to use"),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import kcache
 from kcache import Policy
+from kcache_cli.completion import complete_policy
+from kcache_cli.policies import profiles
 from tests.cli.conftest import Run
 from tests.cli.fakes import FakeEngine
 
@@ -39,6 +43,14 @@ def test_file_then_flags(run: Run, tmp_path: Path) -> None:
     file.write_text('topn = 9\ntail = "none"\n')
     assert policy_of(run, "--policy", str(file)) == Policy(topn=9, tail="none")
     assert policy_of(run, "--policy", str(file), "--topn", "10") == Policy(topn=10, tail="none")
+
+
+def test_profiles_that_come_along_go_by_the_models_name(run: Run) -> None:
+    assert "smollm2" in profiles() and set(profiles()) <= {entry.name for entry in kcache.known_models()}
+    for name, path in profiles().items():
+        assert policy_of(run, "--policy", name) == Policy.from_dict(tomllib.loads(path.read_text()))
+        assert policy_of(run, "--policy", name, "--topn", "7").topn == 7
+    assert complete_policy("smol") == ["smollm2"]
 
 
 def test_policy_on_the_command_line_starts_anew(run: Run, settings_file: Path) -> None:

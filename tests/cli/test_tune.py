@@ -10,9 +10,13 @@ import pytest
 
 from kcache import Policy
 from kcache_cli.engine import KCacheEngine
-from kcache_cli.evaluate.profile import profile_file
-from kcache_cli.policies import read_policy
+from kcache_cli.evaluate.profile import profile, profile_file
+from kcache_cli.evaluate.tune_table import COMMAND, NAMES
+from kcache_cli.policies import profiles, read_policy
+from kcache_cli.rows.store import read_rows
 from tests.cli.conftest import Run
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
@@ -137,3 +141,10 @@ def test_a_profile_is_called_after_the_model(tmp_path: Path, monkeypatch: pytest
     assert str(profile_file(None, "smollm2", False)) == "smollm2.toml"
     assert str(profile_file(None, "Qwen/Qwen3-8B", False)) == "Qwen3-8B.toml"
     assert str(profile_file(None, "./my model/", False)) == "my-model.toml"
+
+
+def test_the_profile_that_comes_along_is_that_of_its_rows() -> None:
+    rows = read_rows(ROOT / "docs" / "fidelity" / "tune-essays.jsonl", "rows", COMMAND, NAMES)
+    (best,) = [row for row in rows if row["chosen"]]
+    assert profile(Policy.from_dict(best["policy"]), best) == profiles()["smollm2"].read_text()
+    assert best["kl_mean"] <= best["target_kl"] and best["device_overhead"] <= best["most_device_overhead"]
