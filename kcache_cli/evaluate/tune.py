@@ -76,13 +76,14 @@ def answer(context: typer.Context, question: Question) -> None:
         topns_for(spec.ctx),
         book.write,
     )
+    best = None
     try:
-        search.run()
+        best = search.run()
     except KeyboardInterrupt:
         note("stopped; what has been measured is there" if target is not None else "stopped")
         raise
     finally:
-        rows = book.close(search)
+        rows = book.close(search.trials, best)
     if target is not None:
         sys.stdout.write(markdown(rows))
         note(f"{len(book.store.rows)} rows in {target}")
@@ -125,9 +126,9 @@ class _Book:
         self._take(trial, chosen=False)
         self.store.replace([*self._rows.values()], lambda row: False)
 
-    def close(self, search: Search) -> list[Row]:
-        """Mark the best and write everything; returns the rows of this search."""
-        rows = [self._take(trial, chosen=trial is search.best) for trial in search.trials if trial.figures]
+    def close(self, trials: Sequence[Trial], best: Trial | None) -> list[Row]:
+        """Mark the best, once the search has ended, and write everything; returns the rows of the search."""
+        rows = [self._take(trial, chosen=trial is best) for trial in trials if trial.figures]
         self.store.rows = [*self._rows.values()]
         self.store.close()
         return rows

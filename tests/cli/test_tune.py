@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,24 @@ from kcache_cli.rows.store import read_rows
 from tests.cli.conftest import Run
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+class Stopped(KCacheEngine):
+    """The real one, stopped with Ctrl-C in the model's forward number ``forwards``."""
+
+    def __init__(self, forwards: int) -> None:
+        super().__init__()
+        self.left = forwards
+
+    def load(self, model: Any, progress: Any) -> Any:
+        lm = super().load(model, progress)
+        lm.model.register_forward_pre_hook(self.count)
+        return lm
+
+    def count(self, *_: Any) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -109,7 +128,23 @@ def test_a_stopped_run_goes_on(run: Run, base: list[str], name: str) -> None:
     assert "prefill" not in last.stderr and last.exit_code == 0
 
 
-def _read(name: str) -> list[dict[str, object]]:
+def test_what_was_measured_before_ctrl_c_is_there(run: Run, base: list[str]) -> None:
+    flags = [*base, "--target-kl", "0.05", "--output", "rows.jsonl", "--resume"]
+    stopped = run(*flags, engine=Stopped(forwards=16))
+    assert stopped.exit_code == 130 and "what has been measured is there" in stopped.stderr
+    there = _read("rows.jsonl")
+    assert there and not any(row["chosen"] for row in there)
+    assert not [*Path().glob("tiny*.toml")]
+    rest = run(*flags, engine=KCacheEngine())
+    assert rest.exit_code == 0, rest.stderr
+    assert rest.stderr.count("was there already") == sum(len(row["by_place"]) for row in there)
+    run(*base, "--target-kl", "0.05", "--output", "whole.jsonl", "--profile", "whole.toml", engine=KCacheEngine())
+    assert [(row["topn"], row["chosen"]) for row in _read("rows.jsonl")] == [
+        (row["topn"], row["chosen"]) for row in _read("whole.jsonl")
+    ]
+
+
+def _read(name: str) -> list[dict[str, Any]]:
     text = Path(name).read_text()
     return json.loads(text) if name.endswith("json") else [json.loads(line) for line in text.splitlines()]
 
