@@ -26,7 +26,8 @@ from kcache.evaluate.shapes import Shape
 if TYPE_CHECKING:
     from kcache.loading import LoadedModel
 
-TOPNS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+TOPNS = (16, *(step * 2**power for power in range(2, 8) for step in (5, 6, 7, 8)))
+"""16 to 1,024 in steps of an eighth to a quarter."""
 
 
 @dataclass(frozen=True)
