@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kcache.loading import LoadedModel
 
 TOPNS = (16, *(step * 2**power for power in range(2, 8) for step in (5, 6, 7, 8)))
-"""16 to 1,024 in steps of an eighth to a quarter."""
+"""16 to 1,024 in steps of a seventh to a quarter."""
 
 
 @dataclass(frozen=True)
