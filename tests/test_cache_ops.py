@@ -234,17 +234,17 @@ def test_a_deep_copy_is_pinned_where_the_original_is(monkeypatch: pytest.MonkeyP
     pair = filled()
     made: list[tuple[int, ...]] = []
 
-    def pinned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def pinned_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         made.append(shape)
         return torch.empty(shape, dtype=dtype)
 
     monkeypatch.setattr(rows, "pinned_empty", pinned_empty)
     for layer in pair.ours.tiered_layers:
-        layer._v.host.pinned = True
+        layer._v.host.reader = torch.device("cuda")
     twin = copy.deepcopy(pair.ours)
     assert len(made) == 3
     for layer, other in zip(pair.ours.tiered_layers, twin.tiered_layers, strict=True):
-        assert other._v.host.pinned
+        assert other._v.host.reader == layer._v.host.reader
         assert other._v.link is not layer._v.link
         assert other.shared is twin.shared is not pair.ours.shared
         assert other._v.host.data.data_ptr() != layer._v.host.data.data_ptr()

@@ -164,8 +164,8 @@ class Meter:
     def __init__(self) -> None:
         self.tokens = 0
 
-    def count(self, event: Any) -> None:
-        self.tokens += 1
+    def count(self, event: Any, tokens: int = 1) -> None:
+        self.tokens += tokens
 
 
 def beside(meter: Meter, drawn: list[int]) -> Beside:
