@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from kcache.backends.jit.steps import Kernels
 
 _WORTH = 128
-"""Rows from which a compiled step beats torch's operators."""
+"""Rows from which a compiled TopN step beats torch's operators."""
 _LONG = 1024
-"""Rows from which two batched products beat SDPA."""
+"""Rows from which a compiled exact step, or else two batched products, beats SDPA."""
 _LINE = 64
 """Rows are padded to whole multiples of this."""
 _CLASS = 16
@@ -67,7 +67,7 @@ class CpuBackend(ReferenceBackend):
 
         In torch, two batched products are up to 2.5 times as fast as SDPA for long contexts in 16-bit types.
         """
-        kernels = self._compiled(step)
+        kernels = None if step.length < _LONG else self._compiled(step)
         if kernels is not None and kernels.serves_dense(step):
             return kernels.dense(step)
         short = step.length < _LONG or step.query.dtype.itemsize != 2
