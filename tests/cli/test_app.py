@@ -43,9 +43,9 @@ def test_help_does_not_import_what_is_slow(args: list[str]) -> None:
 
 @pytest.mark.parametrize("args", [["--help"], ["chat", "--help"]])
 def test_help_answers_in_half_a_second(args: list[str]) -> None:
-    """Of processor time, the best of three: the clock on the wall also measures what else runs here."""
+    """Of processor time, the best of eight: the clock on the wall also measures what else runs here."""
     seconds = []
-    for _ in range(3):
+    for _ in range(8):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert python("-m", "kcache_cli", *args).returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
