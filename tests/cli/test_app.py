@@ -41,16 +41,24 @@ def test_help_does_not_import_what_is_slow(args: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def processor_s(*args: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert python(*args).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 @pytest.mark.parametrize("args", [["--help"], ["chat", "--help"]])
 def test_help_answers_in_half_a_second(args: list[str]) -> None:
-    """Of processor time, the best of eight: the clock on the wall also measures what else runs here."""
-    seconds = []
-    for _ in range(8):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert python("-m", "kcache_cli", *args).returncode == 0
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 0.5
+    """Of processor time, the best of six: the clock on the wall also measures what else runs here.
+
+    On a machine so slow that Typer and what it prints with take half of that to import, twice their time.
+    """
+    libraries, help_ = [], []
+    for _ in range(6):
+        libraries.append(processor_s("-c", "import typer, typer.rich_utils, typer._adapters"))
+        help_.append(processor_s("-m", "kcache_cli", *args))
+    assert min(help_) < max(0.5, 2 * min(libraries))
 
 
 def test_every_command_shows_examples(run: Run) -> None:
