@@ -17,7 +17,7 @@ from numba import cfunc, types
 from numba.np.numpy_support import carray
 
 from kcache.backends.jit.bits import call_number, call_void, kernel, pointer
-from kcache.backends.jit.rows import accumulate, products
+from kcache.backends.jit.rows import accumulate, join, products, split
 from kcache.backends.jit.verbs import (
     HIGHEST,
     LOWEST,
@@ -38,7 +38,6 @@ _NAMES = (
     "coefficients base basis along mass out"
 )
 FIELDS = _NAMES.split()
-AT = {name: place for place, name in enumerate(FIELDS)}
 _FIELDS = len(FIELDS)
 SCORE, COMBINE = 1, 2
 """Bits of ``passes``."""
@@ -72,15 +71,17 @@ def score_all(at: Any, thread: Any, words: Any) -> None:
     """Scores of every piece, and what the normalisers are made of."""
     items, length, piece, group = at[_ITEMS], at[_LENGTH], at[_PIECE], at[_GROUP]
     pieces = (length + piece - 1) // piece
-    query = carray(pointer(at[_QUERY]), (items, group, 2, at[_HALF]), np.float32)
+    queries = carray(pointer(at[_QUERY]), (items, group, 2 * at[_HALF]), np.float32)
     keys = carray(pointer(at[_KEYS]), (items, at[_K_CAPACITY], at[_K_WORDS]), words)
     scores = carray(pointer(at[_SCORES]), (items, pieces, group, piece), np.float32)
     peaks = carray(pointer(at[_PEAKS]), (items, pieces, group), np.float32)
     totals = carray(pointer(at[_TOTALS]), (items, pieces, group), np.float32)
+    query = np.empty((group, 2, at[_HALF]), np.float32)
     for turn in range(thread, items * pieces, at[_THREADS]):
         item, nth = turn // pieces, turn % pieces
         start, stop = nth * piece, min(nth * piece + piece, length)
-        products(query[item], keys[item][start:stop], scores[item, nth])
+        split(queries[item], keys[item], query)
+        products(query, keys[item][start:stop], scores[item, nth])
         if at[_MASK] != 0:
             mask = carray(pointer(at[_MASK]), (items // at[_KV_HEADS], at[_MASK_STRIDE]), np.uint8)
             mask_out(scores[item, nth], mask[item // at[_KV_HEADS]][start:stop])
@@ -148,12 +149,13 @@ def combine_all(at: Any, thread: Any, words: Any, single: Any) -> None:
     picks = carray(pointer(at[_PICKS]), (items, most), np.int64)
     found = carray(pointer(at[_FOUND]), (items,), np.int64)
     mass = carray(pointer(at[_MASS]), (items, group), np.float32)
-    out = carray(pointer(at[_OUT]), (items, group, 2, half_v), np.float32)
+    out = carray(pointer(at[_OUT]), (items, group, 2 * half_v), np.float32)
     parts = carray(pointer(at[_ALONG]), (items, pieces, group, rank + 1), np.float32)
     coefficients = carray(pointer(at[_COEFFICIENTS]), (items, rank, at[_C_CAPACITY]), single)
-    base = carray(pointer(at[_BASE]), (items, 2, half_v), np.float32)
-    basis = carray(pointer(at[_BASIS]), (items, rank, 2, half_v), np.float32)
+    base = carray(pointer(at[_BASE]), (items, 2 * half_v), np.float32)
+    basis = carray(pointer(at[_BASIS]), (items, rank, 2 * half_v), np.float32)
     along = np.empty((group, rank + 1), np.float32)
+    halves = np.empty((group, 2, half_v), np.float32)
     scale = np.empty(group, np.float32)
     for item in range(thread, items, at[_THREADS]):
         if at[_THRESHOLD] != 0:
@@ -166,10 +168,9 @@ def combine_all(at: Any, thread: Any, words: Any, single: Any) -> None:
                 held += scores[item, row // piece, g, row % piece]
             mass[item, g] = held
             scale[g] = np.float32(1.0) / held if at[_RENORMALISES] != 0 and held > 0 else np.float32(1.0)
-            for part in range(2):
-                for d in range(half_v):
-                    out[item, g, part, d] = np.float32(0.0)
-        add_picked(scores[item], values[item], picks[item], count, scale, out[item])
+        halves[:] = np.float32(0.0)
+        add_picked(scores[item], values[item], picks[item], count, scale, halves)
+        join(halves, values[item], out[item])
         if rank > 0:
             for g in range(group):
                 for j in range(rank + 1):
@@ -178,11 +179,11 @@ def combine_all(at: Any, thread: Any, words: Any, single: Any) -> None:
                         along[g, j] += parts[item, nth, g, j]
             take_from(scores[item], coefficients[item], picks[item], count, along)
             for g in range(group):
-                for part in range(2):
-                    for d in range(half_v):
-                        out[item, g, part, d] += along[g, rank] * base[item, part, d]
-                        for j in range(rank):
-                            out[item, g, part, d] += along[g, j] * basis[item, j, part, d]
+                for d in range(2 * half_v):
+                    out[item, g, d] += along[g, rank] * base[item, d]
+                for j in range(rank):
+                    for d in range(2 * half_v):
+                        out[item, g, d] += along[g, j] * basis[item, j, d]
 
 
 @kernel
@@ -203,7 +204,7 @@ def attend_pieces(at: Any, thread: Any, words: Any) -> None:
     """Each piece attended by itself, its output not yet normalised."""
     items, length, piece, group = at[_ITEMS], at[_LENGTH], at[_PIECE], at[_GROUP]
     pieces, half_v = (length + piece - 1) // piece, at[_HALF_V]
-    query = carray(pointer(at[_QUERY]), (items, group, 2, at[_HALF]), np.float32)
+    queries = carray(pointer(at[_QUERY]), (items, group, 2 * at[_HALF]), np.float32)
     keys = carray(pointer(at[_KEYS]), (items, at[_K_CAPACITY], at[_K_WORDS]), words)
     values = carray(pointer(at[_VALUES]), (items, at[_V_CAPACITY], at[_V_WORDS]), words)
     scores = carray(pointer(at[_SCORES]), (items, pieces, group, piece), np.float32)
@@ -212,10 +213,12 @@ def attend_pieces(at: Any, thread: Any, words: Any) -> None:
     parts = carray(pointer(at[_ALONG]), (items, pieces, group, 2, half_v), np.float32)
     weights = carray(pointer(at[_WEIGHTS]), (items, pieces * piece), np.float32)
     norms = np.empty(group, np.float32)
+    query = np.empty((group, 2, at[_HALF]), np.float32)
     for turn in range(thread, items * pieces, at[_THREADS]):
         item, nth = turn // pieces, turn % pieces
         start, stop = nth * piece, min(nth * piece + piece, length)
-        products(query[item], keys[item][start:stop], scores[item, nth])
+        split(queries[item], keys[item], query)
+        products(query, keys[item][start:stop], scores[item, nth])
         if at[_MASK] != 0:
             mask = carray(pointer(at[_MASK]), (items // at[_KV_HEADS], at[_MASK_STRIDE]), np.uint8)
             mask_out(scores[item, nth], mask[item // at[_KV_HEADS]][start:stop])
@@ -228,7 +231,7 @@ def attend_pieces(at: Any, thread: Any, words: Any) -> None:
 
 
 @kernel
-def merge(at: Any, thread: Any) -> None:
+def merge(at: Any, thread: Any, words: Any) -> None:
     """The pieces put together by their log-sum-exp."""
     items, group, kv_heads, half_v = at[_ITEMS], at[_GROUP], at[_KV_HEADS], at[_HALF_V]
     pieces = (at[_LENGTH] + at[_PIECE] - 1) // at[_PIECE]
@@ -236,18 +239,21 @@ def merge(at: Any, thread: Any) -> None:
     totals = carray(pointer(at[_TOTALS]), (items, pieces, group), np.float32)
     parts = carray(pointer(at[_ALONG]), (items, pieces, group, 2, half_v), np.float32)
     sinks = carray(pointer(at[_SINKS]), (kv_heads, group), np.float32)
-    out = carray(pointer(at[_OUT]), (items, group, 2, half_v), np.float32)
+    values = carray(pointer(at[_VALUES]), (items, at[_V_CAPACITY], at[_V_WORDS]), words)
+    out = carray(pointer(at[_OUT]), (items, group, 2 * half_v), np.float32)
+    halves = np.empty((group, 2, half_v), np.float32)
     for item in range(thread, items, at[_THREADS]):
+        halves[:] = np.float32(0.0)
         for g in range(group):
             sink = sinks[item % kv_heads, g] if at[_SINKS] != 0 else LOWEST
             norm = normaliser(peaks[item], totals[item], g, sink)
-            out[item, g] = np.float32(0.0)
             for nth in range(pieces):
                 if peaks[item, nth, g] > LOWEST:
                     share = np.float32(np.exp(peaks[item, nth, g] - norm))
                     for part in range(2):
                         for d in range(half_v):
-                            out[item, g, part, d] += share * parts[item, nth, g, part, d]
+                            halves[g, part, d] += share * parts[item, nth, g, part, d]
+        join(halves, values[item], out[item])
 
 
 @kernel
@@ -256,7 +262,7 @@ def dense(at: Any, words: Any) -> None:
     thread = thread_number(at)
     attend_pieces(at, thread, words)
     wait_for_all(at)
-    merge(at, thread)
+    merge(at, thread, words)
 
 
 def _entries(sources: int) -> dict[tuple[str, torch.dtype], Callable[[Any], None]]:

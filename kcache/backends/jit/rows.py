@@ -1,8 +1,8 @@
 """Products with rows of K and V, widened to fp32 in registers.
 
 A row is read in two halves that are both contiguous in registers: of bf16, stored as 32-bit words, the even and the
-odd places; of fp32 the first and the second half. Queries and outputs are laid out to match, ``[G, 2, D / 2]``. Which
-of the two it is follows from the array's type.
+odd places; of fp32 the first and the second half. Queries and outputs are laid out to match, ``[G, 2, D / 2]``, while
+a region works on them. Which of the two it is follows from the type of the rows.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ def first(rows: Any, row: Any, at: Any, half: Any) -> Any:
 
 def second(rows: Any, row: Any, at: Any, half: Any) -> Any:
     """Value ``at`` of the second half of a row."""
+
+
+def place(rows: Any, part: Any, at: Any, half: Any) -> Any:
+    """Where value ``at`` of half ``part`` is in a row."""
 
 
 def value(values: Any, at: Any) -> Any:
@@ -52,6 +56,17 @@ def _second(rows: Any, row: Any, at: Any, half: Any) -> Any:
     return of_words if rows.dtype == types.uint32 else of_floats
 
 
+@overload(place)
+def _place(rows: Any, part: Any, at: Any, half: Any) -> Any:
+    def of_words(rows: Any, part: Any, at: Any, half: Any) -> Any:
+        return 2 * at + part
+
+    def of_floats(rows: Any, part: Any, at: Any, half: Any) -> Any:
+        return part * half + at
+
+    return of_words if rows.dtype == types.uint32 else of_floats
+
+
 @overload(value)
 def _value(values: Any, at: Any) -> Any:
     def of_words(values: Any, at: Any) -> Any:
@@ -61,6 +76,26 @@ def _value(values: Any, at: Any) -> Any:
         return values[at]
 
     return of_words if values.dtype == types.uint16 else of_floats
+
+
+@kernel
+def split(vectors: Any, rows: Any, halves: Any) -> None:
+    """``vectors [G, D]`` in the halves that ``rows`` are read in, ``[G, 2, D / 2]``."""
+    half = halves.shape[2]
+    for g in range(halves.shape[0]):
+        for part in range(2):
+            for d in range(half):
+                halves[g, part, d] = vectors[g, place(rows, part, d, half)]
+
+
+@kernel
+def join(halves: Any, rows: Any, vectors: Any) -> None:
+    """The opposite of :func:`split`."""
+    half = halves.shape[2]
+    for g in range(halves.shape[0]):
+        for part in range(2):
+            for d in range(half):
+                vectors[g, place(rows, part, d, half)] = halves[g, part, d]
 
 
 @kernel

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kcache.backends.base import DecodeResult, DecodeStep
-from kcache.backends.jit.regions import AT, COMBINE, FIELDS, SCORE, compiled
+from kcache.backends.jit.regions import COMBINE, FIELDS, SCORE, compiled
 from kcache.backends.jit.team import find_team
 from kcache.spread import MOST
 
@@ -58,65 +58,61 @@ class Kernels:
 
     def decode(self, step: DecodeStep) -> DecodeResult | None:
         """Run the four verbs; None if a head wants more rows than it may have, for somebody else to sort out."""
-        at, items, group, keep = self._begin(step)
         batch, kv_heads = step.keys.shape[:2]
-        dim_v, pieces = step.values.shape[3], -(-step.length // _PIECE)
+        items, group, dim_v = batch * kv_heads, step.query.shape[1] // kv_heads, step.values.shape[3]
+        rows = -(-step.length // _PIECE) * _PIECE
         policy, tail = step.policy, step.lowrank
-        rank = 0 if tail is None else tail.basis.shape[2]
         count = min(policy.topn, step.length)
         most = count if step.threshold is None else min(MOST * count, step.length)
         picks = torch.empty(items, most, dtype=torch.int64, device="cpu")
-        found = torch.full((items,), count, dtype=torch.int64, device="cpu")
-        mass = _floats(items, group)
-        self._set(at, rank=rank, most=most, renormalises=int(policy.tail == "renormalise"))
-        self._point(at, picks=picks, found=found, mass=mass)
-        self._point(at, along=self._take("along", items * pieces * group * (rank + 1)))
+        mass, out = _floats(items, group), _floats(items, group, dim_v)
+        rank = 0 if tail is None else tail.basis.shape[2]
+        call = self._begin(step, out)
+        call.set(rank=rank, most=most, renormalises=int(policy.tail == "renormalise"))
+        call.point(picks=picks, mass=mass, along=self._take("along", items * rows // _PIECE * group * (rank + 1)))
         if tail is not None:
-            base, basis = (_split(part.float(), step.values.dtype).contiguous() for part in (tail.base, tail.basis))
-            keep += (base, basis)
-            self._point(at, base=base, basis=basis, coefficients=tail.coefficients)
-            self._set(at, c_capacity=tail.coefficients.shape[3])
-        out = _floats(items, group, 2, dim_v // 2)
-        self._point(at, out=out)
+            call.point(
+                base=tail.base.float().contiguous(),
+                basis=tail.basis.float().contiguous(),
+                coefficients=tail.coefficients,
+            )
+            call.set(c_capacity=tail.coefficients.shape[3])
         region = compiled("decode", step.keys.dtype)
-        if step.threshold is not None:
-            least = step.threshold.float().contiguous()
-            self._point(at, threshold=least, lists=self._take("lists", items * pieces * _PIECE, torch.int32))
-            self._point(at, counts=self._take("counts", items * pieces, torch.int64))
-            self._run(at, region, SCORE | COMBINE)
+        if step.threshold is None:
+            call.point(found=torch.full((items,), count, dtype=torch.int64, device="cpu"))
+            self._run(call, region, SCORE)
+            weights = self._scratch["weights"][: items * rows].view(items, rows)[:, : step.length]
+            torch.topk(weights, count, sorted=False, out=(_floats(items, count), picks))
+            self._run(call, region, COMBINE)
+        else:
+            found = torch.empty(items, dtype=torch.int64, device="cpu")
+            call.point(found=found, threshold=step.threshold.float().contiguous())
+            call.point(lists=self._take("lists", items * rows, torch.int32))
+            call.point(counts=self._take("counts", items * rows // _PIECE, torch.int64))
+            self._run(call, region, SCORE | COMBINE)
             longest = int(found.max())
             if longest > most:
                 return None
             picks = picks[:, : max(1, longest)]
-        else:
-            self._run(at, region, SCORE)
-            weights = self._scratch["weights"][: items * pieces * _PIECE].view(items, -1)[:, : step.length]
-            torch.topk(weights, count, sorted=False, out=(_floats(items, count), picks))
-            self._run(at, region, COMBINE)
-        joined = _joined(out, step.values.dtype).reshape(batch, kv_heads * group, dim_v).to(step.query.dtype)
+        joined = out.view(batch, kv_heads * group, dim_v).to(step.query.dtype)
         return DecodeResult(joined, picks.view(batch, kv_heads, -1), mass.view(batch, kv_heads, group))
 
     def dense(self, step: DecodeStep) -> torch.Tensor:
         """Exact attention, ``[B, Hq, Dv]``."""
-        at, items, group, keep = self._begin(step)
-        batch, kv_heads = step.keys.shape[:2]
-        dim_v, pieces = step.values.shape[3], -(-step.length // _PIECE)
-        out = _floats(items, group, 2, dim_v // 2)
-        self._point(at, out=out, along=self._take("along", items * pieces * group * dim_v))
-        self._run(at, compiled("dense", step.keys.dtype), 0)
-        del keep
-        return _joined(out, step.values.dtype).reshape(batch, kv_heads * group, dim_v).to(step.query.dtype)
+        batch, heads, dim_v = step.query.shape[0], step.query.shape[1], step.values.shape[3]
+        out = _floats(batch, heads, dim_v)
+        call = self._begin(step, out)
+        call.point(along=self._take("along", batch * heads * -(-step.length // _PIECE) * dim_v))
+        self._run(call, compiled("dense", step.keys.dtype), 0)
+        return out.to(step.query.dtype)
 
-    def _begin(self, step: DecodeStep) -> tuple[np.ndarray, int, int, tuple[torch.Tensor, ...]]:
-        """Write down what both steps share; returns the places, items, G, and tensors that must outlive the region."""
+    def _begin(self, step: DecodeStep, out: torch.Tensor) -> _Call:
+        """Write down what both steps share."""
         batch, kv_heads, capacity, dim = step.keys.shape
-        items, group = batch * kv_heads, step.query.shape[1] // kv_heads
-        at = np.zeros(len(FIELDS), np.int64)
+        items, group, dim_v = batch * kv_heads, step.query.shape[1] // kv_heads, step.values.shape[3]
         pieces = -(-step.length // _PIECE)
-        query = _split((step.query.float() * step.scaling).view(items, group, dim), step.keys.dtype).contiguous()
-        keep: tuple[torch.Tensor, ...] = (query,)
-        self._set(
-            at,
+        words = step.keys.element_size() / 4
+        call = _Call(
             number=self._team.number,
             size=self._team.size,
             barrier=self._team.barrier,
@@ -125,18 +121,18 @@ class Kernels:
             length=step.length,
             piece=_PIECE,
             group=group,
-            k_words=dim * step.keys.element_size() // 4,
-            v_words=step.values.shape[3] * step.values.element_size() // 4,
+            k_words=int(dim * words),
+            v_words=int(dim_v * words),
             half=dim // 2,
-            half_v=step.values.shape[3] // 2,
+            half_v=dim_v // 2,
             k_capacity=capacity,
             v_capacity=step.values.shape[2],
         )
-        self._point(
-            at,
-            query=query,
+        call.point(
+            query=(step.query.float() * step.scaling).contiguous(),
             keys=step.keys,
             values=step.values,
+            out=out,
             scores=self._take("scores", items * group * pieces * _PIECE),
             weights=self._take("weights", items * pieces * _PIECE),
             peaks=self._take("peaks", items * group * pieces),
@@ -144,19 +140,17 @@ class Kernels:
         )
         if step.mask is not None:
             mask = step.mask.contiguous().view(torch.uint8)
-            keep += (mask,)
-            self._set(at, mask_stride=mask.shape[1])
-            self._point(at, mask=mask)
+            call.set(mask_stride=mask.shape[1])
+            call.point(mask=mask)
         if step.sinks is not None:
-            sinks = step.sinks.float().contiguous()
-            keep += (sinks,)
-            self._point(at, sinks=sinks)
-        return at, items, group, keep
+            call.point(sinks=step.sinks.float().contiguous())
+        return call
 
-    def _run(self, at: np.ndarray, region: int, passes: int) -> None:
+    def _run(self, call: _Call, region: int, passes: int) -> None:
         threads = self._team.threads
-        self._set(at, passes=passes, threads=threads)
-        self._team.run(region, at.ctypes.data, threads)
+        call.set(passes=passes, threads=threads)
+        numbers = call.numbers()
+        self._team.run(region, numbers.ctypes.data, threads)
 
     def _take(self, name: str, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Scratch memory under a name, grown as needed; what it held before is lost."""
@@ -166,31 +160,29 @@ class Kernels:
                 held = self._scratch[name] = torch.empty(count + count // 8, dtype=dtype, device="cpu")
         return held
 
-    @staticmethod
-    def _set(at: np.ndarray, **numbers: int) -> None:
-        for name, number in numbers.items():
-            at[AT[name]] = number
 
-    @staticmethod
-    def _point(at: np.ndarray, **tensors: torch.Tensor) -> None:
+class _Call:
+    """Sizes and addresses for a region, by name, and the tensors there, which must outlive it."""
+
+    def __init__(self, **sizes: int) -> None:
+        self._values = sizes
+        self._tensors: list[torch.Tensor] = []
+
+    def set(self, **sizes: int) -> None:
+        """Write down sizes."""
+        self._values.update(sizes)
+
+    def point(self, **tensors: torch.Tensor) -> None:
+        """Write down where tensors are."""
+        self._tensors += tensors.values()
         for name, tensor in tensors.items():
-            at[AT[name]] = tensor.data_ptr()
+            self._values[name] = tensor.data_ptr()
+
+    def numbers(self) -> np.ndarray:
+        """What the region reads: 0 where nothing was written."""
+        return np.array([self._values.get(name, 0) for name in FIELDS], np.int64)
 
 
 def _floats(*shape: int) -> torch.Tensor:
     """What a region writes fp32 to, whatever torch's default dtype and device are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
-
-
-def _split(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``[..., D]`` in the halves that a reader of ``dtype`` has in registers, ``[..., 2, D / 2]``."""
-    if dtype == torch.bfloat16:
-        return rows.unflatten(-1, (-1, 2)).transpose(-1, -2)
-    return rows.unflatten(-1, (2, -1))
-
-
-def _joined(halves: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The opposite of :func:`_split`."""
-    if dtype == torch.bfloat16:
-        halves = halves.transpose(-1, -2)
-    return halves.flatten(-2)
