@@ -5,11 +5,12 @@
 A table stands between ``<!-- rows FILE -->`` (one file, as ``kcache bench`` prints it), ``<!-- runs FILE ... -->``
 (the same cases in several runs, kcache's speed over each other engine), ``<!-- fidelity FILE ... -->`` or ``<!-- tune
 FILE ... -->`` (as ``kcache eval fidelity`` and ``kcache tune`` print them) and ``<!-- end -->``. Files that are not
-there leave their table as it is.
+there leave their table as it is. ``<!-- llama FILE -->`` is what ``benchmarks/beside_llama.py --json`` wrote.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from kcache_cli.rows.formats import Row
 from kcache_cli.rows.store import read_rows
 
 DOCS = Path(__file__).parent.parent / "docs"
-BLOCK = re.compile(r"(<!-- (rows|runs|fidelity|tune) ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (rows|runs|llama|fidelity|tune) ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def runs_table(runs: Sequence[Sequence[Row]]) -> str:
@@ -49,6 +50,22 @@ def _ours(run: dict[tuple[int, int, str, int | None], Row], ctx: int, batch: int
     return statistics.median(times) if times else None
 
 
+def llama_table(record: Row) -> str:
+    """Milliseconds per step of kcache and llama.cpp in the same turns, and how much faster kcache is."""
+    lines = ["| ctx | engine | ms/step p50 | kcache is faster by |", "|---:|---|---:|---:|"]
+    for case in record["cases"]:
+        middles = {name: [statistics.median(turn) for turn in turns] for name, turns in case["turns"].items()}
+        for name, turns in middles.items():
+            by_turn = [other / ours for other, ours in zip(turns, middles["kcache"], strict=True)]
+            faster = f"{statistics.median(by_turn):.2f}× [{min(by_turn):.2f}–{max(by_turn):.2f}]"
+            label = f"kcache N={case['topn']}" if name == "kcache" else name
+            times = f"{statistics.median(turns):.1f} [{min(turns):.1f}–{max(turns):.1f}]"
+            lines.append(f"| {case['ctx']:,} | {label} | {times} | {'' if name == 'kcache' else faster} |")
+    peer, env = record["cases"][0]["peer"], record["env"]
+    lines += ["", f"llama-cpp-python {peer['ready']}: {peer['system']}", f"{env['cpu']} · {env['time']}"]
+    return "\n".join(lines) + "\n"
+
+
 def fill(text: str, folder: Path) -> str:
     """Return the page with its tables written anew."""
 
@@ -56,7 +73,9 @@ def fill(text: str, folder: Path) -> str:
         paths = [folder / name for name in match[3].split()]
         if not all(path.exists() for path in paths):
             return match[0]
-        if match[2] in ("fidelity", "tune"):
+        if match[2] == "llama":
+            body = llama_table(json.loads(paths[0].read_text(encoding="utf-8")))
+        elif match[2] in ("fidelity", "tune"):
             page = tune_table if match[2] == "tune" else fidelity_table
             body = page.markdown([row for path in paths for row in read_rows(path, "rows", page.COMMAND, page.NAMES)])
         else:

@@ -71,7 +71,7 @@ def tasks(
 ) -> None:
     """Run benchmarks with full attention and with N rows, and compare the answers question by question.
 
-    Prompts, worked examples and scoring are lm-eval's (pip install 'kcache-llm[eval]'); decoding is kcache's, greedy,
+    Prompts, worked examples and scoring are lm-eval's (the extra named eval); decoding is kcache's, greedy,
     one sequence at a time. A small model's scores are low whatever one does, so the answers are also compared one by
     one: same answer read out of the reply, same reply to the letter. Weights are float32 unless --dtype is given: in
     16 bits rounding alone changes many replies of a small model.
