@@ -69,6 +69,19 @@ def test_a_large_card_does_not_make_the_bars_invisible() -> None:
     assert view.device.cut and view.scale < 1 << 30
 
 
+def test_hot_rows_are_a_part_of_their_own_once_there_are_any() -> None:
+    frames = conversation()
+    totals = frames[-1].totals
+    without = {segment.part: segment.bytes for segment in memory_view(moment(frames)).device.segments}
+    assert "hot" not in without
+    hot = totals.overhead_bytes // 4
+    frames[-1] = replace(frames[-1], totals=replace(totals, hot_bytes=hot))
+    view = memory_view(moment(frames))
+    parts = {segment.part: segment.bytes for segment in view.device.segments}
+    assert (parts["hot"], parts["overhead"] + hot) == (hot, without["overhead"])
+    assert view.device.used == sum(parts.values())
+
+
 def test_lengths_end_where_they_should() -> None:
     segments = tuple(Segment("k", "K", size) for size in (100, 1, 299))
     assert lengths(segments, 400, 10) == [20, 1, 59]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 from rich.text import Text
 from textual import events
 from textual.message import Message
@@ -24,9 +26,9 @@ class Line(Widget):
     rate_hz: reactive[float] = reactive(5.0)
     """How often the dashboard looks."""
 
+    @abstractmethod
     def draw(self, width: int) -> Text:
         """The line."""
-        raise NotImplementedError
 
     def render_line(self, y: int) -> Strip:
         """Give the line to the screen."""

@@ -72,7 +72,7 @@ class LinkPanel(Panel):
                 (f" of {view.measured_s / 1e9:.1f} GB/s", palette.muted),
             )
         else:
-            right = Text("no link here" if host_only else "link not measured", palette.muted)
+            right = Text("no link here" if host_only else "link not measured: kcache doctor", palette.muted)
         return columns(left, right, width)
 
     def _totals(self, view: LinkView, width: int) -> Text:

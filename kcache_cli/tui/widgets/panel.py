@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import ClassVar
@@ -48,9 +49,9 @@ class Panel(Widget, can_focus=True):
         self._drawn = None
         self.refresh()
 
+    @abstractmethod
     def draw(self, moment: Moment, width: int, height: int) -> list[Text]:
         """The lines of the panel, at most ``height`` of them, ``width`` cells wide."""
-        raise NotImplementedError
 
     def draw_empty(self, width: int, height: int) -> list[Text]:
         """The lines while there is no frame."""
