@@ -19,7 +19,7 @@ from kcache_cli.tui.model.layers import SORTS, error_bound, layer_rows, parse_fi
 from kcache_cli.tui.model.link import link_view, rates
 from kcache_cli.tui.model.memory import Segment, lengths, memory_view
 from kcache_cli.tui.model.moment import Moment
-from kcache_cli.tui.model.passage import pieces_of, role_at, weights
+from kcache_cli.tui.model.passage import beginning, pieces_of, role_at, weights
 from kcache_cli.tui.model.scale import slots, ticks
 from kcache_cli.tui.model.speed import speed_view
 from kcache_cli.tui.model.trace import HALF_LIFE_STEPS, Trace
@@ -367,6 +367,13 @@ def test_weights_are_shares_of_heads() -> None:
     assert weights(frame(8, picks=False), 15, 0, 10) is None
     everywhere = weights(frame(8), None, 0, 3)
     assert everywhere is not None and everywhere.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_passage_begins_so_that_what_was_picked_most_is_in_it() -> None:
+    now = frame(8)
+    assert beginning(now, 15, range(NEEDLE.start - 100, NEEDLE.stop), 40) == NEEDLE.start - 20
+    assert beginning(now, 15, range(NEEDLE.start - 10, NEEDLE.stop), 40) == NEEDLE.start - 18
+    assert beginning(frame(8, picks=False), 15, range(4, 60), 40) == 0
 
 
 def test_numbers_for_people() -> None:
