@@ -87,7 +87,7 @@ class TieredLayer(CacheLayerMixin):
         self.mode: StepMode = "idle"
         self.picks: torch.Tensor | None = None
         self.mass: torch.Tensor | None = None
-        self.rows_fetched = self.row_bytes_fetched = self.hot_hits = self.steps = 0
+        self.rows_fetched = self.row_bytes_fetched = self.hot_hits = self.hot_bytes = self.steps = 0
         self._k: RowBuffer | None = None
         self._v: ValueStore | None = None
 
@@ -324,6 +324,7 @@ class TieredLayer(CacheLayerMixin):
             per_token * self.length,
             self.steps,
             self.length,
+            self.hot_bytes,
         )
 
 

@@ -46,6 +46,8 @@ class Stats:
         Decode steps run.
     tokens : int
         Tokens now in the cache (the longest layer's length).
+    hot_bytes : int
+        What of ``overhead_bytes`` is rows that were fetched lately and kept on the device.
     """
 
     bytes_h2d: int = 0
@@ -60,6 +62,7 @@ class Stats:
     full_kv_bytes: int = 0
     steps: int = 0
     tokens: int = 0
+    hot_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The ``kcache`` program: its commands, and how errors leave it.
 
-Nothing here imports torch; commands do when they run.
+Nothing here imports torch or a command that is not wanted; commands import torch when they run.
 """
 
 from __future__ import annotations
@@ -14,13 +14,22 @@ from typer.core import TyperGroup
 
 from kcache import __version__
 from kcache_cli import exits
-from kcache_cli.commands import bench, chat, config, docs, doctor, eval, generate, inspect, models, plan, pull, tune
 from kcache_cli.ranks import check_command
-from kcache_cli.register import add
+from kcache_cli.register import Commands
+
+_NAMES = ("chat", "generate", "bench", "eval", "tune", "inspect", "plan", "doctor", "models", "pull", "config")
 
 
 class Program(TyperGroup):
     """A command group that turns every error into one line and an exit code."""
+
+    def __init__(self, **attrs: Any) -> None:
+        super().__init__(**attrs)
+        self.commands = Commands("kcache_cli.commands", _NAMES, hidden=("docs",))
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Their names, without making them."""
+        return list(self.commands)
 
     def main(
         self,
@@ -51,6 +60,8 @@ class Program(TyperGroup):
 
 
 def _report(error: Exception) -> int:
+    if isinstance(error, typer.TyperException) and not error.format_message():
+        return error.exit_code  # a group without a command: its help has been printed
     context = getattr(error, "ctx", None)
     program = context.command_path if context is not None else "kcache"
     code = exits.report(error, program)
@@ -109,31 +120,9 @@ def kcache(
     check_command(context.invoked_subcommand)
 
 
-add(app, "chat", chat.chat)
-add(app, "generate", generate.generate)
-add(app, "bench", bench.bench)
-app.add_typer(eval.app, name="eval")
-add(app, "tune", tune.tune)
-add(app, "inspect", inspect.inspect)
-add(app, "plan", plan.plan)
-add(app, "doctor", doctor.doctor)
-add(app, "models", models.models)
-add(app, "pull", pull.pull)
-add(app, "config", config.config)
-add(app, "docs", docs.docs, hidden=True)
-
-
 def main() -> None:
     """Run the program (the console script)."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    _keep_to(sys.argv[1] if len(sys.argv) > 1 else "")
     app(sys.argv[1:] or ["--help"], prog_name="kcache")
-
-
-def _keep_to(name: str) -> None:
-    """Leave out all other commands if ``name`` is one: a third of the time to start is spent on their flags."""
-    wanted = [command for command in app.registered_commands if command.name == name]
-    if wanted:
-        app.registered_commands, app.registered_groups = wanted, []

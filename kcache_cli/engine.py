@@ -213,17 +213,18 @@ class KCacheEngine:
         """See :class:`Engine`."""
         from kcache.bench.env import environment
         from kcache.bench.run import run
-        from kcache.machine import measure
+        from kcache_cli.measured import measure
 
         watch("measuring this machine", 0)
-        machine = measure(lm.device)
+        machine = measure(str(lm.device))
         return run(lm, spec, cases, machine, environment(machine), watch)
 
     def publish(self, lm: Any, **options: Any) -> Publication | None:
         """See :class:`Engine`."""
         from kcache.telemetry import publish
+        from kcache_cli.measured import link_gb_s
 
-        return publish(lm, **options)
+        return publish(lm, link_gb_s=link_gb_s(lm.device), **options)
 
     def fidelity(
         self, lm: Any, spec: FidelitySpec, places: Sequence[Place], known: Known, watch: Callable[[str], None]

@@ -1,4 +1,4 @@
-"""Where the command line keeps its own files: settings and chat history.
+"""Where the command line keeps its own files: settings, chat history, what was measured.
 
 ``KCACHE_CONFIG`` names the settings file; ``KCACHE_HOME`` moves everything kcache keeps under one folder.
 """
@@ -21,9 +21,18 @@ def config_file() -> Path:
 
 def history_file() -> Path:
     """The chat history, readable by its owner alone."""
+    return _state() / "chat_history"
+
+
+def links_file() -> Path:
+    """How fast links to devices were measured to be."""
+    return _state() / "links.json"
+
+
+def _state() -> Path:
     home = os.environ.get("KCACHE_HOME")
     if home:
-        return Path(home).expanduser() / "chat_history"
+        return Path(home).expanduser()
     from platformdirs import user_state_path
 
-    return user_state_path("kcache") / "chat_history"
+    return user_state_path("kcache")

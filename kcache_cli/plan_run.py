@@ -159,7 +159,7 @@ def _dtype(model: ModelOptions, config: Any) -> torch.dtype:
 
 
 def _measured(model: ModelOptions) -> tuple[Any, str, str]:
-    from kcache.machine import measure
+    from kcache_cli.measured import measure
 
     device = model.device or "auto"
     machine = measure("auto" if device in ("balanced", "balanced_low_0", "sequential") else device)

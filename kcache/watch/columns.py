@@ -3,7 +3,7 @@
 :func:`read_frame` makes a :class:`~kcache.watch.frame.Frame` of columns that came from anywhere and checks all of it.
 
 ========== =============================== ==========================================================================
-counts     ``[fields of Stats, layers]``   whole numbers
+counts     ``[fields of Stats, layers]``   whole numbers; older recordings lack the last fields, which are 0 then
 histogram  ``[layers, 128]``               picks per bucket, or fewer and wider ones: 64, 32, 16
 overlap    ``[layers]``                    in 1/100, 255 for none
 heads      ``[layers]``                    entries of ``mass`` that are this layer's, 0 for none
@@ -50,6 +50,7 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 ROLES: tuple[Role, ...] = get_args(Role)
 STATS = tuple(item.name for item in fields(Stats))
 
+_FEWEST_STATS = 12
 _LARGEST = 2**62
 _MOST_LAYERS = 4096
 _MOST_PICKS = 2**24
@@ -72,7 +73,7 @@ def read_frame(columns: Message) -> Frame:
         raise FormatError(f"histogram: {columns_given} columns")
     width = bucket_tokens(tokens, columns_given)
     buckets = -(-tokens // width)
-    counts = array(columns, "counts", (len(STATS), count))
+    counts = _counts(columns, count)
     heat = array(columns, "histogram", (count, columns_given)).astype(np.uint32)
     overlap = array(columns, "overlap", (count,))
     if len(modes) != count:
@@ -111,6 +112,16 @@ def read_frame(columns: Message) -> Frame:
         sequences=tuple(SequenceFrame(pad, held, made, bool(done)) for pad, held, made, done in sequences),
         job=None if job is None else (_rows({"job": [job]}, "job", 2)[0][0], _rows({"job": [job]}, "job", 2)[0][1]),
     )
+
+
+def _counts(columns: Message, count: int) -> np.ndarray:
+    known = len(STATS)
+    given = getattr(columns.get("counts"), "shape", (known,))[0]
+    if not _FEWEST_STATS <= given <= known:
+        given = known
+    counts = np.zeros((known, count), np.int64)
+    counts[:given] = array(columns, "counts", (given, count))
+    return counts
 
 
 def _total(counts: np.ndarray) -> Stats:

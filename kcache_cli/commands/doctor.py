@@ -31,7 +31,7 @@ def doctor(
 
         from kcache.fastpath import findings
         from kcache.host import pci_slot, read_host
-        from kcache.machine import measure
+        from kcache_cli.measured import measure
 
         machine = measure(device, quick=False)
         host = read_host()

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import typer
+from typer.core import TyperGroup
 
-from kcache_cli.evaluate import fidelity, needle, tasks
-from kcache_cli.register import add
+from kcache_cli.register import Commands
 
-app = typer.Typer(
+eval = TyperGroup(
+    name="eval",
     help="Measure what decoding with N rows costs in answers, beside full attention.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
-
-add(app, "fidelity", fidelity.fidelity)
-add(app, "needle", needle.needle)
-add(app, "tasks", tasks.tasks)
+eval.commands = Commands("kcache_cli.evaluate", ("fidelity", "needle", "tasks"))

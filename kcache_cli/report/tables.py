@@ -74,7 +74,8 @@ def memory_bars(frame: Frame, weights_bytes: int) -> dict[str, Any]:
     device = [
         ("device_k", "K", totals.k_bytes),
         ("device_v", "resident V", totals.resident_v_bytes),
-        ("overhead", "policy overhead", totals.overhead_bytes),
+        ("overhead", "policy overhead", max(0, totals.overhead_bytes - totals.hot_bytes)),
+        ("hot", "hot rows", totals.hot_bytes),
     ]
     return {
         "device": [_part(*part, longest) for part in device if part[2]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ClassVar
@@ -44,9 +45,9 @@ class Actions(App[None]):
     folder: Path
     _PANELS: ClassVar[tuple[str, ...]] = PANELS
 
+    @abstractmethod
     def show_words(self) -> None:
         """Fill the text panel; see the app."""
-        raise NotImplementedError
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Whether a key does something now: the filter's is a letter like any other while something is written."""

@@ -29,7 +29,7 @@ from kcache_cli.tui.keys import bindings
 from kcache_cli.tui.layout import PANELS, arrange
 from kcache_cli.tui.look import Look
 from kcache_cli.tui.model.moment import Moment
-from kcache_cli.tui.model.passage import pieces_of, weights
+from kcache_cli.tui.model.passage import beginning, pieces_of, weights
 from kcache_cli.tui.palette import ASCII, DARK, LIGHT, UNICODE, theme_of
 from kcache_cli.tui.shelf import Shelf
 from kcache_cli.tui.talk import Talk
@@ -251,7 +251,9 @@ class Dashboard(Actions):
         if positions is None:
             start, end, layer = max(0, frame.tokens - room), frame.tokens, None
         else:
-            start, end, layer = max(0, positions.start - 8), min(frame.tokens, positions.start + room), heat.at_layer
+            layer = heat.at_layer
+            start = beginning(frame, layer, positions, room // 3)  # tokens have some six signs with their space
+            end = min(frame.tokens, start + room)
         title = "6 text" if positions is None else f"6 text from token {start:,}"
         if title != panel.border_title:  # setting it draws the panel once more
             panel.border_title = title
@@ -261,7 +263,7 @@ class Dashboard(Actions):
         )
 
     def quote(self, layer: int, positions: range, width: int) -> Text:
-        """The words at positions, picked ones lit, around the one that was picked most."""
+        """The words at positions, picked ones lit, the one that was picked most in the first third."""
         moment = self.moment
         if moment is None or moment.frame is None:
             return Text()
@@ -271,11 +273,9 @@ class Dashboard(Actions):
         found = weights(frame, layer, start, end)
         pieces = [piece for piece in flat(pieces_of(frame, texts, start, found)) if not piece.special]
         best = max(range(len(pieces)), key=lambda at: pieces[at].weight, default=0)
-        while pieces and sum(len(piece.text) for piece in pieces[: best + 4]) > width - 4:
+        while sum(len(piece.text) for piece in pieces[:best]) > width // 3:
             pieces.pop(0)
             best -= 1
-            if best < 0:
-                break
         first, last = self.look.signs.quote
         muted = self.look.palette.muted
         return Text.assemble((first, muted), words(pieces, self.look, roles=False), (last, muted))

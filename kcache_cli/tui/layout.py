@@ -49,7 +49,7 @@ def arrange(
         low = max(9, height // 3)
         return Layout(top, height - top - low, low, frozenset({"memory", "link", "heat", "speed", "words"}))
     wanted = lines + _HEAT_AROUND
-    low = max(8, height - top - wanted)
+    low = max(7, height - top - wanted)
     if height - top - low > wanted + 4:
         low = height - top - wanted
     return Layout(top, height - top - low, low, frozenset(PANELS))

@@ -31,6 +31,7 @@ class Palette:
     k: str
     v: str
     overhead: str
+    hot: str
     activations: str
     other: str
     free: str
@@ -64,6 +65,7 @@ DARK = Palette(
     k="#4b9bff",
     v="#9a7cff",
     overhead="#f0b64c",
+    hot="#f07f5a",
     activations="#69d58c",
     other="#39435a",
     free="#1b2130",
@@ -91,6 +93,7 @@ LIGHT = Palette(
     k="#2468d6",
     v="#7146d1",
     overhead="#c98a12",
+    hot="#d2513f",
     activations="#2f9a5a",
     other="#c4c9d4",
     free="#eceae4",

@@ -26,7 +26,7 @@ def config(tmp_path: Path) -> str:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kcache.machine, "measure", lambda device: CPU)
+    monkeypatch.setattr(kcache.machine, "measure", lambda device, quick: CPU)
 
 
 def planned(run: Run, *args: str) -> dict[str, Any]:

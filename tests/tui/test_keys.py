@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -239,10 +240,24 @@ def test_the_cursor_reads_the_text() -> None:
         panel.at_layer, panel.cursor = 14, 3305
         await driver.settle()
         text = driver.text()
-        assert "the blue lighthouse" in text
+        assert "The secret code of the blue lighthouse is 7413" in text  # under the map
+        assert text.count("The secret code of the blue") == 2
         assert "6 text from token" in text
 
     run(body)
+
+
+def test_the_text_is_that_of_the_cells_after_a_step_in_time() -> None:
+    async def body(driver: Driver) -> None:
+        await driver.press("space", "a", "left", "left")
+        positions = heat(driver).positions()
+        assert positions is not None
+        text = driver.text()
+        assert f"tokens {positions.start:,}–{positions.stop - 1:,}" in text
+        found = re.search(r"6 text from token ([\d,]+)", text)
+        assert found and int(found[1].replace(",", "")) in range(positions.start - 8, positions.stop)
+
+    run(body, FakeSource([frame(step, prompt=6000 + 70 * step) for step in range(1, 5)]))
 
 
 def test_enter_opens_a_layer_and_arrows_go_to_its_neighbours() -> None:

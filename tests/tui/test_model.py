@@ -19,7 +19,7 @@ from kcache_cli.tui.model.layers import SORTS, error_bound, layer_rows, parse_fi
 from kcache_cli.tui.model.link import link_view, rates
 from kcache_cli.tui.model.memory import Segment, lengths, memory_view
 from kcache_cli.tui.model.moment import Moment
-from kcache_cli.tui.model.passage import pieces_of, role_at, weights
+from kcache_cli.tui.model.passage import beginning, pieces_of, role_at, weights
 from kcache_cli.tui.model.scale import slots, ticks
 from kcache_cli.tui.model.speed import speed_view
 from kcache_cli.tui.model.trace import HALF_LIFE_STEPS, Trace
@@ -67,6 +67,19 @@ def test_a_large_card_does_not_make_the_bars_invisible() -> None:
     frames[-1] = replace(frames[-1], memory=Memory(80 << 30, 79 << 30, None, None, 64 << 30, 32 << 30, 2 << 30))
     view = memory_view(moment(frames, replace(INFO, host_only=False)))
     assert view.device.cut and view.scale < 1 << 30
+
+
+def test_hot_rows_are_a_part_of_their_own_once_there_are_any() -> None:
+    frames = conversation()
+    totals = frames[-1].totals
+    without = {segment.part: segment.bytes for segment in memory_view(moment(frames)).device.segments}
+    assert "hot" not in without
+    hot = totals.overhead_bytes // 4
+    frames[-1] = replace(frames[-1], totals=replace(totals, hot_bytes=hot))
+    view = memory_view(moment(frames))
+    parts = {segment.part: segment.bytes for segment in view.device.segments}
+    assert (parts["hot"], parts["overhead"] + hot) == (hot, without["overhead"])
+    assert view.device.used == sum(parts.values())
 
 
 def test_lengths_end_where_they_should() -> None:
@@ -354,6 +367,13 @@ def test_weights_are_shares_of_heads() -> None:
     assert weights(frame(8, picks=False), 15, 0, 10) is None
     everywhere = weights(frame(8), None, 0, 3)
     assert everywhere is not None and everywhere.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_passage_begins_so_that_what_was_picked_most_is_in_it() -> None:
+    now = frame(8)
+    assert beginning(now, 15, range(NEEDLE.start - 100, NEEDLE.stop), 40) == NEEDLE.start - 20
+    assert beginning(now, 15, range(NEEDLE.start - 10, NEEDLE.stop), 40) == NEEDLE.start - 18
+    assert beginning(frame(8, picks=False), 15, range(4, 60), 40) == 0
 
 
 def test_numbers_for_people() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,7 @@ def test_since_is_never_negative() -> None:
         ("phase", 7),
         ("counts", np.zeros((2, 4), np.int64)),
         ("counts", np.full((12, 4), -1, np.int64)),
+        ("counts", np.zeros((len(STATS) + 1, 4), np.int64)),
         ("histogram", np.zeros((4, 100), np.int64)),
         ("overlap", None),
         ("heads", np.full(4, 2**25, np.int64)),
@@ -126,6 +128,13 @@ def test_a_malformed_column_is_named(steps: Steps, name: str, value: Any) -> Non
     columns, _ = sent(steps)
     with pytest.raises(FormatError, match=name):
         read_frame({**columns, name: value})
+
+
+def test_frames_made_before_hot_rows_were_counted_are_read(steps: Steps) -> None:
+    columns, _ = sent(steps)
+    older = {**columns, "counts": columns["counts"][:12]}
+    assert STATS[12:] == ("hot_bytes",)
+    assert read_frame(older).totals == replace(read_frame(columns).totals, hot_bytes=0)
 
 
 @settings(max_examples=300, deadline=None)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from kcache_cli.tui.model.moment import Moment
 
-Part = Literal["weights", "k", "v", "overhead", "activations", "free", "host_v", "ghost", "other"]
+Part = Literal["weights", "k", "v", "overhead", "hot", "activations", "free", "host_v", "ghost", "other"]
 _SHOWS_ALL = 0.3
 """A bar ends with the tier's total once what we hold is this share of it."""
 
@@ -58,7 +58,8 @@ def memory_view(moment: Moment) -> MemoryView:
         Segment("weights", "weights", weights),
         Segment("k", "K", totals.k_bytes),
         Segment("v", "V", totals.resident_v_bytes),
-        Segment("overhead", "overhead", totals.overhead_bytes),
+        Segment("overhead", "overhead", max(0, totals.overhead_bytes - totals.hot_bytes)),
+        Segment("hot", "hot rows", totals.hot_bytes),
         Segment("activations", "activations", activations),
     ]
     used = weights + kv + activations

@@ -45,6 +45,13 @@ def role_at(frame: Frame, position: int) -> Role:
     return role
 
 
+def beginning(frame: Frame, layer: int, positions: range, room: int) -> int:
+    """Where a passage about positions begins: a little before, or so that what was picked most is among ``room``."""
+    found = weights(frame, layer, positions.start, positions.stop)
+    most = 0 if found is None else int(found.argmax())
+    return max(0, positions.start - 8, positions.start + most - room // 2)
+
+
 def weights(frame: Frame, layer: int | None, start: int, end: int) -> np.ndarray | None:
     """The share of rows of picks that have each of the positions ``start:end``, of a layer or of all together.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kcache_cli.text import size
 
-__all__ = ["bytes_short", "count", "percent", "position", "rate", "seconds", "size"]
+__all__ = ["bytes_short", "count", "figure", "percent", "position", "rate", "seconds", "size"]
 
 
 def bytes_short(value: float) -> str:
@@ -41,6 +41,11 @@ def clock(value_s: float) -> str:
     minutes, rest = divmod(int(value_s), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def figure(value: float) -> str:
+    """``7.2``, ``132``: as precise as it is read."""
+    return f"{value:.1f}" if value < 99.95 else f"{value:,.0f}"
 
 
 def percent(share: float | None) -> str:

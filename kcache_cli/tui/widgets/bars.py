@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 from rich.text import Text
 from textual import events
 from textual.message import Message
@@ -12,7 +14,7 @@ from textual.widget import Widget
 from kcache_cli.text import one_line
 from kcache_cli.tui.look import look_of
 from kcache_cli.tui.model.moment import Moment
-from kcache_cli.tui.model.words import clock
+from kcache_cli.tui.model.words import clock, figure
 from kcache_cli.tui.widgets.panel import columns, cut, strip
 
 
@@ -24,9 +26,9 @@ class Line(Widget):
     rate_hz: reactive[float] = reactive(5.0)
     """How often the dashboard looks."""
 
+    @abstractmethod
     def draw(self, width: int) -> Text:
         """The line."""
-        raise NotImplementedError
 
     def render_line(self, y: int) -> Strip:
         """Give the line to the screen."""
@@ -50,6 +52,10 @@ class Headline(Line):
         left.append(one_line(info.model), "bold")
         left.append(f" {signs.dot} {one_line(info.command)} {info.pid}", palette.muted)
         state = self._state(moment, width)
+        tok_s = None if moment.frame is None else moment.frame.speed.tok_s
+        fast = Text() if tok_s is None else Text.assemble((figure(tok_s), "bold"), (" tok/s  ", palette.muted))
+        if width < 100 and left.cell_len + fast.cell_len + state.cell_len < width:  # it has no panel for speed
+            state = Text.assemble(fast, state)
         where = "host-only run: both tiers are RAM" if info.host_only else one_line(info.device)
         if left.cell_len + len(where) + state.cell_len + 4 < width:
             left.append(f" {signs.dot} {where}", palette.muted)

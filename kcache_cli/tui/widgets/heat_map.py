@@ -205,7 +205,7 @@ class HeatMap(Panel):
     # -- the cursor ------------------------------------------------------------------------------------------------
 
     def _cell(self, moment: Moment) -> Cell | None:
-        positions = self.positions()
+        positions = self._positions()
         if positions is None or moment.frame is None:
             return None
         return cell(moment, self.at_layer, positions, self.head if self.mode is Mode.HEADS else None)
@@ -241,7 +241,12 @@ class HeatMap(Panel):
             self.post_message(self.Looked(self.at_layer, self.positions()))
 
     def positions(self) -> range | None:
-        """The positions of the cell under the cursor."""
+        """The positions of the cell under the cursor, as the newest moment has it."""
+        if self.cursor is not None and self.size:
+            self.drawn()
+        return self._positions()
+
+    def _positions(self) -> range | None:
         if self.cursor is None or self._grid is None:
             return None
         return self._grid.positions(self._column_of(self.cursor))

@@ -24,15 +24,16 @@ class LinkPanel(Panel):
         up = Text.assemble((f"{signs.up} H2D ", palette.h2d), (rate(view.h2d_s), "bold"))
         down = Text.assemble((f"{signs.down} D2H ", palette.d2h), (rate(view.d2h_s), "bold"))
         token = self._per_token(view)
+        hot, share = self._hot(view), self._share(view, moment.info.host_only)
         if height < 6:
-            tail = max(0, height - 2)
-            head = columns(Text.assemble(up, "  ", down), token, width)
-            return [head, *self._graph(moment, width, tail, False), self._hits(view, width, moment.info.host_only)][
-                :height
-            ]
+            rates = Text.assemble(up, "  ", down)
+            if rates.cell_len + token.cell_len >= width:  # what a token costs says more than the link's share
+                share = token
+            graph = self._graph(moment, width, max(0, height - 2), False)
+            return [columns(rates, token, width), *graph, columns(hot, share, width)][:height]
         lines = [columns(Text.assemble(up, "   ", down), token, width)]
         lines += self._graph(moment, width, height - 3, True)
-        return [*lines, self._hits(view, width, moment.info.host_only), self._totals(view, width)]
+        return [*lines, columns(hot, share, width), self._totals(view, width)]
 
     def _per_token(self, view: LinkView) -> Text:
         if view.per_token is None:
@@ -57,23 +58,23 @@ class LinkPanel(Panel):
             lines[-1] = _over(lines[-1], Text(f"{rate(deepest)} ", palette.muted))
         return lines
 
-    def _hits(self, view: LinkView, width: int, host_only: bool) -> Text:
+    def _hot(self, view: LinkView) -> Text:
         palette = self.look.palette
-        left = Text.assemble(("hot set ", palette.muted))
+        text = Text.assemble(("hot set ", palette.muted))
         if view.hit_rate is None:
-            left.append("–" if not self.look.ascii else "-", palette.muted)
-        else:
-            left.append_text(bar(view.hit_rate, 10, palette.accent, palette.free, self.look))
-            left.append(f" {percent(view.hit_rate)}", "bold")
-        if view.share is not None and view.measured_s is not None:
-            right = Text.assemble(
-                bar(view.share, 10, palette.h2d, palette.free, self.look),
-                (f" {percent(view.share)}", "bold"),
-                (f" of {view.measured_s / 1e9:.1f} GB/s", palette.muted),
-            )
-        else:
-            right = Text("no link here" if host_only else "link not measured", palette.muted)
-        return columns(left, right, width)
+            return text.append("–", palette.muted)
+        text.append_text(bar(view.hit_rate, 10, palette.accent, palette.free, self.look))
+        return text.append(f" {percent(view.hit_rate)}", "bold")
+
+    def _share(self, view: LinkView, host_only: bool) -> Text:
+        palette = self.look.palette
+        if view.share is None or view.measured_s is None:
+            return Text("no link here" if host_only else "link not measured: kcache doctor", palette.muted)
+        return Text.assemble(
+            bar(view.share, 10, palette.h2d, palette.free, self.look),
+            (f" {percent(view.share)}", "bold"),
+            (f" of {view.measured_s / 1e9:.1f} GB/s", palette.muted),
+        )
 
     def _totals(self, view: LinkView, width: int) -> Text:
         palette, signs = self.look.palette, self.look.signs

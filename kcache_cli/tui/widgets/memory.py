@@ -9,8 +9,26 @@ from kcache_cli.tui.model.moment import Moment
 from kcache_cli.tui.model.words import size
 from kcache_cli.tui.widgets.panel import Panel, columns, cut
 
-_ASCII_FILL = {"weights": "w", "k": "K", "v": "V", "overhead": "t", "activations": "a", "other": "o", "host_v": "V"}
-_MONO_FILL = {"weights": "▒", "k": "█", "v": "▓", "overhead": "▚", "activations": "▞", "other": "░", "host_v": "▓"}
+_ASCII_FILL = {
+    "weights": "w",
+    "k": "K",
+    "v": "V",
+    "overhead": "t",
+    "hot": "h",
+    "activations": "a",
+    "other": "o",
+    "host_v": "V",
+}
+_MONO_FILL = {
+    "weights": "▒",
+    "k": "█",
+    "v": "▓",
+    "overhead": "▚",
+    "hot": "▙",
+    "activations": "▞",
+    "other": "░",
+    "host_v": "▓",
+}
 
 
 class MemoryPanel(Panel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import ClassVar
@@ -48,9 +49,9 @@ class Panel(Widget, can_focus=True):
         self._drawn = None
         self.refresh()
 
+    @abstractmethod
     def draw(self, moment: Moment, width: int, height: int) -> list[Text]:
         """The lines of the panel, at most ``height`` of them, ``width`` cells wide."""
-        raise NotImplementedError
 
     def draw_empty(self, width: int, height: int) -> list[Text]:
         """The lines while there is no frame."""
@@ -66,13 +67,17 @@ class Panel(Widget, can_focus=True):
         base = self.rich_style
         return [strip(line, self.look.ascii, base).adjust_cell_length(width, base) for line in lines]
 
-    def render_line(self, y: int) -> Strip:
-        """Give one line to the screen."""
+    def drawn(self) -> list[Strip]:
+        """The lines, drawn if that has not been done since something changed."""
         size = (self.size.width, self.size.height)
         if self._drawn is None or self._drawn[:2] != (size, self.look):
             self._drawn = size, self.look, self.strips(*size)
-        lines = self._drawn[2]
-        return lines[y] if y < len(lines) else Strip.blank(size[0], self.rich_style)
+        return self._drawn[2]
+
+    def render_line(self, y: int) -> Strip:
+        """Give one line to the screen."""
+        lines = self.drawn()
+        return lines[y] if y < len(lines) else Strip.blank(self.size.width, self.rich_style)
 
 
 def strip(text: Text, ascii: bool = False, base: Style | None = None) -> Strip:

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from kcache_cli.tui.model.moment import Moment
 from kcache_cli.tui.model.speed import speed_view
-from kcache_cli.tui.model.words import seconds
+from kcache_cli.tui.model.words import figure, seconds
 from kcache_cli.tui.widgets.chart import area
 from kcache_cli.tui.widgets.panel import Panel, columns
 
@@ -22,7 +22,7 @@ class SpeedPanel(Panel):
         """See :class:`~kcache_cli.tui.widgets.panel.Panel`."""
         palette = self.look.palette
         view = speed_view(moment)
-        fast = Text.assemble(("–" if view.tok_s is None else f"{view.tok_s:.1f}", f"bold {palette.accent}"))
+        fast = Text.assemble(("–" if view.tok_s is None else figure(view.tok_s), f"bold {palette.accent}"))
         fast.append(" tok/s", palette.muted)
         first = Text.assemble(("TTFT ", palette.muted), seconds(view.ttft_s))
         lines = [columns(fast, first, width)]
@@ -41,4 +41,4 @@ class SpeedPanel(Panel):
 def _ms(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.1f} ms" if value < 999.5 else f"{value / 1e3:.1f} s"
+    return f"{figure(value)} ms" if value < 999.5 else f"{value / 1e3:.1f} s"
