@@ -55,6 +55,11 @@ class Card:
         return self.memory_gb_s
 
     @property
+    def layer_ms(self) -> float:
+        """Time of a layer beside its arithmetic: a step is one graph."""
+        return 0.0
+
+    @property
     def h2d_gb_s(self) -> float:
         """Large copies over the link as achieved."""
         return self.datasheet_link_gb_s * LINK_EFFICIENCY

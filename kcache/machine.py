@@ -27,6 +27,7 @@ from kcache.tiers.pinned import pinned_empty
 ROW_BYTES = 256
 LINK_SIZES = (2**12, 2**16, 2**20, 2**24, 2**26)
 GATHER_ROWS = (512, 2048, 8192, 32768)
+_TINY_LAYERS = 8
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ class Machine:
     matvec_gb_s : float or None
         Weights of one token's matrix products, read by torch's operators with their overhead; None where that is taken
         to be as fast as memory, as on a GPU.
+    layer_ms : float
+        Time of one layer of a decode step whose arithmetic costs nothing: what transformers and torch take to get to
+        it. Measured on a host-only machine; 0 on a GPU, where a step is one graph.
     compute_tflops : float
         A large matrix product in bfloat16 or, where that is faster, in float32.
     device_bytes, host_bytes, host_free_bytes : int
@@ -101,6 +105,7 @@ class Machine:
     gathers: tuple[GatherSpeed, ...] = ()
     pinned: bool | None = None
     matvec_gb_s: float | None = None
+    layer_ms: float = 0.0
 
     @property
     def weights_gb_s(self) -> float:
@@ -165,6 +170,7 @@ def measure(device: torch.device | str = "auto", quick: bool = True) -> Machine:
         gathers=() if quick else gathers,
         pinned=None if host_only else table.is_pinned(),
         matvec_gb_s=_matvec_gb_s(least_s) if host_only else None,
+        layer_ms=_layer_ms(least_s) if host_only else 0.0,
     )
 
 
@@ -233,6 +239,25 @@ def _matvec_gb_s(least_s: float) -> float:
         took = fast_s(partial(_linears, row, weights), torch.device("cpu"), least_s)
         best = max(best, weights.numel() * dtype.itemsize / took / 1e9)
     return best
+
+
+def _layer_ms(least_s: float) -> float:
+    """Milliseconds per layer of a step of a model too small for its arithmetic to count, on the CPU."""
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=_TINY_LAYERS
+    )
+    model, token = LlamaForCausalLM(config).eval(), torch.zeros(1, 1, dtype=torch.int64)
+    cache = DynamicCache(config=config)
+
+    def step() -> None:
+        model(token, past_key_values=cache)
+        cache.crop(-1)
+
+    with torch.inference_mode():
+        model(torch.zeros(1, 16, dtype=torch.int64), past_key_values=cache)
+        return fast_s(step, torch.device("cpu"), least_s) * 1e3 / _TINY_LAYERS
 
 
 def _linears(row: torch.Tensor, weights: torch.Tensor) -> None:

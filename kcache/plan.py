@@ -36,6 +36,10 @@ class Speeds(Protocol):
         """Weights in a decode step of one token."""
 
     @property
+    def layer_ms(self) -> float:
+        """Time of a layer in a decode step beside its arithmetic, milliseconds."""
+
+    @property
     def gather_gb_s(self) -> float:
         """Single rows from the host tier."""
 
@@ -197,7 +201,8 @@ class Planner:
         compute_ms = flops / self.speeds.compute_tflops / 1e9
         link_ms = link_bytes / self.speeds.gather_gb_s / 1e6
         slower_ms = weights_bytes * (1 / self.speeds.weights_gb_s - 1 / self.speeds.memory_gb_s) / 1e6
-        step_ms = max(memory_ms + slower_ms, compute_ms) + link_ms
+        eager_ms = self.speeds.layer_ms * (shape.layers + shape.untiered + len(shape.windows))
+        step_ms = max(memory_ms + slower_ms, compute_ms) + link_ms + eager_ms
         return Prediction(
             step_ms=step_ms,
             tok_s=batch / step_ms * 1e3,

@@ -49,6 +49,7 @@ class Round:
     memory_gb_s: float = 1000.0
     gather_gb_s: float = 10.0
     weights_gb_s: float = 1000.0
+    layer_ms: float = 0.0
     compute_tflops: float = 1e6
 
 
