@@ -205,6 +205,12 @@ def test_what_there_is_to_say() -> None:
     assert dense.note is not None and "would be picked" in dense.note and dense.values.any()
     prompt = grid(moment([frame(0, phase="prefill")]), Mode.LAST, 40, Window(), 0)
     assert prompt.note is not None and "reading the prompt" in prompt.note
+    assert "layer" not in prompt.note
+    reading = frame(0, phase="prefill")
+    early = replace(reading.layers[0].stats, tokens=1000)
+    layers = (*reading.layers[:12], *(replace(layer, stats=early) for layer in reading.layers[12:]))
+    middle = grid(moment([replace(reading, layers=layers)]), Mode.LAST, 40, Window(), 0)
+    assert middle.note is not None and "reading the prompt, layer 12 of 30;" in middle.note
     assert grid(moment(), Mode.LAST, 40, Window(), 0).note is None
 
 

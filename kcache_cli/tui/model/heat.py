@@ -186,11 +186,18 @@ def _heads(moment: Moment, columns: int, start: int, end: int, layer: int) -> Gr
 def _note(frame: Frame) -> str | None:
     modes = {layer.mode for layer in frame.layers}
     if frame.phase == "prefill" or modes == {"prefill"}:
-        return "reading the prompt; attention is exact, nothing is picked"
+        return f"reading the prompt{_reached(frame)}; attention is exact, nothing is picked"
     if "topn" not in modes and "dense" in modes:
         heat = frame.heat.any()
         return "dense, exact: shown is what would be picked" if heat else "dense: attention is exact"
     return None
+
+
+def _reached(frame: Frame) -> str:
+    """How far a piece of the prompt has come, while it is on its way through the layers."""
+    lengths = [layer.stats.tokens for layer in frame.layers if layer.kind != "stock"]
+    done = sum(length == frame.tokens for length in lengths)
+    return f", layer {done} of {len(lengths)}" if done < len(lengths) else ""
 
 
 @dataclass(frozen=True, slots=True)
