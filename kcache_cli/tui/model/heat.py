@@ -112,13 +112,22 @@ def grid(moment: Moment, mode: Mode, columns: int, window: Window, layer: int) -
         ages = np.where(past.last_step < 0, OLDEST_STEPS, frame.step - past.last_step)
         values = 1 - np.log2(1 + np.clip(ages, 0, OLDEST_STEPS)) / np.log2(1 + OLDEST_STEPS)
         return Grid(_nearest(values, frame, start, end, columns), layers, start, end, _note(frame))
+    seen = _seen(moment)
     if mode is Mode.LAST:
-        counts = _exact(frame, start, end, columns)
+        counts = _exact(seen, start, end, columns)
         if counts is None:
-            counts = rebin(frame.heat, frame.bucket_tokens, start, end, columns)
+            counts = rebin(seen.heat, seen.bucket_tokens, start, end, columns)
     else:
         counts = rebin(past.decayed, frame.bucket_tokens, start, end, columns)
-    return Grid(scaled(counts, start, end, past.heads), layers, start, end, _note(frame))
+    return Grid(scaled(counts, start, end, past.heads), layers, start, end, _note(seen))
+
+
+def _seen(moment: Moment) -> Frame:
+    """The frame whose picks are shown: an earlier one, where a run came to rest at a step not asked for any."""
+    frame, before = moment.frame, moment.past.picked
+    assert frame is not None
+    rests = frame.phase == "idle" and not frame.heat.any()
+    return before if rests and before is not None and len(before.layers) == len(frame.layers) else frame
 
 
 def scaled(counts: np.ndarray, start: int, end: int, heads: int) -> np.ndarray:
@@ -229,9 +238,9 @@ class Cell:
 
 def cell(moment: Moment, layer: int, positions: range, head: int | None = None) -> Cell | None:
     """Look at one cell; None where there is no such layer."""
-    frame = moment.frame
-    if frame is None or not 0 <= layer < len(frame.layers):
+    if moment.frame is None or not 0 <= layer < len(moment.frame.layers):
         return None
+    frame = _seen(moment)
     it = frame.layers[layer]
     mass = None if it.mass is None else float(it.mass.mean())
     picks = it.picks
