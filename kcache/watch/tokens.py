@@ -159,6 +159,9 @@ class Tokens:
             self._intervals.clear()
             if self._prompt_began is not None:
                 self._ttft_ms = (forward.at_s - self._prompt_began) * 1e3
+        if all(row.done for row in self.rows):  # nobody decodes on after the end: it is text that is fed step by step
+            for row in self.rows:
+                row.done = False
         if self._latest_step is not None and forward.past == self._end:
             self._intervals.append(forward.at_s - self._latest_step)
             self._fresh.append(self._intervals[-1])

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from kcache_cli.rows.formats import Column, Row, number, table, versions, where
 from kcache_cli.text import one_line
 
+
+def _score(row: Row) -> str:
+    error = "" if math.isnan(row["stderr"]) else f" ± {row['stderr']:.3f}"  # one question has none
+    return f"{row['score']:.3f}{error}"
+
+
 _COLUMNS: list[Column] = [
     ("task", lambda row: row["task"]),
     ("metric", lambda row: f"{row['metric']}, {row['filter']}"),
     ("engine", lambda row: "dense" if row["topn"] is None else f"N={row['topn']}"),
     ("questions", lambda row: str(row["questions"])),
-    ("score", lambda row: f"{row['score']:.3f} ± {row['stderr']:.3f}"),
+    ("score", _score),
     ("no answer", lambda row: str(row["unanswered"] or "")),
     ("same answer", lambda row: number(row, "same_answer", "d")),
     ("same reply", lambda row: number(row, "same_reply", "d")),

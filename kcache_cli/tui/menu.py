@@ -18,7 +18,7 @@ from textual.widgets.option_list import Option
 from kcache.errors import KCacheError
 from kcache.watch.frame import Info
 from kcache_cli.text import one_line
-from kcache_cli.tui.model.words import size
+from kcache_cli.tui.model.words import clock, size
 from kcache_cli.tui.palette import DARK, theme_of
 
 if TYPE_CHECKING:
@@ -83,13 +83,12 @@ class Menu(App["Candidate | None"]):
 
     def _line(self, each: Candidate) -> Text:
         info = each.info
-        minutes = max(0.0, self._now_s - info.started_s) / 60
         return Text.assemble(
             (f"{info.pid:>8}  ", DARK.muted),
             (f"{one_line(info.command):<9} ", f"bold {DARK.accent}"),
             (f"{one_line(info.model):<28.28} ", "bold"),
             (f"{size(info.weights_bytes):>10}  ", DARK.text),
-            (f"{minutes:,.0f} min", DARK.muted),
+            (clock(max(0.0, self._now_s - info.started_s)), DARK.muted),
         )
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:

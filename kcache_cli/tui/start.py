@@ -80,7 +80,10 @@ def pick() -> int | None:
         return None
     from kcache_cli.tui.menu import Menu, candidates
 
-    chosen = Menu(candidates(places)).run()
+    found = candidates(places)
+    if len(found) < 2:  # the others did not answer
+        return found[0].place.pid if found else None
+    chosen = Menu(found).run()
     if chosen is None:
         raise KeyboardInterrupt
     return chosen.place.pid

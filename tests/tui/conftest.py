@@ -13,6 +13,7 @@ from textual.pilot import Pilot
 
 from kcache_cli.tui.app import Dashboard
 from tests.tui.fakes import FakeClock, FakeSource, conversation
+from tests.tui.screen import words
 
 
 class Driver:
@@ -43,9 +44,7 @@ class Driver:
 
     def text(self) -> str:
         """What is on the screen."""
-        from tests.tui.screen import picture
-
-        return picture(self.app).split("\n" + "-" * self.app.size.width)[0]
+        return words(self.app)
 
 
 @asynccontextmanager

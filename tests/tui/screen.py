@@ -16,8 +16,23 @@ FOLDER = Path(__file__).parent / "screens"
 _LETTERS = string.ascii_letters + string.digits
 
 
+def words(app: Any) -> str:
+    """The characters of the screen an app shows, without their styles."""
+    return _printed(app).export_text()
+
+
 def picture(app: Any) -> str:
     """Draw the screen an app shows."""
+    width, height = app.size
+    lines = [Text.from_ansi(line) for line in _printed(app).export_text(styles=True).split("\n")][:height]
+    known: dict[str, str] = {}
+    rows = [_styles(line, width, known) for line in lines]
+    text = [line.plain.ljust(width).rstrip() for line in lines]
+    names = [f"{code} {name}" for name, code in known.items()]
+    return "\n".join([*text, "-" * width, *rows, "-" * width, *names]) + "\n"
+
+
+def _printed(app: Any) -> Console:
     width, height = app.size
     console = Console(
         width=width,
@@ -29,12 +44,7 @@ def picture(app: Any) -> str:
         legacy_windows=False,
     )
     console.print(app.screen._compositor.render_update(full=True, screen_stack=app._background_screens))
-    lines = [Text.from_ansi(line) for line in console.export_text(styles=True).split("\n")][:height]
-    known: dict[str, str] = {}
-    rows = [_styles(line, width, known) for line in lines]
-    text = [line.plain.ljust(width).rstrip() for line in lines]
-    names = [f"{code} {name}" for name, code in known.items()]
-    return "\n".join([*text, "-" * width, *rows, "-" * width, *names]) + "\n"
+    return console
 
 
 def _styles(line: Text, width: int, known: dict[str, str]) -> str:

@@ -205,6 +205,22 @@ def test_what_there_is_to_say() -> None:
     assert dense.note is not None and "would be picked" in dense.note and dense.values.any()
     prompt = grid(moment([frame(0, phase="prefill")]), Mode.LAST, 40, Window(), 0)
     assert prompt.note is not None and "reading the prompt" in prompt.note
+    frames = conversation(3, prompt=300, mode="dense")
+    rest = frames[-1]
+    bare = tuple(
+        replace(layer, picks=None, mass=None, histogram=np.zeros_like(layer.histogram)) for layer in rest.layers
+    )
+    rested = moment([*frames, replace(rest, number=9, phase="idle", layers=bare)])
+    still = grid(rested, Mode.LAST, 40, Window(), 0)
+    assert (still.note, still.values.tolist()) == (dense.note, dense.values.tolist())
+    found = cell(rested, 15, range(303))
+    assert found is not None and found.count
+    assert "layer" not in prompt.note
+    reading = frame(0, phase="prefill")
+    early = replace(reading.layers[0].stats, tokens=1000)
+    layers = (*reading.layers[:12], *(replace(layer, stats=early) for layer in reading.layers[12:]))
+    middle = grid(moment([replace(reading, layers=layers)]), Mode.LAST, 40, Window(), 0)
+    assert middle.note is not None and "reading the prompt, layer 12 of 30;" in middle.note
     assert grid(moment(), Mode.LAST, 40, Window(), 0).note is None
 
 

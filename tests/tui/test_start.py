@@ -11,7 +11,7 @@ import pytest
 from kcache.errors import InputError
 from kcache.watch.attach import Place
 from kcache_cli.tui.menu import Candidate, Menu
-from kcache_cli.tui.start import NO_TERMINAL, check_terminal, dashboard, parse_keys
+from kcache_cli.tui.start import NO_TERMINAL, check_terminal, dashboard, parse_keys, pick
 from tests.cli.conftest import Run, run
 from tests.cli.fakes import FakeEngine
 from tests.tui.fakes import INFO, FakeSource, conversation
@@ -64,6 +64,16 @@ def test_a_recording_needs_a_terminal_too(settings_file: Path, run: Run, tmp_pat
     recorder.close("the run ended")
     result = run("inspect", str(tmp_path / "run.kcr"))
     assert result.exit_code == 2 and NO_TERMINAL in result.stderr
+
+
+def test_with_one_process_that_answers_there_is_nothing_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [Place(pid=11), Place(pid=22)]
+    answering = [Candidate(places[1], replace(INFO, pid=22))]
+    monkeypatch.setattr("kcache.watch.attach.find", lambda: places)
+    monkeypatch.setattr("kcache_cli.tui.menu.candidates", lambda places: answering)
+    assert pick() == 22
+    answering.clear()
+    assert pick() is None
 
 
 def test_the_menu(request: pytest.FixtureRequest) -> None:

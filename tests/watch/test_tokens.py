@@ -99,6 +99,16 @@ def test_progress_of_a_padded_batch(tokens: Tokens) -> None:
     assert all(transcript.pieces(1, 0, 2, 1))
 
 
+def test_an_end_in_what_is_fed_step_by_step_ends_nothing(tokens: Tokens) -> None:
+    tokens.take(forward(0, [[7, 7]], at_s=10.0))
+    for step, token in enumerate((8, END, 8, 8)):
+        tokens.take(forward(2 + step, [[token]], at_s=11.0 + step, prompt=False))
+    assert tokens.sequences() == [SequenceFrame(0, 6, 4, False)]
+    assert tokens.speed().tok_s == pytest.approx(1)
+    tokens.take(forward(6, [[END]], at_s=15.0, prompt=False))
+    assert tokens.sequences() == [SequenceFrame(0, 7, 5, True)]
+
+
 def test_times_are_of_forwards_that_follow_each_other(tokens: Tokens) -> None:
     assert tokens.speed().tok_s is None
     tokens.take(forward(0, [[7, 7]], at_s=10.0))

@@ -112,13 +112,22 @@ def grid(moment: Moment, mode: Mode, columns: int, window: Window, layer: int) -
         ages = np.where(past.last_step < 0, OLDEST_STEPS, frame.step - past.last_step)
         values = 1 - np.log2(1 + np.clip(ages, 0, OLDEST_STEPS)) / np.log2(1 + OLDEST_STEPS)
         return Grid(_nearest(values, frame, start, end, columns), layers, start, end, _note(frame))
+    seen = _seen(moment)
     if mode is Mode.LAST:
-        counts = _exact(frame, start, end, columns)
+        counts = _exact(seen, start, end, columns)
         if counts is None:
-            counts = rebin(frame.heat, frame.bucket_tokens, start, end, columns)
+            counts = rebin(seen.heat, seen.bucket_tokens, start, end, columns)
     else:
         counts = rebin(past.decayed, frame.bucket_tokens, start, end, columns)
-    return Grid(scaled(counts, start, end, past.heads), layers, start, end, _note(frame))
+    return Grid(scaled(counts, start, end, past.heads), layers, start, end, _note(seen))
+
+
+def _seen(moment: Moment) -> Frame:
+    """The frame whose picks are shown: an earlier one, where a run came to rest at a step not asked for any."""
+    frame, before = moment.frame, moment.past.picked
+    assert frame is not None
+    rests = frame.phase == "idle" and not frame.heat.any()
+    return before if rests and before is not None and len(before.layers) == len(frame.layers) else frame
 
 
 def scaled(counts: np.ndarray, start: int, end: int, heads: int) -> np.ndarray:
@@ -186,11 +195,18 @@ def _heads(moment: Moment, columns: int, start: int, end: int, layer: int) -> Gr
 def _note(frame: Frame) -> str | None:
     modes = {layer.mode for layer in frame.layers}
     if frame.phase == "prefill" or modes == {"prefill"}:
-        return "reading the prompt; attention is exact, nothing is picked"
+        return f"reading the prompt{_reached(frame)}; attention is exact, nothing is picked"
     if "topn" not in modes and "dense" in modes:
         heat = frame.heat.any()
         return "dense, exact: shown is what would be picked" if heat else "dense: attention is exact"
     return None
+
+
+def _reached(frame: Frame) -> str:
+    """How far a piece of the prompt has come, while it is on its way through the layers."""
+    lengths = [layer.stats.tokens for layer in frame.layers if layer.kind != "stock"]
+    done = sum(length == frame.tokens for length in lengths)
+    return f", layer {done} of {len(lengths)}" if done < len(lengths) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +238,9 @@ class Cell:
 
 def cell(moment: Moment, layer: int, positions: range, head: int | None = None) -> Cell | None:
     """Look at one cell; None where there is no such layer."""
-    frame = moment.frame
-    if frame is None or not 0 <= layer < len(frame.layers):
+    if moment.frame is None or not 0 <= layer < len(moment.frame.layers):
         return None
+    frame = _seen(moment)
     it = frame.layers[layer]
     mass = None if it.mass is None else float(it.mass.mean())
     picks = it.picks

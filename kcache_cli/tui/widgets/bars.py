@@ -54,7 +54,8 @@ class Headline(Line):
         state = self._state(moment, width)
         tok_s = None if moment.frame is None else moment.frame.speed.tok_s
         fast = Text() if tok_s is None else Text.assemble((figure(tok_s), "bold"), (" tok/s  ", palette.muted))
-        if width < 100 and left.cell_len + fast.cell_len + state.cell_len < width:  # it has no panel for speed
+        room = width - left.cell_len - state.cell_len
+        if self.app.has_class("small") and fast.cell_len < room:  # there the speed has no panel of its own
             state = Text.assemble(fast, state)
         where = "host-only run: both tiers are RAM" if info.host_only else one_line(info.device)
         if left.cell_len + len(where) + state.cell_len + 4 < width:

@@ -66,7 +66,7 @@ class HeatMap(Panel):
         lines = [self._head(width)]
         body = [self._line(moment, line, mass) for line in range(self._slots.lines)]
         if not self._slots.lines or (self._grid.note and not self._grid.values.any()):
-            body = self._noted(self._grid.note or "no layers yet", across, max(1, height - 2 - info))
+            body = self._noted(self._grid.note or "the cache is empty", across, max(1, height - 2 - info))
         lines += body
         lines.append(self._axis(moment, across))
         lines += [Text()] * (height - info - len(lines))
