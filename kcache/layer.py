@@ -87,7 +87,7 @@ class TieredLayer(CacheLayerMixin):
         self.mode: StepMode = "idle"
         self.picks: torch.Tensor | None = None
         self.mass: torch.Tensor | None = None
-        self.rows_fetched = self.row_bytes_fetched = self.hot_hits = self.hot_bytes = self.steps = 0
+        self.steps = self._even_rows = 0
         self._k: RowBuffer | None = None
         self._v: ValueStore | None = None
 
@@ -267,18 +267,15 @@ class TieredLayer(CacheLayerMixin):
         else:
             self._v.finish_sending()
         step = self._step(call, mask, self._v.host)
-        spread = self.shared.spread if backend.spreads and self.shared.policy.topn < self.length else None
-        if spread is not None:
-            step = replace(step, threshold=spread.threshold(self.index, len(step.query), self.device))
+        spread, policy = self.shared.spread, self.shared.policy
+        if spread is not None and policy.topn < self.length:
+            heads = step.keys.shape[1] if policy.select == "group" else step.query.shape[1]
+            threshold, tally = spread.begin(self.index, heads, len(step.query), self.device)
+            step = replace(step, threshold=threshold, tally=tally)
         result = backend.decode(step)
         self.mode, self.picks, self.mass = "topn", result.picks, result.mass
-        rows = result.picks.numel()
-        if spread is not None:
-            counts = (result.picks >= 0).flatten(1).sum(1)
-            spread.note(counts, result.picks[0, ..., 0].numel())
-            rows = int(counts.sum())
-        self.rows_fetched += rows
-        self.row_bytes_fetched += rows * self._v.host.row_bytes
+        if step.tally is None:
+            self._even_rows += result.picks.numel()
         return result.out.unsqueeze(2)
 
     def _step(self, call: AttentionCall, mask: torch.Tensor | None, values: RowBuffer) -> DecodeStep:
@@ -300,6 +297,12 @@ class TieredLayer(CacheLayerMixin):
 
     # -- telemetry -------------------------------------------------------------------------------------------------
 
+    @property
+    def rows_fetched(self) -> int:
+        """V rows that decode steps took from the host tier; waits for the device, which counts them."""
+        spread = self.shared.spread
+        return self._even_rows + (0 if spread is None else spread.fetched(self.index))
+
     def stats(self) -> Stats:
         """Counters and bytes of this layer."""
         return Stats(*self.counts())
@@ -310,12 +313,14 @@ class TieredLayer(CacheLayerMixin):
             return (0,) * len(fields(Stats))
         k_bytes, resident, overhead = self._k.nbytes, self._v.resident_bytes, self._v.overhead_bytes
         v = self._v.host or self._v.resident
+        rows = self.rows_fetched
+        row_bytes = 0 if self._v.host is None else self._v.host.row_bytes
         per_token = 0 if v is None else self.batch_size * (self._k.heads * self._k.row_bytes + v.heads * v.row_bytes)
         return (
-            self._v.bytes_h2d + self.row_bytes_fetched,
+            self._v.bytes_h2d + rows * row_bytes,
             self._v.bytes_d2h,
-            self.rows_fetched,
-            self.hot_hits,
+            rows,
+            0,
             k_bytes + resident + overhead,
             self._v.host_bytes,
             k_bytes,
@@ -324,7 +329,7 @@ class TieredLayer(CacheLayerMixin):
             per_token * self.length,
             self.steps,
             self.length,
-            self.hot_bytes,
+            0,
         )
 
 

@@ -72,7 +72,7 @@ class Policy:
     spread : {"need", "even"}
         ``"need"`` gives the rows to the layers and heads whose attention needs them, by one threshold on their
         probability that follows the average (:mod:`kcache.spread`); ``"even"`` fetches exactly ``topn`` everywhere, as
-        the paper does. The Triton backend knows ``"even"`` only and takes it in either case.
+        the paper does.
     dense_layers : int
         The first layers keep V on the device and attend exactly; their attention is too diffuse for TopN.
     dense_below : int

@@ -45,6 +45,8 @@ class DecodeStep:
     threshold : Tensor ``[B]`` fp32 or None
         Pick the rows whose probability is above it, at most :data:`~kcache.spread.MOST` times ``topn`` per head; with
         None, exactly ``topn`` rows.
+    tally : Tensor ``[B]`` int64 or None
+        With a threshold, the backend adds the rows it picked for each sequence, all heads together.
     """
 
     query: torch.Tensor
@@ -59,6 +61,7 @@ class DecodeStep:
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     threshold: torch.Tensor | None = None
+    tally: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class DecodeResult:
     out : Tensor ``[B, Hq, Dv]``
         In the query's dtype.
     picks : Tensor ``[B, Hkv, N]`` or, picked per query head, ``[B, Hkv, G, N]``
-        With a threshold N is the largest number any head picked, and the others' are filled up with -1.
+        With a threshold N is at least the largest number any head picked, and what heads did not pick is -1.
     mass : Tensor ``[B, Hkv, G]`` fp32
         Probability the picks hold, per query head.
     """
@@ -80,16 +83,21 @@ class DecodeResult:
     mass: torch.Tensor
 
 
+def count_picks(picks: torch.Tensor, step: DecodeStep) -> None:
+    """Add picks, filled up with -1, to the step's tally."""
+    if step.tally is not None:
+        step.tally.add_((picks >= 0).flatten(1).sum(1))
+
+
 class Backend(Protocol):
     """Computes decode steps of one token. An instance belongs to one cache and may keep scratch memory between steps.
 
     ``reads_host_by_kernel`` tells that the host tier is read by the device itself, in stream order, and not by torch
-    operators on the host. ``spreads`` tells that it follows a threshold.
+    operators on the host.
     """
 
     name: str
     reads_host_by_kernel: bool
-    spreads: bool
 
     def decode(self, step: DecodeStep) -> DecodeResult:
         """Run score, select, fetch and combine for one layer."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kcache.backends.base import DecodeResult, DecodeStep
+from kcache.backends.base import DecodeResult, DecodeStep, count_picks
 from kcache.backends.reference import ReferenceBackend, probabilities
 from kcache.spread import MOST
 
@@ -48,7 +48,10 @@ class CpuBackend(ReferenceBackend):
         """Run the four verbs for one layer."""
         kernels = self._compiled(step)
         result = kernels.decode(step) if kernels is not None and kernels.serves_decode(step) else None
-        return super().decode(step) if result is None else result
+        if result is None:
+            return super().decode(step)
+        count_picks(result.picks, step)
+        return result
 
     def _compiled(self, step: DecodeStep) -> Kernels | None:
         """The kernels, if they are worth calling."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from kcache import dense
-from kcache.backends.base import DecodeResult, DecodeStep
+from kcache.backends.base import DecodeResult, DecodeStep, count_picks
 from kcache.spread import MOST
 
 
@@ -18,12 +18,12 @@ class ReferenceBackend:
 
     name = "reference"
     reads_host_by_kernel = False
-    spreads = True
 
     def decode(self, step: DecodeStep) -> DecodeResult:
         """Run the four verbs for one layer."""
         probs = self.score(step)
         picks = self.select(probs, step)
+        count_picks(picks, step)
         rows = self.fetch(picks, step)
         return self.combine(probs, picks, rows, step)
 
