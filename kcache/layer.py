@@ -16,9 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kcache import dense
 from kcache.backends.base import DecodeStep
 from kcache.errors import CacheStateError
-from kcache.lowrank import LowRankTail
 from kcache.stepwise import Block
-from kcache.tail import BlockTail
 from kcache.telemetry import LayerKind, Stats, StepMode
 from kcache.tiers.rows import RowBuffer
 from kcache.tiers.values import ValueStore
@@ -288,8 +286,7 @@ class TieredLayer(CacheLayerMixin):
             length=self.length,
             scaling=call.scaling,
             policy=self.shared.policy,
-            means=tail.buffer() if isinstance(tail, BlockTail) else None,
-            lowrank=tail.state() if isinstance(tail, LowRankTail) else None,
+            lowrank=None if tail is None else tail.state(),
             mask=None if mask is None else mask[:, 0, 0].expand(call.query.shape[0], -1),
             softcap=call.softcap,
             sinks=call.sinks,

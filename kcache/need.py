@@ -17,6 +17,7 @@ from kcache.policy import Policy
 from kcache.sizes import TierSizes, resident_layers, tail_unit
 
 _SCORE_BYTES = 4  # scores are fp32
+_LIST_BYTES = 8  # a row above the threshold: its weight and its position
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,10 @@ class ModelShape:
         )
 
     def scratch_bytes(self, ctx: int, batch: int, policy: Policy) -> int:
-        """Scores of one layer's decode step and the probabilities of its tail blocks; layers take turns with it."""
-        scores = batch * self.query_heads * ctx * _SCORE_BYTES
-        return scores + scores // policy.tail_block if policy.tail == "block" else scores
+        """Scores of one layer's decode step, and lists of the rows above a threshold; layers take turns with it."""
+        picking = self.query_heads if policy.select == "head" else self.query_heads // self.group
+        listed = picking * _LIST_BYTES if policy.spread == "need" else 0
+        return batch * ctx * (self.query_heads * _SCORE_BYTES + listed)
 
     def activation_bytes(self, ctx: int, batch: int, policy: Policy, offloads: bool) -> int:
         """What the largest forward of a prefill works in, roughly: one layer's activations, and the last logits.

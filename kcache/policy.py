@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from kcache.errors import PolicyError
 
 Select = Literal["group", "head"]
-Tail = Literal["lowrank", "block", "renormalise", "none"]
+Tail = Literal["lowrank", "renormalise", "none"]
 Spread = Literal["need", "even"]
 Offload = Literal["auto", "all", "none"]
 BackendName = Literal["auto", "reference", "cpu", "triton"]
@@ -81,15 +81,13 @@ class Policy:
         ``"group"`` weighs a row by the largest probability that any of the query heads sharing a KV head gives it, and
         picks once per KV head; ``"head"`` picks per query head, as the paper does, and moves up to group-size times
         more rows.
-    tail : {"lowrank", "block", "renormalise", "none"}
+    tail : {"lowrank", "renormalise", "none"}
         What stands in for the rows that were not picked: each row's projection on the few directions in which V of its
-        head varies most (:mod:`kcache.lowrank`); the mean V of each block of ``tail_block`` rows; nothing, with the
-        picked weights rescaled to one; or nothing at all (the paper).
+        head varies most (:mod:`kcache.lowrank`); nothing, with the picked weights rescaled to one; or nothing at all
+        (the paper).
     tail_rank : int or None
         Directions per KV head of the low-rank tail; ``None`` is a sixteenth of the head size, which costs a sixteenth
         of V in device memory.
-    tail_block : int
-        Rows per block of the tail. The means cost ``1 / tail_block`` of V in device memory.
     offload : {"auto", "all", "none"}
         ``"auto"`` keeps V of as many layers on the device as ``kv_budget`` allows and offloads the rest (on a
         CPU-only machine without a ``kv_budget`` it means ``"all"``); ``"all"`` offloads every layer but the dense
@@ -113,7 +111,6 @@ class Policy:
     select: Select = "group"
     tail: Tail = "lowrank"
     tail_rank: int | None = None
-    tail_block: int = 16
     offload: Offload = "auto"
     kv_budget: int | str | None = None
     resident_layers: int | None = None
@@ -124,7 +121,6 @@ class Policy:
         _check_int("topn", self.topn, 1, "it is the number of V rows fetched per KV head and step; try 64 or 128")
         _check_int("dense_layers", self.dense_layers, 0, "0 tiers every layer")
         _check_int("dense_below", self.dense_below, 0, "0 uses TopN at every length")
-        _check_int("tail_block", self.tail_block, 1, "16 is a good value")
         _check_int("prefill_chunk", self.prefill_chunk, 1, "4096 is a good value")
         if self.tail_rank is not None:
             _check_int("tail_rank", self.tail_rank, 1, "leave it out for a sixteenth of the head size")

@@ -104,7 +104,7 @@ class Residency:
             if late.length and not late.offloaded and self.leaves(late, late.length):
                 late.spill()
 
-    def _places(self, layer: TieredLayer, k_row: int, v_row: int, tail: tuple[int, int, int]) -> list[Place]:
+    def _places(self, layer: TieredLayer, k_row: int, v_row: int, tail: tuple[int, int]) -> list[Place]:
         """The devices there are, with their layers, sizes and budgets; ``layer`` is the one whose rows arrive."""
         expected = self.devices.get(layer.index, layer.device)
         if expected != layer.device:  # the model has been moved since it was looked at

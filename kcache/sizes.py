@@ -21,8 +21,8 @@ class TierSizes:
     layers : int
     k_row, v_row : int
         Bytes of one token's K and V in one layer, all sequences.
-    tail_row, tail_block : int
-        Bytes of the tail in one layer, and how many rows they stand for.
+    tail_row : int
+        Bytes of one token's tail in one layer, all sequences.
     tail_fixed : int
         Bytes of the tail in one layer at any length.
     """
@@ -31,12 +31,11 @@ class TierSizes:
     k_row: int
     v_row: int
     tail_row: int = 0
-    tail_block: int = 1
     tail_fixed: int = 0
 
     def tail(self, length: int, resident: int) -> int:
         """Bytes of the tail with V of ``resident`` layers on the device."""
-        return (self.layers - resident) * (self.tail_row * -(-length // self.tail_block) + self.tail_fixed)
+        return (self.layers - resident) * (self.tail_row * length + self.tail_fixed)
 
     def device(self, length: int, resident: int) -> int:
         """Bytes on the device at ``length`` rows with V of ``resident`` layers there."""
@@ -58,7 +57,7 @@ class TierSizes:
         return low
 
 
-def tail_unit(policy: Policy, v_row: int, dim: int, heads: int = 0) -> tuple[int, int, int]:
+def tail_unit(policy: Policy, v_row: int, dim: int, heads: int = 0) -> tuple[int, int]:
     """What the tail takes in one layer.
 
     Parameters
@@ -71,13 +70,11 @@ def tail_unit(policy: Policy, v_row: int, dim: int, heads: int = 0) -> tuple[int
 
     Returns
     -------
-    int, int, int
-        Bytes, the rows they stand for, and bytes at any length: base and basis in fp32.
+    int, int
+        Bytes per token, and bytes at any length: base and basis in fp32.
     """
-    if policy.tail == "block":
-        return v_row, policy.tail_block, 0
     rank = rank_of(policy.tail_rank, dim) if policy.tail == "lowrank" else 0
-    return v_row * rank // dim, 1, heads * (rank + 1) * dim * 4 if rank else 0
+    return v_row * rank // dim, heads * (rank + 1) * dim * 4 if rank else 0
 
 
 def rank_of(rank: int | None, dim: int) -> int:

@@ -4,7 +4,7 @@
 the device, ``combine`` makes the layer's output of them and of the tail. The torch reference defines what is right;
 every other backend is tested equal to it.
 
-Shapes: B sequences, Hq query heads, Hkv KV heads, G = Hq / Hkv, L rows, D and Dv head sizes, N picks, nb tail blocks.
+Shapes: B sequences, Hq query heads, Hkv KV heads, G = Hq / Hkv, L rows, D and Dv head sizes, N picks.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ class DecodeStep:
         Rows in the cache, the new token's included.
     scaling : float
     policy : Policy
-    means : Tensor ``[B, Hkv, at least nb, Dv]`` or None
-        Means of V over the valid rows of each block, with ``policy.tail == "block"``.
     lowrank : LowRank or None
         What each row is in a few directions, with ``policy.tail == "lowrank"``.
     mask : Tensor ``[B, L]`` bool or None
@@ -55,7 +53,6 @@ class DecodeStep:
     length: int
     scaling: float
     policy: Policy
-    means: torch.Tensor | None = None
     lowrank: LowRank | None = None
     mask: torch.Tensor | None = None
     softcap: float | None = None

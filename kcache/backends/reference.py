@@ -74,12 +74,8 @@ class ReferenceBackend:
         tail = None
         if step.policy.tail == "renormalise":
             weights = weights / mass.unsqueeze(-1).clamp(min=torch.finfo(torch.float32).tiny)
-        elif step.policy.tail != "none":
-            rest = probs.scatter_add_(3, per_head, -weights)
-            if step.policy.tail == "block":
-                tail = self.tail(self.unpicked(rest, step), step)
-            else:
-                tail = self.lowrank(rest, step)
+        elif step.policy.tail == "lowrank":
+            tail = self.lowrank(probs.scatter_add_(3, per_head, -weights), step)
         if picks.dim() == 4:
             out = torch.matmul(weights.unsqueeze(3), rows.float()).squeeze(3)
         else:
@@ -87,21 +83,6 @@ class ReferenceBackend:
         if tail is not None:
             out = out + tail
         return DecodeResult(out.flatten(1, 2).to(step.query.dtype), picks, mass)
-
-    def unpicked(self, rest: torch.Tensor, step: DecodeStep) -> torch.Tensor:
-        """Sum each block's probabilities ``[B, Hkv, G, at least L]``, 0 at the picks: ``[B, Hkv, G, at least nb]``."""
-        block = step.policy.tail_block
-        whole = rest.shape[3] // block
-        left = rest[..., : whole * block].unflatten(3, (whole, block)).sum(-1)
-        if whole * block == rest.shape[3]:
-            return left
-        return torch.cat([left, rest[..., whole * block :].sum(-1, keepdim=True)], -1)
-
-    def tail(self, left: torch.Tensor, step: DecodeStep) -> torch.Tensor:
-        """The means of V, weighed by the unpicked probability ``left`` ``[B, Hkv, G, nb]``: ``[B, Hkv, G, Dv]``."""
-        assert step.means is not None
-        blocks = min(left.shape[3], step.means.shape[2])
-        return torch.matmul(left[..., :blocks], step.means[:, :, :blocks].float())
 
     def lowrank(self, rest: torch.Tensor, step: DecodeStep) -> torch.Tensor:
         """What rows contribute by their directions, weighed by ``rest`` ``[B, Hkv, G, at least L]``, 0 at the picks."""

@@ -2,7 +2,7 @@
 
 Rows leave by an asynchronous copy as they arrive and their device memory is released. An exact pass brings all of
 them back into a tensor that lives for one layer's attention, the next layer's already under way. What stays on the
-device of an offloaded layer is the tail: block means of V.
+device of an offloaded layer is the tail: where its rows lie along a few directions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 
 from kcache.lowrank import LowRankTail
 from kcache.policy import Policy
-from kcache.tail import BlockTail
 from kcache.tiers.link import Link
 from kcache.tiers.rows import RowBuffer
 from kcache.tiers.validity import Validity
@@ -50,7 +49,7 @@ class ValueStore:
         self.bytes_h2d = self.bytes_d2h = 0
         self.resident: RowBuffer | None = RowBuffer(device, resident_room or room)
         self.host: RowBuffer | None = None
-        self.tail: BlockTail | LowRankTail | None = None
+        self.tail: LowRankTail | None = None
         self.link = Link(device)
         self._policy = policy
         self._validity = validity
@@ -86,9 +85,7 @@ class ValueStore:
         if young is not None and young.data is not None and self.length:
             host.reserve(young.data, self.length)  # may be refused; nothing has been lost then
         self.host, self.resident = host, None
-        if self._policy.tail == "block":
-            self.tail = BlockTail(self._policy.tail_block, self.device, self._room)
-        elif self._policy.tail == "lowrank":
+        if self._policy.tail == "lowrank":
             self.tail = LowRankTail(self._policy.tail_rank, self.device, self._room)
         if young is not None and young.data is not None and self.length:
             self._send(young.view(self.length), self.length, start=0)
@@ -118,12 +115,7 @@ class ValueStore:
         rows, self._untailed = self._untailed, None
         if rows is None or rows.shape[2] != end - start:
             rows = self._bring_back(start, end)
-        valid = self._validity.rows(start, end, self.device)
-        if isinstance(self.tail, LowRankTail):
-            self.tail.append(rows, valid, start)
-            return
-        counts = None if valid is None else self._validity.counts(self.tail.block, end, self.device)
-        self.tail.append(rows, valid, counts)
+        self.tail.append(rows, self._validity.rows(start, end, self.device), start)
 
     def release(self) -> None:
         """Let go of the latest rows' device memory, though the tail has not seen them."""
@@ -196,18 +188,14 @@ class ValueStore:
     # -- changing --------------------------------------------------------------------------------------------------
 
     def crop(self, length: int) -> None:
-        """Keep the first ``length`` rows; only the tail's last block is computed anew."""
+        """Keep the first ``length`` rows."""
         self.release()
         self._ahead = None
         if self.resident is not None:
             self.resident.wipe(length, self.length)
         self.length = length
-        if isinstance(self.tail, LowRankTail):
+        if self.tail is not None:
             self.tail.crop(length)
-        elif self.tail is not None and self.tail.length > length:
-            first = length - length % self.tail.block
-            rows = self._bring_back(first, length)
-            self.tail.crop(length, rows, self._validity.rows(first, length, self.device))
 
     def select(self, index: torch.Tensor) -> None:
         """Keep the sequences ``index`` ``[B']``, in that order; host rows are copied on the host."""

@@ -79,8 +79,6 @@ class TritonBackend:
         batch, kv_heads, capacity, dim = step.keys.shape
         group, dim_v, policy = step.query.shape[1] // kv_heads, step.values.shape[-1], step.policy
         device = step.query.device
-        if policy.tail == "block":
-            return None
         topn = min(policy.topn, capacity)
         spread: Spread = "even" if step.threshold is None else "need"
         rank = None if step.lowrank is None else step.lowrank.basis.shape[2]
