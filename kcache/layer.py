@@ -270,7 +270,9 @@ class TieredLayer(CacheLayerMixin):
             heads = step.keys.shape[1] if policy.select == "group" else step.query.shape[1]
             threshold, tally = spread.begin(self.index, heads, len(step.query), self.device)
             step = replace(step, threshold=threshold, tally=tally)
-        result = backend.decode(step)
+        if self._v.hot is None:
+            self._v.hot = backend.keep_hot(step)
+        result = backend.decode(replace(step, hot=self._v.hot))
         self.mode, self.picks, self.mass = "topn", result.picks, result.mass
         if step.tally is None:
             self._even_rows += result.picks.numel()
@@ -310,14 +312,14 @@ class TieredLayer(CacheLayerMixin):
             return (0,) * len(fields(Stats))
         k_bytes, resident, overhead = self._k.nbytes, self._v.resident_bytes, self._v.overhead_bytes
         v = self._v.host or self._v.resident
-        rows = self.rows_fetched
+        rows, hits = self.rows_fetched, self._v.hot_hits
         row_bytes = 0 if self._v.host is None else self._v.host.row_bytes
         per_token = 0 if v is None else self.batch_size * (self._k.heads * self._k.row_bytes + v.heads * v.row_bytes)
         return (
-            self._v.bytes_h2d + rows * row_bytes,
+            self._v.bytes_h2d + (rows - hits) * row_bytes,
             self._v.bytes_d2h,
             rows,
-            0,
+            hits,
             k_bytes + resident + overhead,
             self._v.host_bytes,
             k_bytes,

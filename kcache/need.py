@@ -136,14 +136,14 @@ class ModelShape:
             inner=-(-self.inner // ranks),
         )
 
-    def need(self, ctx: int, batch: int, policy: Policy, budget: int | None) -> MemoryNeed:
-        """Bytes of a cache; see :func:`cache_bytes`."""
+    def need(self, ctx: int, batch: int, policy: Policy, budget: int | None, hot: bool = False) -> MemoryNeed:
+        """Bytes of a cache, with ``hot`` of one on a device that keeps hot rows; see :func:`cache_bytes`."""
         v_row = self.v_row * batch
         sizes = TierSizes(
             self.layers,
             self.k_row * batch,
             v_row,
-            *tail_unit(policy, v_row, self.dim, v_row // (self.dim * self.dtype_bytes)),
+            *tail_unit(policy, v_row, self.dim, v_row // (self.dim * self.dtype_bytes), hot),
         )
         other_rows = (self.untiered * ctx + sum(min(ctx, window) for window in self.windows)) * batch
         allowed = policy.kv_budget if isinstance(policy.kv_budget, int) else budget

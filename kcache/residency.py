@@ -82,7 +82,8 @@ class Residency:
         if end <= self.planned and keys.shape[0] == self.batch:
             return
         v_row = _row_bytes(values)
-        tail = tail_unit(self.policy, v_row, values.shape[3], values.shape[0] * values.shape[1])
+        heads, hot = values.shape[0] * values.shape[1], values.device.type == "cuda"
+        tail = tail_unit(self.policy, v_row, values.shape[3], heads, hot)
         places = self._places(layer, _row_bytes(keys), v_row, tail)
         needed = end if self.max_length is None else max(end, self.max_length)
         length = aim = self._aim(needed)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from kcache.policy import Policy
 
 LEAST_RESERVE = 512 * 2**20
+HOT_WAYS = 8  # hot rows that a position may be kept in place of
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class TierSizes:
         return low
 
 
-def tail_unit(policy: Policy, v_row: int, dim: int, heads: int = 0) -> tuple[int, int]:
-    """What the tail takes in one layer.
+def tail_unit(policy: Policy, v_row: int, dim: int, heads: int = 0, hot: bool = False) -> tuple[int, int]:
+    """What the tail takes in one layer, and the hot rows with it.
 
     Parameters
     ----------
@@ -67,14 +68,30 @@ def tail_unit(policy: Policy, v_row: int, dim: int, heads: int = 0) -> tuple[int
         Bytes of a token's V.
     dim, heads : int
         Size of a head, and how many there are in all sequences.
+    hot : bool
+        Whether the device keeps hot rows.
 
     Returns
     -------
     int, int
-        Bytes per token, and bytes at any length: base and basis in fp32.
+        Bytes per token, and bytes at any length: base and basis in fp32, hot rows.
     """
     rank = rank_of(policy.tail_rank, dim) if policy.tail == "lowrank" else 0
-    return v_row * rank // dim, heads * (rank + 1) * dim * 4 if rank else 0
+    fixed = heads * (rank + 1) * dim * 4 if rank else 0
+    return v_row * rank // dim, fixed + (hot_bytes(policy, v_row, heads) if hot else 0)
+
+
+def hot_capacity(rows: int) -> int:
+    """Rows in a store of hot rows: a power of two, and at least one set."""
+    return max(HOT_WAYS, 1 << max(0, rows - 1).bit_length())
+
+
+def hot_bytes(policy: Policy, v_row: int, heads: int) -> int:
+    """Bytes of one layer's hot rows, for so many heads in all sequences: V, position, age; claims, clock and hits."""
+    if not policy.hot_rows or policy.select == "head":
+        return 0
+    rows = hot_capacity(policy.hot_rows)
+    return rows * (v_row + 8 * heads) + heads * (rows // HOT_WAYS * 4 + 12)
 
 
 def rank_of(rank: int | None, dim: int) -> int:

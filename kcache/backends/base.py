@@ -18,6 +18,27 @@ from kcache.lowrank import LowRank
 from kcache.policy import Policy
 
 
+class HotStore(Protocol):
+    """Recently fetched V rows of one layer, kept on the device by the backend that made it.
+
+    Attributes
+    ----------
+    hits : Tensor ``[B, Hkv]`` int64
+        Picks found in it since it was made.
+    """
+
+    hits: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        ...
+
+    def forget(self) -> None:
+        """Forget every row: positions are about to mean others."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
     """One layer's inputs to a TopN decode step.
@@ -45,6 +66,8 @@ class DecodeStep:
         None, exactly ``topn`` rows.
     tally : Tensor ``[B]`` int64 or None
         With a threshold, the backend adds the rows it picked for each sequence, all heads together.
+    hot : HotStore or None
+        What :meth:`Backend.keep_hot` made for this layer: picks found there need not be fetched.
     """
 
     query: torch.Tensor
@@ -59,6 +82,7 @@ class DecodeStep:
     sinks: torch.Tensor | None = None
     threshold: torch.Tensor | None = None
     tally: torch.Tensor | None = None
+    hot: HotStore | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +122,10 @@ class Backend(Protocol):
 
     def decode(self, step: DecodeStep) -> DecodeResult:
         """Run score, select, fetch and combine for one layer."""
+        ...
+
+    def keep_hot(self, step: DecodeStep) -> HotStore | None:
+        """Make a store of hot rows for the layer of this step; None where V is as near anyway."""
         ...
 
     def dense(self, step: DecodeStep) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from kcache import dense
-from kcache.backends.base import DecodeResult, DecodeStep, count_picks
+from kcache.backends.base import DecodeResult, DecodeStep, HotStore, count_picks
 from kcache.spread import MOST
 
 
@@ -26,6 +26,10 @@ class ReferenceBackend:
         count_picks(picks, step)
         rows = self.fetch(picks, step)
         return self.combine(probs, picks, rows, step)
+
+    def keep_hot(self, step: DecodeStep) -> HotStore | None:
+        """None: V is gathered in RAM."""
+        return None
 
     def dense(self, step: DecodeStep) -> torch.Tensor:
         """Exact attention over K and V on the device, ``[B, Hq, Dv]``."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from kcache.backends.base import HotStore
 from kcache.lowrank import LowRankTail
 from kcache.policy import Policy
 from kcache.tiers.link import Link
@@ -22,6 +23,9 @@ from kcache.tiers.validity import Validity
 
 class ValueStore:
     """V rows ``[B, Hkv, T, Dv]`` of one layer in whichever tier holds them.
+
+    ``hot`` is the store of hot rows, put there by whoever fetches and knows how; it is emptied or dropped here when
+    positions or sequences change.
 
     Parameters
     ----------
@@ -50,10 +54,12 @@ class ValueStore:
         self.resident: RowBuffer | None = RowBuffer(device, resident_room or room)
         self.host: RowBuffer | None = None
         self.tail: LowRankTail | None = None
+        self.hot: HotStore | None = None
         self.link = Link(device)
         self._policy = policy
         self._validity = validity
         self._room = room
+        self._settled_hits = 0
         self._untailed: torch.Tensor | None = None
         self._sent: torch.cuda.Event | None = None
         self._ahead: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
@@ -196,6 +202,8 @@ class ValueStore:
         self.length = length
         if self.tail is not None:
             self.tail.crop(length)
+        if self.hot is not None:
+            self.hot.forget()
 
     def select(self, index: torch.Tensor) -> None:
         """Keep the sequences ``index`` ``[B']``, in that order; host rows are copied on the host."""
@@ -205,6 +213,7 @@ class ValueStore:
         for buffer in (self.resident, self.host, self.tail):
             if buffer is not None:
                 buffer.select(index)
+        self._settled_hits, self.hot = self.hot_hits, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ValueStore:
         """Copy what has arrived; nothing is under way in the copy."""
@@ -229,5 +238,10 @@ class ValueStore:
 
     @property
     def overhead_bytes(self) -> int:
-        """Bytes the tail takes on the device."""
-        return 0 if self.tail is None else self.tail.nbytes
+        """Bytes the tail and hot rows take on the device."""
+        return sum(kept.nbytes for kept in (self.tail, self.hot) if kept is not None)
+
+    @property
+    def hot_hits(self) -> int:
+        """Picks that were found on the device; waits for it, which counts them."""
+        return self._settled_hits + (0 if self.hot is None else int(self.hot.hits.sum()))

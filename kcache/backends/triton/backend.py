@@ -10,6 +10,7 @@ import torch
 from kcache.backends.base import DecodeResult, DecodeStep
 from kcache.backends.reference import ReferenceBackend
 from kcache.backends.triton.common import interpreted
+from kcache.backends.triton.hot import HotRows
 from kcache.backends.triton.step import dense_decode, triton_decode
 from kcache.backends.triton.workspace import DenseWorkspace, Tuning, Workspace, unsupported
 from kcache.errors import PolicyError
@@ -53,10 +54,18 @@ class TritonBackend:
         out, picks, mass = triton_decode(
             step.query, step.keys, step.values, step.length, scaling=step.scaling, workspace=workspace,
             lowrank=step.lowrank, mask=step.mask, softcap=step.softcap, sinks=step.sinks, threshold=step.threshold,
-            tally=step.tally,
+            tally=step.tally, hot=step.hot if isinstance(step.hot, HotRows) else None,
         )  # fmt: skip
         # The workspace's picks and mass are overwritten by the next layer.
         return DecodeResult(out, picks[..., : step.length].clone(), mass.clone())
+
+    def keep_hot(self, step: DecodeStep) -> HotRows | None:
+        """A store of ``policy.hot_rows`` for the layer of this step."""
+        policy, (batch, heads, capacity, dim_v) = step.policy, step.values.shape
+        if not policy.hot_rows or policy.select == "head" or self.workspace(step) is None:
+            return None
+        rows = min(policy.hot_rows, capacity)
+        return HotRows(batch, heads, rows, dim_v, step.values.dtype, step.query.device)
 
     def dense(self, step: DecodeStep) -> torch.Tensor:
         """Exact attention over K and V on the device, ``[B, Hq, Dv]``."""
@@ -67,7 +76,8 @@ class TritonBackend:
         shape = (batch, kv_heads, group, dim, dim_v, device)
         workspace = self._dense.get(shape)
         if workspace is None or workspace.capacity < capacity:
-            workspace = DenseWorkspace(batch, kv_heads, group, dim, dim_v, capacity, device, tuning=self.tuning)
+            with torch.inference_mode(False):
+                workspace = DenseWorkspace(batch, kv_heads, group, dim, dim_v, capacity, device, tuning=self.tuning)
             self._dense = {key: kept for key, kept in self._dense.items() if key[0] == batch} | {shape: workspace}
         return dense_decode(
             step.query, step.keys, step.values, step.length, scaling=step.scaling, workspace=workspace,
@@ -88,9 +98,10 @@ class TritonBackend:
             return found
         if unsupported(capacity, group, dim, dim_v, topn, spread) is not None:
             return None
-        made = Workspace(
-            batch, kv_heads, group, dim, dim_v, capacity, topn, device,
-            select=policy.select, tail=policy.tail, tail_rank=rank, spread=spread, tuning=self.tuning,
-        )  # fmt: skip
+        with torch.inference_mode(False):  # memory made in inference mode could not be written to outside of it
+            made = Workspace(
+                batch, kv_heads, group, dim, dim_v, capacity, topn, device,
+                select=policy.select, tail=policy.tail, tail_rank=rank, spread=spread, tuning=self.tuning,
+            )  # fmt: skip
         self._workspaces = {key: kept for key, kept in self._workspaces.items() if key[0] == batch} | {shape: made}
         return made

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kcache.sizes import HOT_WAYS, hot_capacity
+
 
 class HotRows:
     """The device store of hot rows of one layer.
@@ -41,18 +43,26 @@ class HotRows:
     """
 
     def __init__(
-        self, batch: int, heads: int, rows: int, dim: int, dtype: torch.dtype, device: torch.device, ways: int = 8
+        self,
+        batch: int,
+        heads: int,
+        rows: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        ways: int = HOT_WAYS,
     ) -> None:
         total = batch * heads
         self.ways = ways
-        self.rows = max(ways, triton.next_power_of_2(rows))
+        self.rows = max(ways, hot_capacity(rows))
         self.sets = self.rows // ways
-        self.store = torch.zeros(batch, heads, self.rows, dim, dtype=dtype, device=device)
-        self.tags = torch.full((total, self.rows), -1, dtype=torch.int32, device=device)
-        self.stamps = torch.zeros(total, self.rows, dtype=torch.int32, device=device)
-        self.claims = torch.zeros(total, self.sets, dtype=torch.int32, device=device)
-        self.clock = torch.zeros(total, dtype=torch.int32, device=device)
-        self.hits = torch.zeros(batch, heads, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # memory made in inference mode could not be written to outside of it
+            self.store = torch.zeros(batch, heads, self.rows, dim, dtype=dtype, device=device)
+            self.tags = torch.full((total, self.rows), -1, dtype=torch.int32, device=device)
+            self.stamps = torch.zeros(total, self.rows, dtype=torch.int32, device=device)
+            self.claims = torch.zeros(total, self.sets, dtype=torch.int32, device=device)
+            self.clock = torch.zeros(total, dtype=torch.int32, device=device)
+            self.hits = torch.zeros(batch, heads, dtype=torch.int64, device=device)
 
     @property
     def nbytes(self) -> int:
