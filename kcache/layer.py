@@ -328,7 +328,7 @@ class TieredLayer(CacheLayerMixin):
             per_token * self.length,
             self.steps,
             self.length,
-            0,
+            self._v.hot_bytes,
         )
 
 

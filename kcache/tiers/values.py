@@ -239,7 +239,12 @@ class ValueStore:
     @property
     def overhead_bytes(self) -> int:
         """Bytes the tail and hot rows take on the device."""
-        return sum(kept.nbytes for kept in (self.tail, self.hot) if kept is not None)
+        return self.hot_bytes + (0 if self.tail is None else self.tail.nbytes)
+
+    @property
+    def hot_bytes(self) -> int:
+        """Those of them that hot rows take."""
+        return 0 if self.hot is None else self.hot.nbytes
 
     @property
     def hot_hits(self) -> int:

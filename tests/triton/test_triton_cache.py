@@ -86,6 +86,7 @@ def test_triton_cache_with_hot_rows_answers_as_without() -> None:
     row_bytes = 16 * 4
     assert ours.bytes_h2d == others.bytes_h2d - ours.hot_hits * row_bytes
     stored = hot_bytes(hot.policy, 2 * 2 * row_bytes, 4)
+    assert (ours.hot_bytes, others.hot_bytes) == (stored, 0)
     assert ours.overhead_bytes == others.overhead_bytes + stored
     assert ours.device_bytes == others.device_bytes + stored
 
