@@ -18,10 +18,12 @@ import torch
 
 from benchmarks.precompile import compile_only
 from kcache.backends.triton import DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode, triton_decode
-from kcache.backends.triton.step import SliceStep
+from kcache.backends.triton.step import SliceStep, StepInputs
+from kcache.lowrank import LowRank, LowRankTail
+from kcache.policy import Spread
+from kcache.sizes import rank_of
 
 SHARDS = 12
-BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Case:
         """Bytes of K, and of V, in bf16."""
         return self.rows * self.length * self.dim * 2
 
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes that combine reads for the tail: coefficients in bf16, and the scores."""
+        return self.rows * self.length * (2 * rank_of(None, self.dim) + 4 * self.group)
+
 
 CASES = [
     Case("llama-3.1-8b, batch 8, 32k", 8, 8, 4, 32768),
@@ -64,6 +71,7 @@ SWEEP: list[tuple[str, dict[str, int]]] = [
     ("gather", {"gather_rows": 16}),
     ("gather", {"gather_rows": 64}),
     ("gather", {"tail_tile": 64}),
+    ("gather", {"tail_tile": 256}),
     ("gather", {"tail_tile": 64, "tail_stages": 4, "tail_residency": 4}),
     *(("dense", {"dense_stages": stages, "dense_residency": resident}) for stages in (2, 4) for resident in (2, 3)),
     ("dense", {"dense_block": 128, "dense_stages": 2, "dense_residency": 2}),
@@ -88,37 +96,60 @@ class Inputs:
         self.values = host[: case.rows * case.length * case.dim].view(shape)
         if fill:
             self.values.copy_(self.near)
-        blocks = self.near.unflatten(2, (-1, BLOCK))
-        self.means = blocks.mean(3) if fill else torch.empty(*blocks.shape[:3], case.dim, **options)
-        self.open_sum = torch.zeros(case.batch, case.kv_heads, case.dim, device=device)
         self.length = torch.full((1,), case.length, dtype=torch.int32, device=device)
         self.token = make(case.batch, case.kv_heads, case.dim, **options)
         self.scaling = case.dim**-0.5
+        self.lowrank = self._tail(fill)
+        self.tally = torch.zeros(case.batch, dtype=torch.int64, device=device)
+        self.thresholds = [self._threshold(query) if fill else torch.empty(case.batch) for query in self.queries]
 
-    def workspace(self, tuning: Tuning) -> Workspace:
+    def _tail(self, fill: bool) -> LowRank:
+        """The low-rank tail of V."""
+        rank, shape = rank_of(None, self.case.dim), (self.case.batch, self.case.kv_heads)
+        if fill:
+            tail = LowRankTail(rank, self.device)
+            tail.append(self.near, None, 0)
+            return tail.state()
+        base, basis = torch.empty(*shape, self.case.dim), torch.empty(*shape, rank, self.case.dim)
+        return LowRank(base, basis, torch.empty(*shape, rank, self.case.length, dtype=torch.bfloat16))
+
+    def _threshold(self, query: torch.Tensor) -> torch.Tensor:
+        """The threshold ``[B]`` above which each sequence has N rows per KV head."""
+        case, found = self.case, []
+        for one, keys in zip(query, self.keys, strict=True):
+            scores = torch.matmul(one.view(case.kv_heads, case.group, case.dim).float(), keys.float().transpose(1, 2))
+            weights = (scores * self.scaling).softmax(-1).amax(1)
+            found.append(weights.flatten().topk(case.topn * case.kv_heads).values[-1])
+        return torch.stack(found)
+
+    def workspace(self, tuning: Tuning, spread: Spread = "need") -> Workspace:
         """Scratch for the TopN step."""
         case = self.case
         return Workspace(
             case.batch, case.kv_heads, case.group, case.dim, case.dim, case.length, case.topn, self.device,
-            tail_block=BLOCK, tuning=tuning,
+            spread=spread, tuning=tuning,
         )  # fmt: skip
 
-    def step(self, workspace: Workspace, query: torch.Tensor, hot: HotRows | None = None) -> SliceStep:
-        """The whole batch as one slice."""
-        return SliceStep(
-            workspace, 0, self.case.batch, query, self.keys, self.values, self.length, self.scaling, self.means,
-            None, None, None, hot, torch.empty_like(query),
+    def step(self, workspace: Workspace, index: int, hot: HotRows | None = None) -> SliceStep:
+        """The whole batch as one slice, for one of the queries."""
+        query, above = self.queries[index], workspace.spread == "need"
+        inputs = StepInputs(
+            query, self.keys, self.values, self.length, self.scaling, torch.empty_like(query), self.lowrank,
+            threshold=self.thresholds[index] if above else None, tally=self.tally if above else None,
         )  # fmt: skip
+        return SliceStep(workspace, 0, self.case.batch, inputs, hot)
 
     def hot(self) -> HotRows:
         """A store of hot rows."""
         return HotRows(self.case.batch, self.case.kv_heads, 512, self.case.dim, torch.bfloat16, self.device)
 
-    def decode(self, workspace: Workspace, query: torch.Tensor, hot: HotRows | None = None) -> torch.Tensor:
-        """One TopN step."""
+    def decode(self, workspace: Workspace, index: int, hot: HotRows | None = None) -> torch.Tensor:
+        """One TopN step, for one of the queries."""
+        above = workspace.spread == "need"
         return triton_decode(
-            query, self.keys, self.values, self.length, scaling=self.scaling, workspace=workspace, means=self.means,
-            hot=hot,
+            self.queries[index], self.keys, self.values, self.length, scaling=self.scaling, workspace=workspace,
+            lowrank=self.lowrank, threshold=self.thresholds[index] if above else None,
+            tally=self.tally if above else None, hot=hot,
         )[0]  # fmt: skip
 
     def dense(self, tuning: Tuning) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -133,10 +164,7 @@ class Inputs:
 
     def append(self) -> None:
         """Store a token in the last place."""
-        append(
-            self.token, self.token, self.keys, self.values, self.length, offset=-1, means=self.means,
-            open_sum=self.open_sum, tail_block=BLOCK,
-        )  # fmt: skip
+        append(self.token, self.token, self.keys, self.values, self.length, offset=-1, lowrank=self.lowrank)
 
 
 def compile_shard(shard: int, cases: list[Case], processors: int, sweep: bool) -> None:
@@ -145,26 +173,29 @@ def compile_shard(shard: int, cases: list[Case], processors: int, sweep: bool) -
     base = Tuning(processors=processors, slices=1)
     jobs: list[tuple[Case, str, Tuning]] = []
     for case in cases:
-        jobs += [(case, stage, base) for stage in ("score", "weigh", "select", "gather", "dense", "append", "hot")]
+        jobs += [
+            (case, stage, base) for stage in ("score", "weigh", "select", "gather", "dense", "append", "hot", "even")
+        ]
         jobs += [(case, "step", replace(base, slices=pieces)) for pieces in (2, 4) if case.batch >= pieces]
     if sweep:
         jobs += [(cases[0], stage, replace(base, **change)) for stage, change in SWEEP]
     with compile_only():
         for case, stage, tuning in jobs[shard::SHARDS]:
             inputs = Inputs(case, cpu, host, fill=False)
-            query = inputs.queries[0]
             if stage == "dense":
-                inputs.dense(tuning)(query)
+                inputs.dense(tuning)(inputs.queries[0])
             elif stage == "append":
                 inputs.append()
             elif stage == "hot":
-                step = inputs.step(inputs.workspace(tuning), query, inputs.hot())
+                step = inputs.step(inputs.workspace(tuning), 0, inputs.hot())
                 step.select()
                 step.gather()
+            elif stage == "even":
+                inputs.step(inputs.workspace(tuning, "even"), 0).finish()
             elif stage == "step":
-                inputs.decode(inputs.workspace(tuning), query)
+                inputs.decode(inputs.workspace(tuning), 0)
             else:
-                getattr(inputs.step(inputs.workspace(tuning), query), stage)()
+                getattr(inputs.step(inputs.workspace(tuning), 0), stage)()
 
 
 def precompile(arguments: list[str]) -> float:

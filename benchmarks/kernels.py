@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import triton
 
-from benchmarks.kernel_inputs import BLOCK, CASES, SWEEP, Case, Inputs, compile_shard, precompile
+from benchmarks.kernel_inputs import CASES, SWEEP, Case, Inputs, compile_shard, precompile
 from kcache.backends.base import DecodeStep
 from kcache.backends.reference import ReferenceBackend
 from kcache.backends.triton import HotRows, Tuning, Workspace, triton_decode
@@ -97,24 +97,28 @@ class Row:
 def measure(inputs: Inputs, base: Tuning) -> Iterator[Row]:
     """Time all kernels of a case at the given launch parameters."""
     case, queries = inputs.case, inputs.queries
-    score_bytes, mean_bytes = case.rows * case.group * case.length * 4, case.kv_bytes // BLOCK
-    pick_bytes = case.rows * case.topn * case.dim * 2
+    score_bytes, pick_bytes = case.rows * case.group * case.length * 4, case.rows * case.topn * case.dim * 2
     workspace = inputs.workspace(base)
-    steps = [inputs.step(workspace, query) for query in queries]
+    steps = [inputs.step(workspace, index) for index in range(len(queries))]
     plan = f"splits {workspace.score_splits}+{workspace.tail_splits}"
     steps[0].run()
     yield Row(case.name, "append", "", *graph_us([inputs.append] * 8), 0)
     yield Row(case.name, "score", plan, *graph_us([step.score for step in steps]), case.kv_bytes + score_bytes)
     yield Row(case.name, "weigh", "", *graph_us([step.weigh for step in steps]), score_bytes)
     yield Row(case.name, "select", "", *graph_us([step.select for step in steps]), 0)
+    evenly = inputs.workspace(base, "even")
+    even_steps = [inputs.step(evenly, index) for index in range(len(queries))]
+    even_steps[0].run()
+    yield Row(case.name, "weigh", "exactly N", *graph_us([step.weigh for step in even_steps]), score_bytes)
+    yield Row(case.name, "select", "exactly N", *graph_us([step.select for step in even_steps]), 0)
     weights = torch.rand(case.rows, case.length, device=inputs.device)
     yield Row(case.name, "torch.topk", "for comparison", *graph_us([lambda: weights.topk(case.topn)] * 4), 0)
-    yield from measure_gather(inputs, workspace, "", mean_bytes, pick_bytes)
+    yield from measure_gather(inputs, workspace, "", pick_bytes)
     for pieces in (1, 2, 4):
         if case.batch >= pieces:
             sliced = inputs.workspace(replace(base, slices=pieces))
-            calls = [partial(inputs.decode, sliced, query) for query in queries]
-            total = case.kv_bytes + mean_bytes
+            calls = [partial(inputs.decode, sliced, index) for index in range(len(queries))]
+            total = case.kv_bytes + case.tail_bytes
             yield Row(case.name, "step", f"slices {pieces}, no hot rows", *graph_us(calls), total, pick_bytes)
     dense = inputs.dense(base)
     calls = [partial(dense, query) for query in queries]
@@ -126,15 +130,16 @@ def measure(inputs: Inputs, base: Tuning) -> Iterator[Row]:
     yield Row(case.name, "torch sdpa", "for comparison", *graph_us(calls), 2 * case.kv_bytes)
 
 
-def measure_gather(
-    inputs: Inputs, workspace: Workspace, variant: str, mean_bytes: int, pick_bytes: int
-) -> Iterator[Row]:
-    """Time gather on random picks: all over the link, four fifths hot, and the tail alone."""
-    case, device = inputs.case, inputs.device
-    traces, own = pick_traces(case, device), workspace.picks
+def measure_gather(inputs: Inputs, workspace: Workspace, variant: str, pick_bytes: int) -> Iterator[Row]:
+    """Time gather on N random picks per head: all over the link, four fifths hot, and the tail alone."""
+    case, device, tail_bytes = inputs.case, inputs.device, inputs.case.tail_bytes
+    own = workspace.picks
+    room = (0, workspace.width - case.topn)
+    traces = [torch.nn.functional.pad(trace, room, value=-1) for trace in pick_traces(case, device)]
 
     def traced(hot: HotRows | None, picks: list[torch.Tensor], slots: list[torch.Tensor] | None) -> tuple[float, float]:
-        step = inputs.step(workspace, inputs.queries[0], hot)
+        step = inputs.step(workspace, 0, hot)
+        workspace.counts.copy_((picks[0] >= 0).sum(1))
 
         def call(index: int) -> None:
             workspace.picks = picks[index]
@@ -142,21 +147,20 @@ def measure_gather(
                 workspace.hot_slots = slots[index]
             step.gather()
 
-        workspace.coefficients.fill_(1.0 / case.topn)
         times = graph_us([partial(call, index) for index in range(len(picks))])
         workspace.picks = own
         return times
 
-    yield Row(case.name, "gather", variant or "no hot rows", *traced(None, traces, None), mean_bytes, pick_bytes)
+    yield Row(case.name, "gather", variant or "no hot rows", *traced(None, traces, None), tail_bytes, pick_bytes)
     if variant:
         return
     nothing = [torch.full_like(own, -1)] * 8
-    yield Row(case.name, "gather", "tail alone", *traced(None, nothing, None), mean_bytes)
+    yield Row(case.name, "gather", "tail alone", *traced(None, nothing, None), tail_bytes)
     hot = inputs.hot()
     slots = [torch.randint(0, hot.rows, own.shape, device=device, dtype=torch.int32) for _ in traces]
     slots = [torch.where(torch.rand(own.shape, device=device) < 0.8, slot, -1).int() for slot in slots]
     workspace.hot_inserts.fill_(-1)
-    yield Row(case.name, "gather", "80 % hot", *traced(hot, traces, slots), mean_bytes, pick_bytes // 5)
+    yield Row(case.name, "gather", "80 % hot", *traced(hot, traces, slots), tail_bytes, pick_bytes // 5)
 
 
 def sweep_row(inputs: Inputs, stage: str, change: dict[str, int], base: Tuning) -> Iterator[Row]:
@@ -170,11 +174,10 @@ def sweep_row(inputs: Inputs, stage: str, change: dict[str, int], base: Tuning) 
         yield Row(case.name, "dense", variant, *graph_us(calls), 2 * case.kv_bytes)
         return
     workspace = inputs.workspace(tuning)
-    steps = [inputs.step(workspace, query) for query in inputs.queries]
+    steps = [inputs.step(workspace, index) for index in range(len(inputs.queries))]
     steps[0].run()
     if stage == "gather":
-        pick_bytes = case.rows * case.topn * case.dim * 2
-        yield from measure_gather(inputs, workspace, variant, case.kv_bytes // BLOCK, pick_bytes)
+        yield from measure_gather(inputs, workspace, variant, case.rows * case.topn * case.dim * 2)
         return
     moved = {"score": case.kv_bytes + score_bytes, "weigh": score_bytes, "select": 0}[stage]
     yield Row(case.name, stage, variant, *graph_us([getattr(step, stage) for step in steps]), moved)
@@ -183,15 +186,24 @@ def sweep_row(inputs: Inputs, stage: str, change: dict[str, int], base: Tuning) 
 def check(inputs: Inputs, base: Tuning) -> dict[str, float]:
     """Relative errors against the reference backend and against fp32 attention, on fresh inputs."""
     query, case = inputs.queries[0], inputs.case
-    policy = Policy(topn=case.topn, tail="block", tail_block=BLOCK)
-    step = DecodeStep(query, inputs.keys, inputs.values, case.length, inputs.scaling, policy, means=inputs.means)
+    step = DecodeStep(
+        query, inputs.keys, inputs.values, case.length, inputs.scaling, Policy(topn=case.topn),
+        lowrank=inputs.lowrank, threshold=inputs.thresholds[0],
+    )  # fmt: skip
     torch.cuda.synchronize()
     want = ReferenceBackend().decode(step)
     out, picks, mass = triton_decode(
-        query, inputs.keys, inputs.values, case.length, scaling=inputs.scaling, means=inputs.means,
-        workspace=inputs.workspace(replace(base, slices=min(2, case.batch))), out=torch.full_like(query, float("nan")),
+        query, inputs.keys, inputs.values, case.length, scaling=inputs.scaling, lowrank=inputs.lowrank,
+        threshold=inputs.thresholds[0], workspace=inputs.workspace(replace(base, slices=min(2, case.batch))),
+        out=torch.full_like(query, float("nan")),
     )  # fmt: skip
-    same = (picks.unsqueeze(-1) == want.picks.unsqueeze(-2)).any(-1).float().mean().item()
+    chosen, wanted = (
+        torch.zeros(case.rows, case.length + 1, dtype=torch.bool, device=query.device).scatter_(
+            1, torch.where(rows < 0, case.length, rows).view(case.rows, -1).long(), True
+        )[:, :-1]
+        for rows in (picks, want.picks)
+    )
+    same = ((chosen & wanted).sum() / (chosen | wanted).sum()).item()
     dense_want = torch.nn.functional.scaled_dot_product_attention(
         query[:1].float().unsqueeze(2), inputs.keys[:1].float(), inputs.near[:1].float(), enable_gqa=case.group > 1
     ).squeeze(2)

@@ -143,7 +143,7 @@ class Fitter:
         if self.pools.device_bytes is not None:
             left = self.pools.after(self.weights_bytes).device_bytes or 0
             room = max(0, left - max(reserve(left), working))
-        need = self.shape.need(ctx, batch, self.policy, room)
+        need = self.shape.need(ctx, batch, self.policy, room, hot=self.pools.device_bytes is not None)
         limits = [limit for limit in (self.policy.kv_budget, room) if isinstance(limit, int)]
         allowed = min(limits, default=None)
         if allowed is not None and need.device_bytes > allowed:

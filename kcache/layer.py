@@ -16,9 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kcache import dense
 from kcache.backends.base import DecodeStep
 from kcache.errors import CacheStateError
-from kcache.lowrank import LowRankTail
 from kcache.stepwise import Block
-from kcache.tail import BlockTail
 from kcache.telemetry import LayerKind, Stats, StepMode
 from kcache.tiers.rows import RowBuffer
 from kcache.tiers.values import ValueStore
@@ -87,7 +85,7 @@ class TieredLayer(CacheLayerMixin):
         self.mode: StepMode = "idle"
         self.picks: torch.Tensor | None = None
         self.mass: torch.Tensor | None = None
-        self.rows_fetched = self.row_bytes_fetched = self.hot_hits = self.hot_bytes = self.steps = 0
+        self.steps = self._even_rows = 0
         self._k: RowBuffer | None = None
         self._v: ValueStore | None = None
 
@@ -267,18 +265,17 @@ class TieredLayer(CacheLayerMixin):
         else:
             self._v.finish_sending()
         step = self._step(call, mask, self._v.host)
-        spread = self.shared.spread if backend.spreads and self.shared.policy.topn < self.length else None
-        if spread is not None:
-            step = replace(step, threshold=spread.threshold(self.index, len(step.query), self.device))
-        result = backend.decode(step)
+        spread, policy = self.shared.spread, self.shared.policy
+        if spread is not None and policy.topn < self.length:
+            heads = step.keys.shape[1] if policy.select == "group" else step.query.shape[1]
+            threshold, tally = spread.begin(self.index, heads, len(step.query), self.device)
+            step = replace(step, threshold=threshold, tally=tally)
+        if self._v.hot is None:
+            self._v.hot = backend.keep_hot(step)
+        result = backend.decode(replace(step, hot=self._v.hot))
         self.mode, self.picks, self.mass = "topn", result.picks, result.mass
-        rows = result.picks.numel()
-        if spread is not None:
-            counts = (result.picks >= 0).flatten(1).sum(1)
-            spread.note(counts, result.picks[0, ..., 0].numel())
-            rows = int(counts.sum())
-        self.rows_fetched += rows
-        self.row_bytes_fetched += rows * self._v.host.row_bytes
+        if step.tally is None:
+            self._even_rows += result.picks.numel()
         return result.out.unsqueeze(2)
 
     def _step(self, call: AttentionCall, mask: torch.Tensor | None, values: RowBuffer) -> DecodeStep:
@@ -291,14 +288,19 @@ class TieredLayer(CacheLayerMixin):
             length=self.length,
             scaling=call.scaling,
             policy=self.shared.policy,
-            means=tail.buffer() if isinstance(tail, BlockTail) else None,
-            lowrank=tail.state() if isinstance(tail, LowRankTail) else None,
+            lowrank=None if tail is None else tail.state(),
             mask=None if mask is None else mask[:, 0, 0].expand(call.query.shape[0], -1),
             softcap=call.softcap,
             sinks=call.sinks,
         )
 
     # -- telemetry -------------------------------------------------------------------------------------------------
+
+    @property
+    def rows_fetched(self) -> int:
+        """V rows that decode steps took from the host tier; waits for the device, which counts them."""
+        spread = self.shared.spread
+        return self._even_rows + (0 if spread is None else spread.fetched(self.index))
 
     def stats(self) -> Stats:
         """Counters and bytes of this layer."""
@@ -310,12 +312,14 @@ class TieredLayer(CacheLayerMixin):
             return (0,) * len(fields(Stats))
         k_bytes, resident, overhead = self._k.nbytes, self._v.resident_bytes, self._v.overhead_bytes
         v = self._v.host or self._v.resident
+        rows, hits = self.rows_fetched, self._v.hot_hits
+        row_bytes = 0 if self._v.host is None else self._v.host.row_bytes
         per_token = 0 if v is None else self.batch_size * (self._k.heads * self._k.row_bytes + v.heads * v.row_bytes)
         return (
-            self._v.bytes_h2d + self.row_bytes_fetched,
+            self._v.bytes_h2d + (rows - hits) * row_bytes,
             self._v.bytes_d2h,
-            self.rows_fetched,
-            self.hot_hits,
+            rows,
+            hits,
             k_bytes + resident + overhead,
             self._v.host_bytes,
             k_bytes,
@@ -324,7 +328,7 @@ class TieredLayer(CacheLayerMixin):
             per_token * self.length,
             self.steps,
             self.length,
-            self.hot_bytes,
+            self._v.hot_bytes,
         )
 
 

@@ -17,6 +17,7 @@ from kcache.policy import Policy
 from kcache.sizes import TierSizes, resident_layers, tail_unit
 
 _SCORE_BYTES = 4  # scores are fp32
+_LIST_BYTES = 8  # a row above the threshold: its weight and its position
 
 
 @dataclass(frozen=True)
@@ -135,14 +136,14 @@ class ModelShape:
             inner=-(-self.inner // ranks),
         )
 
-    def need(self, ctx: int, batch: int, policy: Policy, budget: int | None) -> MemoryNeed:
-        """Bytes of a cache; see :func:`cache_bytes`."""
+    def need(self, ctx: int, batch: int, policy: Policy, budget: int | None, hot: bool = False) -> MemoryNeed:
+        """Bytes of a cache, with ``hot`` of one on a device that keeps hot rows; see :func:`cache_bytes`."""
         v_row = self.v_row * batch
         sizes = TierSizes(
             self.layers,
             self.k_row * batch,
             v_row,
-            *tail_unit(policy, v_row, self.dim, v_row // (self.dim * self.dtype_bytes)),
+            *tail_unit(policy, v_row, self.dim, v_row // (self.dim * self.dtype_bytes), hot),
         )
         other_rows = (self.untiered * ctx + sum(min(ctx, window) for window in self.windows)) * batch
         allowed = policy.kv_budget if isinstance(policy.kv_budget, int) else budget
@@ -167,9 +168,10 @@ class ModelShape:
         )
 
     def scratch_bytes(self, ctx: int, batch: int, policy: Policy) -> int:
-        """Scores of one layer's decode step and the probabilities of its tail blocks; layers take turns with it."""
-        scores = batch * self.query_heads * ctx * _SCORE_BYTES
-        return scores + scores // policy.tail_block if policy.tail == "block" else scores
+        """Scores of one layer's decode step, and lists of the rows above a threshold; layers take turns with it."""
+        picking = self.query_heads if policy.select == "head" else self.query_heads // self.group
+        listed = picking * _LIST_BYTES if policy.spread == "need" else 0
+        return batch * ctx * (self.query_heads * _SCORE_BYTES + listed)
 
     def activation_bytes(self, ctx: int, batch: int, policy: Policy, offloads: bool) -> int:
         """What the largest forward of a prefill works in, roughly: one layer's activations, and the last logits.

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from kcache.errors import PolicyError
 
 Select = Literal["group", "head"]
-Tail = Literal["lowrank", "block", "renormalise", "none"]
+Tail = Literal["lowrank", "renormalise", "none"]
 Spread = Literal["need", "even"]
 Offload = Literal["auto", "all", "none"]
 BackendName = Literal["auto", "reference", "cpu", "triton"]
@@ -72,7 +72,7 @@ class Policy:
     spread : {"need", "even"}
         ``"need"`` gives the rows to the layers and heads whose attention needs them, by one threshold on their
         probability that follows the average (:mod:`kcache.spread`); ``"even"`` fetches exactly ``topn`` everywhere, as
-        the paper does. The Triton backend knows ``"even"`` only and takes it in either case.
+        the paper does.
     dense_layers : int
         The first layers keep V on the device and attend exactly; their attention is too diffuse for TopN.
     dense_below : int
@@ -81,15 +81,17 @@ class Policy:
         ``"group"`` weighs a row by the largest probability that any of the query heads sharing a KV head gives it, and
         picks once per KV head; ``"head"`` picks per query head, as the paper does, and moves up to group-size times
         more rows.
-    tail : {"lowrank", "block", "renormalise", "none"}
+    tail : {"lowrank", "renormalise", "none"}
         What stands in for the rows that were not picked: each row's projection on the few directions in which V of its
-        head varies most (:mod:`kcache.lowrank`); the mean V of each block of ``tail_block`` rows; nothing, with the
-        picked weights rescaled to one; or nothing at all (the paper).
+        head varies most (:mod:`kcache.lowrank`); nothing, with the picked weights rescaled to one; or nothing at all
+        (the paper).
     tail_rank : int or None
         Directions per KV head of the low-rank tail; ``None`` is a sixteenth of the head size, which costs a sixteenth
         of V in device memory.
-    tail_block : int
-        Rows per block of the tail. The means cost ``1 / tail_block`` of V in device memory.
+    hot_rows : int
+        Recently fetched V rows that a CUDA device keeps per KV head and offloaded layer, so that most picks need not
+        cross the link again; 0 for none. Rounded up to a power of two, at least 8. Where both tiers are RAM, and with
+        ``select="head"``, nothing is kept.
     offload : {"auto", "all", "none"}
         ``"auto"`` keeps V of as many layers on the device as ``kv_budget`` allows and offloads the rest (on a
         CPU-only machine without a ``kv_budget`` it means ``"all"``); ``"all"`` offloads every layer but the dense
@@ -113,7 +115,7 @@ class Policy:
     select: Select = "group"
     tail: Tail = "lowrank"
     tail_rank: int | None = None
-    tail_block: int = 16
+    hot_rows: int = 256
     offload: Offload = "auto"
     kv_budget: int | str | None = None
     resident_layers: int | None = None
@@ -124,7 +126,7 @@ class Policy:
         _check_int("topn", self.topn, 1, "it is the number of V rows fetched per KV head and step; try 64 or 128")
         _check_int("dense_layers", self.dense_layers, 0, "0 tiers every layer")
         _check_int("dense_below", self.dense_below, 0, "0 uses TopN at every length")
-        _check_int("tail_block", self.tail_block, 1, "16 is a good value")
+        _check_int("hot_rows", self.hot_rows, 0, "it is the number of V rows kept per KV head; 0 keeps none")
         _check_int("prefill_chunk", self.prefill_chunk, 1, "4096 is a good value")
         if self.tail_rank is not None:
             _check_int("tail_rank", self.tail_rank, 1, "leave it out for a sixteenth of the head size")
@@ -143,7 +145,7 @@ class Policy:
     @classmethod
     def paper(cls, topn: int = 128, **changes: Any) -> Policy:
         """The scheme of He & Wu (2024) as told: TopN per query head, no renormalisation, no tail, nothing dense."""
-        told = {"spread": "even", "dense_layers": 0, "dense_below": 0, "select": "head", "tail": "none"}
+        told = {"spread": "even", "dense_layers": 0, "dense_below": 0, "select": "head", "tail": "none", "hot_rows": 0}
         return cls(topn=topn, **{**told, **changes})
 
     def replace(self, **changes: Any) -> Policy:

@@ -82,7 +82,8 @@ class Residency:
         if end <= self.planned and keys.shape[0] == self.batch:
             return
         v_row = _row_bytes(values)
-        tail = tail_unit(self.policy, v_row, values.shape[3], values.shape[0] * values.shape[1])
+        heads, hot = values.shape[0] * values.shape[1], values.device.type == "cuda"
+        tail = tail_unit(self.policy, v_row, values.shape[3], heads, hot)
         places = self._places(layer, _row_bytes(keys), v_row, tail)
         needed = end if self.max_length is None else max(end, self.max_length)
         length = aim = self._aim(needed)
@@ -104,7 +105,7 @@ class Residency:
             if late.length and not late.offloaded and self.leaves(late, late.length):
                 late.spill()
 
-    def _places(self, layer: TieredLayer, k_row: int, v_row: int, tail: tuple[int, int, int]) -> list[Place]:
+    def _places(self, layer: TieredLayer, k_row: int, v_row: int, tail: tuple[int, int]) -> list[Place]:
         """The devices there are, with their layers, sizes and budgets; ``layer`` is the one whose rows arrive."""
         expected = self.devices.get(layer.index, layer.device)
         if expected != layer.device:  # the model has been moved since it was looked at

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from kcache.policy import Policy
 
 LEAST_RESERVE = 512 * 2**20
+HOT_WAYS = 8  # hot rows that a position may be kept in place of
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class TierSizes:
     layers : int
     k_row, v_row : int
         Bytes of one token's K and V in one layer, all sequences.
-    tail_row, tail_block : int
-        Bytes of the tail in one layer, and how many rows they stand for.
+    tail_row : int
+        Bytes of one token's tail in one layer, all sequences.
     tail_fixed : int
         Bytes of the tail in one layer at any length.
     """
@@ -31,12 +32,11 @@ class TierSizes:
     k_row: int
     v_row: int
     tail_row: int = 0
-    tail_block: int = 1
     tail_fixed: int = 0
 
     def tail(self, length: int, resident: int) -> int:
         """Bytes of the tail with V of ``resident`` layers on the device."""
-        return (self.layers - resident) * (self.tail_row * -(-length // self.tail_block) + self.tail_fixed)
+        return (self.layers - resident) * (self.tail_row * length + self.tail_fixed)
 
     def device(self, length: int, resident: int) -> int:
         """Bytes on the device at ``length`` rows with V of ``resident`` layers there."""
@@ -58,8 +58,8 @@ class TierSizes:
         return low
 
 
-def tail_unit(policy: Policy, v_row: int, dim: int, heads: int = 0) -> tuple[int, int, int]:
-    """What the tail takes in one layer.
+def tail_unit(policy: Policy, v_row: int, dim: int, heads: int = 0, hot: bool = False) -> tuple[int, int]:
+    """What the tail takes in one layer, and the hot rows with it.
 
     Parameters
     ----------
@@ -68,16 +68,30 @@ def tail_unit(policy: Policy, v_row: int, dim: int, heads: int = 0) -> tuple[int
         Bytes of a token's V.
     dim, heads : int
         Size of a head, and how many there are in all sequences.
+    hot : bool
+        Whether the device keeps hot rows.
 
     Returns
     -------
-    int, int, int
-        Bytes, the rows they stand for, and bytes at any length: base and basis in fp32.
+    int, int
+        Bytes per token, and bytes at any length: base and basis in fp32, hot rows.
     """
-    if policy.tail == "block":
-        return v_row, policy.tail_block, 0
     rank = rank_of(policy.tail_rank, dim) if policy.tail == "lowrank" else 0
-    return v_row * rank // dim, 1, heads * (rank + 1) * dim * 4 if rank else 0
+    fixed = heads * (rank + 1) * dim * 4 if rank else 0
+    return v_row * rank // dim, fixed + (hot_bytes(policy, v_row, heads) if hot else 0)
+
+
+def hot_capacity(rows: int) -> int:
+    """Rows in a store of hot rows: a power of two, and at least one set."""
+    return max(HOT_WAYS, 1 << max(0, rows - 1).bit_length())
+
+
+def hot_bytes(policy: Policy, v_row: int, heads: int) -> int:
+    """Bytes of one layer's hot rows, for so many heads in all sequences: V, position, age; claims, clock and hits."""
+    if not policy.hot_rows or policy.select == "head":
+        return 0
+    rows = hot_capacity(policy.hot_rows)
+    return rows * (v_row + 8 * heads) + heads * (rows // HOT_WAYS * 4 + 12)
 
 
 def rank_of(rank: int | None, dim: int) -> int:

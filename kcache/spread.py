@@ -23,48 +23,82 @@ MOST = 8
 class Spread:
     """The thresholds of one cache's sequences, ``[B]`` fp32; a sequence's own does not depend on the rest of its batch.
 
-    Decode steps come layer by layer: the first layer of a step closes the one before.
+    Decode steps come layer by layer: the first layer of a step closes the one before. Rows are counted where they are
+    picked, in a tally per layer that only grows; nothing here waits for the device but :meth:`fetched`. Tensors change
+    in place, so a captured step goes on from where the last replay left them.
     """
 
     def __init__(self, policy: Policy, ranks: Ranks = ALONE) -> None:
         self._policy = policy
         self._ranks = ranks
         self._threshold: torch.Tensor | None = None
-        self._rows: torch.Tensor | None = None
+        self._tallies: dict[int, torch.Tensor] = {}
+        self._closed: torch.Tensor | None = None
+        self._before: dict[int, int] = {}
         self._heads = 0
         self._latest = -1
 
-    def threshold(self, layer: int, batch: int, device: torch.device) -> torch.Tensor:
-        """Return the least probability worth a row in this step of layer number ``layer``, ``[B]`` fp32."""
+    def begin(self, layer: int, heads: int, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Begin this step of layer number ``layer``, of so many heads that pick.
+
+        Returns
+        -------
+        threshold : Tensor ``[B]`` fp32
+            The least probability worth a row.
+        tally : Tensor ``[B]`` int64
+            To which the rows picked for each sequence are to be added.
+        """
         if layer <= self._latest:
             self._follow()
         self._latest = layer
-        if self._threshold is None or len(self._threshold) != batch:
-            self._threshold = torch.full((batch,), 1 / (4 * self._policy.topn), device=device)
-            self._rows = None
-        return self._threshold.to(device)
-
-    def note(self, counts: torch.Tensor, heads: int) -> None:
-        """Take in what one layer fetched: rows per sequence ``[B]`` over so many heads."""
-        assert self._threshold is not None
-        counts = counts.to(self._threshold.device)
-        self._rows = counts if self._rows is None else self._rows + counts
         self._heads += heads
+        with torch.inference_mode(False):
+            if self._threshold is None or len(self._threshold) != batch:
+                self._settle()
+                self._heads = heads
+                self._threshold = torch.full((batch,), 1 / (4 * self._policy.topn), device=device)
+                self._closed = torch.zeros(batch, dtype=torch.int64, device=device)
+            if layer not in self._tallies:
+                self._tallies[layer] = torch.zeros(batch, dtype=torch.int64, device=device)
+        return self._threshold.to(device), self._tallies[layer]
+
+    def fetched(self, layer: int) -> int:
+        """Rows that a layer picked since the cache was made or reset; waits for the device."""
+        tally = self._tallies.get(layer)
+        return self._before.get(layer, 0) + (0 if tally is None else int(tally.sum()))
 
     def select(self, index: torch.Tensor) -> None:
         """Keep the sequences ``index`` ``[B']``, in that order."""
-        for name in ("_threshold", "_rows"):
-            held = getattr(self, name)
-            if held is not None:
-                setattr(self, name, held.index_select(0, index.to(held.device)))
+        if self._threshold is None or self._closed is None:
+            return
+        index = index.to(self._threshold.device)
+        with torch.inference_mode(False):
+            open_rows = self._total() - self._closed
+            self._threshold = self._threshold.index_select(0, index)
+            self._closed = -open_rows.index_select(0, index)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Take the tallies' totals to the host; they begin anew."""
+        self._before = {layer: self.fetched(layer) for layer in {*self._before, *self._tallies}}
+        self._tallies = {}
+
+    def _total(self) -> torch.Tensor:
+        """Rows of all layers per sequence, ``[B]`` int64."""
+        assert self._closed is not None
+        if not self._tallies:
+            return torch.zeros_like(self._closed)
+        return torch.stack([tally.to(self._closed.device) for tally in self._tallies.values()]).sum(0)
 
     def _follow(self) -> None:
-        if self._threshold is None or self._rows is None:
+        if self._threshold is None or self._closed is None or not self._heads:
             return
-        rows = self._ranks.total(self._rows)  # where the heads are shared out, the threshold is still one for all
-        error = rows / (self._heads * self._ranks.size * self._policy.topn) - 1
-        self._threshold = self._threshold * torch.exp(GAIN * error.clamp(max=2))
-        self._rows, self._heads = None, 0
+        total = self._total()
+        rows = self._ranks.total(total - self._closed)  # where heads are shared out, the threshold is one for all
+        error = rows.to(self._threshold.device) / (self._heads * self._ranks.size * self._policy.topn) - 1
+        self._threshold.mul_(torch.exp(GAIN * error.clamp(max=2)))
+        self._closed.copy_(total)
+        self._heads = 0
 
 
 def spread_of(policy: Policy, ranks: Ranks = ALONE) -> Spread | None:

@@ -1,7 +1,7 @@
 """What a cache counts, and the immutable picture of one step that viewers read.
 
-Counters are plain integers computed from shapes where the bytes move, so counting never touches the device. A
-snapshot copies the last step's picks to the host; only whoever asks for one pays for it.
+Counters are plain integers computed from shapes where the bytes move, or sums that the device keeps, so counting never
+waits for it. Reading those sums does, and a snapshot copies the last step's picks to the host: only whoever asks pays.
 """
 
 from __future__ import annotations

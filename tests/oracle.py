@@ -1,8 +1,8 @@
 """A brute-force oracle: TopN attention from its definition, over the full K and V that a stock cache holds.
 
 It shares no code with kcache. It runs as an attention function of its own on a DynamicCache, in fp64, and writes the
-tail down row by row: an unpicked row weighs what it did and is replaced by the mean of its block's real rows, or by
-what it is in a few directions (the cache's own, which tests/test_lowrank.py holds against an eigendecomposition).
+tail down row by row: an unpicked row weighs what it did and is replaced by what it is in a few directions (the cache's
+own, which tests/test_lowrank.py holds against an eigendecomposition).
 """
 
 from __future__ import annotations
@@ -62,13 +62,6 @@ def topn_attention(
         stand_ins = base + rows @ basis.T @ basis
         picks = [set(row.nonzero()[:, 0].tolist()) for row in picked]
         return weights @ rows + rest @ stand_ins, picks, mass
-    elif policy.tail == "block":
-        for start in range(0, len(rows), policy.tail_block):
-            block = slice(start, start + policy.tail_block)
-            real = valid[block]
-            if real.any():  # an unpicked row is worth the mean of its block's real rows: share its weight among them
-                left = (probs * ~picked)[:, block].sum(1, keepdim=True)
-                weights[:, block] += left * real / real.sum()
     picks = [set(row.nonzero()[:, 0].tolist()) for row in picked]
     return weights @ rows, picks, mass
 

@@ -20,7 +20,6 @@ from kcache.errors import PolicyError
 from kcache.lowrank import LowRankTail
 from kcache.policy import Policy
 from kcache.spread import MOST
-from kcache.tail import BlockTail
 from tests.oracle import topn_attention
 
 CPU = torch.device("cpu")
@@ -66,19 +65,11 @@ def problem(
         mask = torch.rand(batch, length, generator=draw) < 0.6
         mask[:, -1] = True
         mask[0, : length // 2] = False
-    means = lowrank = None
+    lowrank = None
     if policy.tail == "lowrank":
         directions = LowRankTail(policy.tail_rank, CPU)
         directions.append(values[:, :, :length], mask, directions.begins_at(length))
         lowrank = directions.state()
-    if policy.tail == "block":
-        tail = BlockTail(policy.tail_block, CPU)
-        counts = None
-        if mask is not None:
-            padded = torch.nn.functional.pad(mask, (0, -length % policy.tail_block))
-            counts = padded.view(batch, -1, policy.tail_block).sum(-1, dtype=torch.int32)
-        tail.append(values[:, :, :length], mask, counts)
-        means = tail.means()
     return DecodeStep(
         query=randn(batch, kv_heads * group, dim),
         keys=keys,
@@ -86,7 +77,6 @@ def problem(
         length=length,
         scaling=dim**-0.5,
         policy=policy,
-        means=means,
         lowrank=lowrank,
         mask=mask,
         softcap=softcap,
@@ -140,8 +130,7 @@ policies = st.builds(
     Policy,
     topn=st.sampled_from([1, 5, 16, 1000]),
     select=st.sampled_from(["group", "head"]),
-    tail=st.sampled_from(["lowrank", "block", "renormalise", "none"]),
-    tail_block=st.sampled_from([1, 7, 16]),
+    tail=st.sampled_from(["lowrank", "renormalise", "none"]),
     tail_rank=st.sampled_from([None, 1, 3, 1000]),
 )
 problems = st.builds(
@@ -253,7 +242,7 @@ def test_selecting_in_two_stages_finds_the_largest(count: int, length: int, kind
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("tail", ["lowrank", "block", "renormalise", "none"])
+@pytest.mark.parametrize("tail", ["lowrank", "renormalise", "none"])
 def test_a_sequence_with_nothing_to_attend_gives_zeros(backend: str, tail: str) -> None:
     step = problem(masked=True, policy=Policy(topn=5, tail=tail))
     mask = step.mask.clone()
@@ -273,7 +262,7 @@ def test_inputs_are_left_as_they_were_and_results_stay(backend: str) -> None:
         step = problem(policy=policy, masked=True)
         before = {
             name: getattr(step, name).clone()
-            for name in ("query", "keys", "values", "means", "mask")
+            for name in ("query", "keys", "values", "mask")
             if getattr(step, name) is not None
         }
         first = made.decode(step)

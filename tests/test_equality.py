@@ -24,8 +24,7 @@ POLICIES = {
     "paper": Policy.paper(10**6, dense_below=0, resident_layers=0),
     "renormalise": WHOLE.replace(tail="renormalise"),
     "reference": WHOLE.replace(backend="reference"),
-    "odd_blocks": WHOLE.replace(tail="block", tail_block=5),
-    "one_row_blocks": WHOLE.replace(tail="block", tail_block=1),
+    "one_direction": WHOLE.replace(tail_rank=1),
 }
 
 

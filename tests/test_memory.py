@@ -23,9 +23,7 @@ LAYERS = 3
 def budget_for(length: int, batch: int, resident: int, policy: Policy) -> int:
     """The smallest budget under which ``resident`` layers of the tiny llama keep V on the device."""
     tail = 0
-    if policy.tail == "block":
-        tail = ROW * -(-length // policy.tail_block)
-    elif policy.tail == "lowrank":  # one direction of 8 dimensions; it and the base in fp32, two heads
+    if policy.tail == "lowrank":  # one direction of 8 dimensions; it and the base in fp32, two heads
         tail = ROW // 8 * length + 2 * 2 * 8 * 4
     return batch * (ROW * (LAYERS * length + resident * length) + (LAYERS - resident) * tail)
 
@@ -58,7 +56,7 @@ def give_ram(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
         Policy(dense_below=0, resident_layers=2, dense_layers=0),
         Policy(),
         Policy(offload="none"),
-        Policy(offload="all", dense_below=0, dense_layers=0, tail="block", tail_block=64),
+        Policy(offload="all", dense_below=0, dense_layers=0, tail_rank=3),
     ],
 )
 @pytest.mark.parametrize("kind", ["llama", "mha", "mqa", "qwen3", "gpt2", "phi3"])

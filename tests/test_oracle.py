@@ -22,9 +22,9 @@ SCHEMES = {
     "paper": Policy.paper(8, **BASE),
     "renormalise": Policy(topn=8, dense_layers=0, tail="renormalise", **BASE),
     "group_no_tail": Policy(topn=8, dense_layers=0, tail="none", **BASE),
-    "head_block": Policy(topn=8, dense_layers=0, select="head", tail="block", tail_block=5, **BASE),
-    "one_row_blocks": Policy(topn=8, dense_layers=0, tail="block", tail_block=1, **BASE),
-    "huge_blocks": Policy(topn=8, dense_layers=0, tail="block", tail_block=1000, **BASE),
+    "head": Policy(topn=8, dense_layers=0, select="head", **BASE),
+    "one_direction": Policy(topn=8, dense_layers=0, tail_rank=1, **BASE),
+    "all_directions": Policy(topn=8, dense_layers=0, tail_rank=1000, **BASE),
     "one_row": Policy(topn=1, dense_layers=0, **BASE),
     "reference": Policy(topn=8, dense_layers=0, backend="reference", **BASE),
 }
@@ -58,7 +58,7 @@ def test_every_family(kind: str, scheme: str) -> None:
     run.compare_picks()
 
 
-@pytest.mark.parametrize("scheme", [*MAIN, "head_block"])
+@pytest.mark.parametrize("scheme", [*MAIN, "head"])
 @pytest.mark.parametrize("seed", range(3))
 def test_after_a_life_of_turns_crops_and_reorders(scheme: str, seed: int) -> None:
     """Random padding, a second turn that leaves holes, crops to anywhere in a block, beams, batch selects."""

@@ -16,7 +16,7 @@ BAD: list[tuple[str, Any]] = [
     *[("topn", value) for value in (0, -1, 1.5, float("nan"), "64", None, True, False)],
     *[("dense_layers", value) for value in (-1, 0.5, None, True)],
     *[("dense_below", value) for value in (-1, 0.5, None, True)],
-    *[("tail_block", value) for value in (0, -16, 1.0)],
+    *[("tail_rank", value) for value in (0, -16, 1.0)],
     *[("tail_rank", value) for value in (0, -4, 1.5)],
     *[("prefill_chunk", value) for value in (0, -1, None)],
     *[("resident_layers", value) for value in (-1, 1.5, True)],
@@ -46,6 +46,8 @@ def test_contradictions_are_refused() -> None:
         Policy(offload="none", resident_layers=3)
     with pytest.raises(PolicyError, match="topn"):
         Policy().replace(topn=0)
+    with pytest.raises(PolicyError, match="unknown policy field 'tail_block'"):
+        Policy.from_dict({"topn": 64, "tail_block": 16})
     with pytest.raises(PolicyError, match="unknown policy field 'top_n'"):
         Policy.from_dict({"top_n": 3})
 
@@ -62,7 +64,7 @@ def test_the_paper() -> None:
     paper = Policy.paper(96)
     assert (paper.topn, paper.select, paper.tail, paper.dense_layers) == (96, "head", "none", 0)
     assert Policy.paper().topn == Policy().topn
-    assert Policy.paper(8, dense_layers=1, tail="block").tail == "block"
+    assert Policy.paper(8, dense_layers=1, tail="renormalise").tail == "renormalise"
     assert Policy.paper(8, dense_layers=1).dense_layers == 1
     with pytest.raises(PolicyError):
         Policy.paper(0)
@@ -85,8 +87,7 @@ def test_value_semantics() -> None:
         dense_layers=st.integers(0, 99),
         dense_below=st.integers(0, 10**6),
         select=st.sampled_from(["group", "head"]),
-        tail=st.sampled_from(["lowrank", "block", "renormalise", "none"]),
-        tail_block=st.integers(1, 999),
+        tail=st.sampled_from(["lowrank", "renormalise", "none"]),
         offload=st.sampled_from(["auto", "all"]),
         kv_budget=st.sampled_from([None, 0, 7, "20GiB", "1.5MB"]),
         resident_layers=st.sampled_from([None, 0, 3]),

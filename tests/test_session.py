@@ -181,12 +181,12 @@ def test_changes_between_turns(lm: LoadedModel) -> None:
     session = Session(lm, WHOLE, sampling=GREEDY)
     said(session.send("hello", max_new_tokens=6))
     before = session.cache
-    session.policy = WHOLE.replace(topn=3, tail="block")  # directions depend on when they were fitted
+    session.policy = WHOLE.replace(topn=999)  # a step that leaves rows out differs from a prompt
     want, _ = anew(session, "one", max_new_tokens=6)
     assert said(session.send("one", max_new_tokens=6)) == want
     assert session.cache is not before
     assert session.cache is not None
-    assert session.cache.policy.topn == 3
+    assert session.cache.policy.topn == 999
     session.sampling = Sampling(temperature=1.0, seed=8)
     want, _ = anew(session, "two", max_new_tokens=6)
     assert said(session.send("two", max_new_tokens=6)) == want

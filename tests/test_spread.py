@@ -23,9 +23,9 @@ def drive(spread: Spread, probs: torch.Tensor, steps: int) -> torch.Tensor:
     for _ in range(steps):
         rows = torch.zeros(len(probs))
         for layer in range(probs.shape[1]):
-            threshold = spread.threshold(layer, len(probs), CPU)
+            threshold, tally = spread.begin(layer, probs.shape[2], len(probs), CPU)
             counts = (probs[:, layer] > threshold.view(-1, 1, 1)).flatten(1).sum(1)
-            spread.note(counts, probs.shape[2])
+            tally += counts
             rows = rows + counts
         fetched.append(rows / probs.shape[1] / probs.shape[2])
     return torch.stack(fetched)
@@ -48,7 +48,7 @@ def test_the_average_comes_to_topn(topn: int, sharpness: float) -> None:
 def test_rows_go_where_attention_is_diffuse_enough_to_need_them() -> None:
     spread, probs = Spread(Policy(topn=64)), attention(5.0)
     drive(spread, probs, 40)
-    least = spread.threshold(0, 1, CPU)
+    least, _ = spread.begin(0, 2, 1, CPU)
     counts = (probs[0] > least).sum(-1).float().mean(-1)
     assert counts.max() > 1.5 * counts.min()
 

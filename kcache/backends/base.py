@@ -4,7 +4,7 @@
 the device, ``combine`` makes the layer's output of them and of the tail. The torch reference defines what is right;
 every other backend is tested equal to it.
 
-Shapes: B sequences, Hq query heads, Hkv KV heads, G = Hq / Hkv, L rows, D and Dv head sizes, N picks, nb tail blocks.
+Shapes: B sequences, Hq query heads, Hkv KV heads, G = Hq / Hkv, L rows, D and Dv head sizes, N picks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,27 @@ import torch
 
 from kcache.lowrank import LowRank
 from kcache.policy import Policy
+
+
+class HotStore(Protocol):
+    """Recently fetched V rows of one layer, kept on the device by the backend that made it.
+
+    Attributes
+    ----------
+    hits : Tensor ``[B, Hkv]`` int64
+        Picks found in it since it was made.
+    """
+
+    hits: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        ...
+
+    def forget(self) -> None:
+        """Forget every row: positions are about to mean others."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +54,6 @@ class DecodeStep:
         Rows in the cache, the new token's included.
     scaling : float
     policy : Policy
-    means : Tensor ``[B, Hkv, at least nb, Dv]`` or None
-        Means of V over the valid rows of each block, with ``policy.tail == "block"``.
     lowrank : LowRank or None
         What each row is in a few directions, with ``policy.tail == "lowrank"``.
     mask : Tensor ``[B, L]`` bool or None
@@ -45,6 +64,10 @@ class DecodeStep:
     threshold : Tensor ``[B]`` fp32 or None
         Pick the rows whose probability is above it, at most :data:`~kcache.spread.MOST` times ``topn`` per head; with
         None, exactly ``topn`` rows.
+    tally : Tensor ``[B]`` int64 or None
+        With a threshold, the backend adds the rows it picked for each sequence, all heads together.
+    hot : HotStore or None
+        What :meth:`Backend.keep_hot` made for this layer: picks found there need not be fetched.
     """
 
     query: torch.Tensor
@@ -53,12 +76,13 @@ class DecodeStep:
     length: int
     scaling: float
     policy: Policy
-    means: torch.Tensor | None = None
     lowrank: LowRank | None = None
     mask: torch.Tensor | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     threshold: torch.Tensor | None = None
+    tally: torch.Tensor | None = None
+    hot: HotStore | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +94,7 @@ class DecodeResult:
     out : Tensor ``[B, Hq, Dv]``
         In the query's dtype.
     picks : Tensor ``[B, Hkv, N]`` or, picked per query head, ``[B, Hkv, G, N]``
-        With a threshold N is the largest number any head picked, and the others' are filled up with -1.
+        With a threshold N is at least the largest number any head picked, and what heads did not pick is -1.
     mass : Tensor ``[B, Hkv, G]`` fp32
         Probability the picks hold, per query head.
     """
@@ -80,19 +104,28 @@ class DecodeResult:
     mass: torch.Tensor
 
 
+def count_picks(picks: torch.Tensor, step: DecodeStep) -> None:
+    """Add picks, filled up with -1, to the step's tally."""
+    if step.tally is not None:
+        step.tally.add_((picks >= 0).flatten(1).sum(1))
+
+
 class Backend(Protocol):
     """Computes decode steps of one token. An instance belongs to one cache and may keep scratch memory between steps.
 
     ``reads_host_by_kernel`` tells that the host tier is read by the device itself, in stream order, and not by torch
-    operators on the host. ``spreads`` tells that it follows a threshold.
+    operators on the host.
     """
 
     name: str
     reads_host_by_kernel: bool
-    spreads: bool
 
     def decode(self, step: DecodeStep) -> DecodeResult:
         """Run score, select, fetch and combine for one layer."""
+        ...
+
+    def keep_hot(self, step: DecodeStep) -> HotStore | None:
+        """Make a store of hot rows for the layer of this step; None where V is as near anyway."""
         ...
 
     def dense(self, step: DecodeStep) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kcache.backends.base import DecodeResult, DecodeStep
+from kcache.backends.base import DecodeResult, DecodeStep, count_picks
 from kcache.backends.reference import ReferenceBackend, probabilities
 from kcache.spread import MOST
 
@@ -48,7 +48,10 @@ class CpuBackend(ReferenceBackend):
         """Run the four verbs for one layer."""
         kernels = self._compiled(step)
         result = kernels.decode(step) if kernels is not None and kernels.serves_decode(step) else None
-        return super().decode(step) if result is None else result
+        if result is None:
+            return super().decode(step)
+        count_picks(result.picks, step)
+        return result
 
     def _compiled(self, step: DecodeStep) -> Kernels | None:
         """The kernels, if they are worth calling."""
@@ -156,25 +159,6 @@ class CpuBackend(ReferenceBackend):
         first = torch.arange(0, batch * heads * capacity, capacity).view(batch, heads, *[1] * (picks.dim() - 2))
         rows = step.values.view(-1, dim).index_select(0, (picks.clamp(min=0) + first).view(-1))
         return rows.view(*picks.shape, dim)
-
-    def unpicked(self, rest: torch.Tensor, step: DecodeStep) -> torch.Tensor:
-        """The unpicked probability of each block, ``[B, Hkv, G, at least nb]``, summed by a product with ones."""
-        block = step.policy.tail_block
-        if rest.shape[3] % block or not rest.is_contiguous():
-            return super().unpicked(rest, step)
-        return torch.mv(rest.view(-1, block), rest.new_ones(block)).view(*rest.shape[:3], -1)
-
-    def tail(self, left: torch.Tensor, step: DecodeStep) -> torch.Tensor:
-        """What the means contribute, ``[B, Hkv, G, Dv]``, by one product over the whole buffer of means."""
-        means = step.means
-        assert means is not None
-        if means.dtype.itemsize != 2 or not _is_full(means, left.shape[3]):
-            return super().tail(left, step)
-        batch, heads, group, blocks = left.shape
-        capacity, dim = means.shape[2:]
-        weights = torch.zeros(batch * heads, group, capacity, dtype=means.dtype)
-        weights[..., :blocks] = left.flatten(0, 1)[..., :capacity]
-        return torch.bmm(weights, means.view(-1, capacity, dim)).view(batch, heads, group, dim)
 
 
 def compile_ahead(device: torch.device, dtype: torch.dtype) -> None:

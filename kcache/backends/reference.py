@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from kcache import dense
-from kcache.backends.base import DecodeResult, DecodeStep
+from kcache.backends.base import DecodeResult, DecodeStep, HotStore, count_picks
 from kcache.spread import MOST
 
 
@@ -18,14 +18,18 @@ class ReferenceBackend:
 
     name = "reference"
     reads_host_by_kernel = False
-    spreads = True
 
     def decode(self, step: DecodeStep) -> DecodeResult:
         """Run the four verbs for one layer."""
         probs = self.score(step)
         picks = self.select(probs, step)
+        count_picks(picks, step)
         rows = self.fetch(picks, step)
         return self.combine(probs, picks, rows, step)
+
+    def keep_hot(self, step: DecodeStep) -> HotStore | None:
+        """None: V is gathered in RAM."""
+        return None
 
     def dense(self, step: DecodeStep) -> torch.Tensor:
         """Exact attention over K and V on the device, ``[B, Hq, Dv]``."""
@@ -74,12 +78,8 @@ class ReferenceBackend:
         tail = None
         if step.policy.tail == "renormalise":
             weights = weights / mass.unsqueeze(-1).clamp(min=torch.finfo(torch.float32).tiny)
-        elif step.policy.tail != "none":
-            rest = probs.scatter_add_(3, per_head, -weights)
-            if step.policy.tail == "block":
-                tail = self.tail(self.unpicked(rest, step), step)
-            else:
-                tail = self.lowrank(rest, step)
+        elif step.policy.tail == "lowrank":
+            tail = self.lowrank(probs.scatter_add_(3, per_head, -weights), step)
         if picks.dim() == 4:
             out = torch.matmul(weights.unsqueeze(3), rows.float()).squeeze(3)
         else:
@@ -87,21 +87,6 @@ class ReferenceBackend:
         if tail is not None:
             out = out + tail
         return DecodeResult(out.flatten(1, 2).to(step.query.dtype), picks, mass)
-
-    def unpicked(self, rest: torch.Tensor, step: DecodeStep) -> torch.Tensor:
-        """Sum each block's probabilities ``[B, Hkv, G, at least L]``, 0 at the picks: ``[B, Hkv, G, at least nb]``."""
-        block = step.policy.tail_block
-        whole = rest.shape[3] // block
-        left = rest[..., : whole * block].unflatten(3, (whole, block)).sum(-1)
-        if whole * block == rest.shape[3]:
-            return left
-        return torch.cat([left, rest[..., whole * block :].sum(-1, keepdim=True)], -1)
-
-    def tail(self, left: torch.Tensor, step: DecodeStep) -> torch.Tensor:
-        """The means of V, weighed by the unpicked probability ``left`` ``[B, Hkv, G, nb]``: ``[B, Hkv, G, Dv]``."""
-        assert step.means is not None
-        blocks = min(left.shape[3], step.means.shape[2])
-        return torch.matmul(left[..., :blocks], step.means[:, :, :blocks].float())
 
     def lowrank(self, rest: torch.Tensor, step: DecodeStep) -> torch.Tensor:
         """What rows contribute by their directions, weighed by ``rest`` ``[B, Hkv, G, at least L]``, 0 at the picks."""

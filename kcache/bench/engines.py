@@ -169,8 +169,7 @@ class Tiered(Engine):
                 device += v_bytes
             else:
                 host += v_bytes
-                unit, block, _ = tail_unit(self.policy, v_bytes, shape.v_dim)
-                device += unit // block
+                device += tail_unit(self.policy, v_bytes, shape.v_dim)[0]
         return device, host
 
     def stats(self, cache: Cache) -> Stats:

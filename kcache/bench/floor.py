@@ -100,8 +100,7 @@ def traffic_of(model: PreTrainedModel, cache: Cache, link_bytes: float) -> Traff
             assert layer.mass is not None
             policy = layer.shared.policy
             score += SCORE_PASSES * SCORE_BYTES * layer.mass.numel() * length
-            unit, block, _ = tail_unit(policy, _nbytes(values), values.shape[3])
-            tail += unit // block
+            tail += tail_unit(policy, _nbytes(values), values.shape[3])[0]
         else:
             v += int(_nbytes(values) * used)
     return Traffic(

@@ -136,5 +136,5 @@ def _with_tails(policy: Policy, dim: int) -> Iterator[Policy]:
 
 def _name(policy: Policy) -> str:
     """A shape in words."""
-    tail = {"lowrank": f"tail of {policy.tail_rank}", "block": f"means of {policy.tail_block}"}
-    return f"{policy.dense_layers} dense, {tail.get(policy.tail, 'no tail')}"
+    tail = f"tail of {policy.tail_rank}" if policy.tail == "lowrank" else "no tail"
+    return f"{policy.dense_layers} dense, {tail}"

@@ -28,7 +28,8 @@ class RowBuffer:
     reader : torch.device, optional
         A CUDA device whose kernels and copies reach this host memory directly: it is registered with the driver.
     axis : int
-        Where the rows are counted: 2 for ``[B, H, capacity, D]``, 3 for ``[B, H, D, capacity]``.
+        Where the rows are counted: 2 for ``[B, H, capacity, D]``, 3 for ``[B, H, D, capacity]``; the capacity is a
+        multiple of 16 then, so that kernels may read 16 rows at a time.
     """
 
     def __init__(
@@ -76,6 +77,8 @@ class RowBuffer:
             return
         shape = list(like.shape)
         shape[self.axis] = grown_length(length, self.capacity) if self._room is None else max(length, self._room())
+        if self.axis == 3:
+            shape[3] = -(-shape[3] // 16) * 16
         data = self._empty(tuple(shape), like.dtype)
         if self.data is not None:
             data.narrow(self.axis, 0, self.capacity).copy_(self.data)

@@ -10,12 +10,11 @@ import torch
 
 
 class Validity:
-    """The bitmap, its length, and the number of valid rows per block."""
+    """The bitmap and its length."""
 
     def __init__(self) -> None:
         self.bitmap: torch.Tensor | None = None
         self.length = 0
-        self._counts: dict[tuple[int, int, torch.device], torch.Tensor] = {}
 
     def record(self, end: int, mask: torch.Tensor | None) -> None:
         """Note the rows up to ``end``; ``mask`` is the attention mask ``[B, 1, Q, end]`` (bool, True = attend) or None.
@@ -40,7 +39,6 @@ class Validity:
             fresh = fresh.expand(self.bitmap.shape[0], -1)
         self.bitmap = torch.cat([self.bitmap, fresh], dim=1)
         self.length = end
-        self._counts.clear()
 
     def rows(self, start: int, end: int, device: torch.device) -> torch.Tensor | None:
         """The bitmap of rows ``start:end`` on ``device``, ``[B, end - start]``, or None when all are valid."""
@@ -48,31 +46,17 @@ class Validity:
             return None
         return self.bitmap[:, start:end].to(device)
 
-    def counts(self, block: int, length: int, device: torch.device) -> torch.Tensor | None:
-        """Valid rows in each block of ``block`` rows, ``[B, ceil(length / block)]`` int32, or None when all are."""
-        if self.bitmap is None:
-            return None
-        key = (block, length, device)
-        if key not in self._counts:
-            valid = self.rows(0, length, device)
-            assert valid is not None
-            padded = torch.nn.functional.pad(valid, (0, -length % block))
-            self._counts = {key: padded.view(valid.shape[0], -1, block).sum(-1, dtype=torch.int32)}
-        return self._counts[key]
-
     def crop(self, length: int) -> None:
         """Forget rows from ``length`` on."""
         if length < self.length:
             self.length = length
             if self.bitmap is not None:
                 self.bitmap = self.bitmap[:, :length]
-            self._counts.clear()
 
     def select(self, index: torch.Tensor) -> None:
         """Keep the batch rows ``index`` ``[B']``."""
         if self.bitmap is not None:
             self.bitmap = self.bitmap.index_select(0, index.to(self.bitmap.device))
-        self._counts.clear()
 
     def clear(self) -> None:
         """Back to an empty cache."""

@@ -2,7 +2,7 @@
 
 Rows leave by an asynchronous copy as they arrive and their device memory is released. An exact pass brings all of
 them back into a tensor that lives for one layer's attention, the next layer's already under way. What stays on the
-device of an offloaded layer is the tail: block means of V.
+device of an offloaded layer is the tail: where its rows lie along a few directions.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from kcache.backends.base import HotStore
 from kcache.lowrank import LowRankTail
 from kcache.policy import Policy
-from kcache.tail import BlockTail
 from kcache.tiers.link import Link
 from kcache.tiers.rows import RowBuffer
 from kcache.tiers.validity import Validity
@@ -23,6 +23,9 @@ from kcache.tiers.validity import Validity
 
 class ValueStore:
     """V rows ``[B, Hkv, T, Dv]`` of one layer in whichever tier holds them.
+
+    ``hot`` is the store of hot rows, put there by whoever fetches and knows how; it is emptied or dropped here when
+    positions or sequences change.
 
     Parameters
     ----------
@@ -50,11 +53,13 @@ class ValueStore:
         self.bytes_h2d = self.bytes_d2h = 0
         self.resident: RowBuffer | None = RowBuffer(device, resident_room or room)
         self.host: RowBuffer | None = None
-        self.tail: BlockTail | LowRankTail | None = None
+        self.tail: LowRankTail | None = None
+        self.hot: HotStore | None = None
         self.link = Link(device)
         self._policy = policy
         self._validity = validity
         self._room = room
+        self._settled_hits = 0
         self._untailed: torch.Tensor | None = None
         self._sent: torch.cuda.Event | None = None
         self._ahead: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
@@ -86,9 +91,7 @@ class ValueStore:
         if young is not None and young.data is not None and self.length:
             host.reserve(young.data, self.length)  # may be refused; nothing has been lost then
         self.host, self.resident = host, None
-        if self._policy.tail == "block":
-            self.tail = BlockTail(self._policy.tail_block, self.device, self._room)
-        elif self._policy.tail == "lowrank":
+        if self._policy.tail == "lowrank":
             self.tail = LowRankTail(self._policy.tail_rank, self.device, self._room)
         if young is not None and young.data is not None and self.length:
             self._send(young.view(self.length), self.length, start=0)
@@ -118,12 +121,7 @@ class ValueStore:
         rows, self._untailed = self._untailed, None
         if rows is None or rows.shape[2] != end - start:
             rows = self._bring_back(start, end)
-        valid = self._validity.rows(start, end, self.device)
-        if isinstance(self.tail, LowRankTail):
-            self.tail.append(rows, valid, start)
-            return
-        counts = None if valid is None else self._validity.counts(self.tail.block, end, self.device)
-        self.tail.append(rows, valid, counts)
+        self.tail.append(rows, self._validity.rows(start, end, self.device), start)
 
     def release(self) -> None:
         """Let go of the latest rows' device memory, though the tail has not seen them."""
@@ -196,18 +194,16 @@ class ValueStore:
     # -- changing --------------------------------------------------------------------------------------------------
 
     def crop(self, length: int) -> None:
-        """Keep the first ``length`` rows; only the tail's last block is computed anew."""
+        """Keep the first ``length`` rows."""
         self.release()
         self._ahead = None
         if self.resident is not None:
             self.resident.wipe(length, self.length)
         self.length = length
-        if isinstance(self.tail, LowRankTail):
+        if self.tail is not None:
             self.tail.crop(length)
-        elif self.tail is not None and self.tail.length > length:
-            first = length - length % self.tail.block
-            rows = self._bring_back(first, length)
-            self.tail.crop(length, rows, self._validity.rows(first, length, self.device))
+        if self.hot is not None:
+            self.hot.forget()
 
     def select(self, index: torch.Tensor) -> None:
         """Keep the sequences ``index`` ``[B']``, in that order; host rows are copied on the host."""
@@ -217,6 +213,7 @@ class ValueStore:
         for buffer in (self.resident, self.host, self.tail):
             if buffer is not None:
                 buffer.select(index)
+        self._settled_hits, self.hot = self.hot_hits, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ValueStore:
         """Copy what has arrived; nothing is under way in the copy."""
@@ -241,5 +238,15 @@ class ValueStore:
 
     @property
     def overhead_bytes(self) -> int:
-        """Bytes the tail takes on the device."""
-        return 0 if self.tail is None else self.tail.nbytes
+        """Bytes the tail and hot rows take on the device."""
+        return self.hot_bytes + (0 if self.tail is None else self.tail.nbytes)
+
+    @property
+    def hot_bytes(self) -> int:
+        """Those of them that hot rows take."""
+        return 0 if self.hot is None else self.hot.nbytes
+
+    @property
+    def hot_hits(self) -> int:
+        """Picks that were found on the device; waits for it, which counts them."""
+        return self._settled_hits + (0 if self.hot is None else int(self.hot.hits.sum()))

@@ -58,7 +58,7 @@ def base(tiny_folder: Path, tmp_path: Path) -> list[str]:
     """The command on a tiny model, a text and a policy that offloads from the start."""
     text, policy = tmp_path / "text.txt", tmp_path / "low.toml"
     text.write_text(" ".join(f"{number} is more than {number - 1}." for number in range(60)))
-    policy.write_text('spread = "even"\ndense_below = 0\ndense_layers = 1\ntail_block = 4\n')
+    policy.write_text('spread = "even"\ndense_below = 0\ndense_layers = 1\ntail_rank = 3\n')
     return ["eval", "fidelity", str(tiny_folder), "--text", str(text), "--policy", str(policy)]
 
 

@@ -23,7 +23,7 @@ from tests.bench.machines import tiny
 from tests.models import make
 
 CTX, STEPS = 50, 70
-POLICY = Policy(topn=4, spread="even", dense_layers=1, dense_below=0, tail="block", tail_block=4, offload="all")
+POLICY = Policy(topn=4, spread="even", dense_layers=1, dense_below=0, tail="renormalise", offload="all")
 PROSE = Prose("numbers", " ".join(f"{number} is more than {number - 1}." for number in range(400)))
 
 

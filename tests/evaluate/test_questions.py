@@ -88,7 +88,7 @@ def test_only_what_is_missing_is_run(lm: LoadedModel) -> None:
     more = Answerer(lm, contenders(POLICY, (4, 8)), first, kept.append)
     (rows,) = more.answer([written(0)])
     assert rows[:2] == first and kept == [[rows[2]]] and rows[2]["topn"] == 8
-    changed = Answerer(lm, contenders(POLICY.replace(tail="block"), (4,)), first, kept.append)
+    changed = Answerer(lm, contenders(POLICY.replace(tail="renormalise"), (4,)), first, kept.append)
     changed.answer([written(0)])
     assert [row["topn"] for row in kept[1]] == [4], "full attention knows no policy"
     put_otherwise = Answerer(lm, contenders(POLICY, (4,)), first, kept.append)

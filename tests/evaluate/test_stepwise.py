@@ -64,13 +64,13 @@ def block(model: PreTrainedModel, policy: Policy, sizes: tuple[int, ...]) -> tup
     return seen, cache
 
 
-BASE = Policy(topn=5, spread="even", dense_layers=1, dense_below=0, tail="block", tail_block=4, backend="reference")
+BASE = Policy(topn=5, spread="even", dense_layers=1, dense_below=0, backend="reference")
 POLICIES = {
-    "group, block tail": BASE,
-    "head, block tail": BASE.replace(select="head"),
+    "group, directions": BASE,
+    "head, directions": BASE.replace(select="head"),
     "group, renormalised": BASE.replace(tail="renormalise"),
     "head, no tail": BASE.replace(select="head", tail="none"),
-    "nothing dense": BASE.replace(dense_layers=0, tail_block=16),
+    "nothing dense": BASE.replace(dense_layers=0),
     "offloaded in the middle of a block": BASE.replace(dense_below=PROMPT + 9),
     "offloaded at the block's last row": BASE.replace(dense_below=PROMPT + 16),
     "never offloaded": BASE.replace(dense_below=1000),

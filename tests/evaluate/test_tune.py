@@ -130,8 +130,8 @@ def test_shapes_hold_the_largest_tail_within_the_bound() -> None:
     assert narrower.policy.tail_rank == 6
     (none,) = find_shapes(lm, BASE, 1000, 0.0)
     assert (none.policy.tail, none.policy.tail_rank, none.name) == ("renormalise", None, "0 dense, no tail")
-    blocks = find_shapes(lm, BASE.replace(tail="block", tail_block=8), 1000, 0.4)
-    assert [shape.name for shape in blocks] == ["1 dense, means of 8", "2 dense, means of 8", "0 dense, means of 8"]
+    bare = find_shapes(lm, BASE.replace(tail="none"), 1000, 0.4)
+    assert [shape.name for shape in bare] == ["1 dense, no tail", "2 dense, no tail", "0 dense, no tail"]
 
 
 def test_shapes_that_cannot_be() -> None:
@@ -139,7 +139,7 @@ def test_shapes_that_cannot_be() -> None:
     with pytest.raises(InputError, match="below 2,048 tokens the policy attends exactly"):
         find_shapes(lm, BASE.replace(dense_below=2048), 2047, 0.07)
     with pytest.raises(InputError, match="no number of dense layers stays within"):
-        find_shapes(lm, BASE.replace(tail="block"), 1000, 0.01)
+        find_shapes(lm, BASE.replace(resident_layers=2), 1000, 0.01)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])

@@ -28,7 +28,9 @@ BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LLAMA3 = {"batch": 8, "kv_heads": 8, "group": 4, "dim": 128, "topn": 128, "capacity": 32768}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": LLAMA3,
+    "llama-3.1-8b, even": {**LLAMA3, "spread": "even"},
     "llama-3.1-8b hot padded": {**LLAMA3, "hot": 512, "padded": True},
+    "llama-3.1-8b hot, even": {**LLAMA3, "hot": 512, "spread": "even"},
     "llama-2-7b": {**LLAMA3, "kv_heads": 32, "group": 1, "capacity": 15360},
     "gemma-like": {**LLAMA3, "group": 2, "dim": 256, "softcap": 50.0, "padded": True},
     "gpt-oss-like": {**LLAMA3, "group": 8, "dim": 64, "sinks": True},
@@ -37,7 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "fp16, head size 80, renormalised": {
         **LLAMA3, "dim": 80, "group": 3, "dtype": torch.float16, "tail": "renormalise",
     },
-    "paper": {**LLAMA3, "select": "head", "tail": "none"},
+    "paper": {**LLAMA3, "select": "head", "tail": "none", "spread": "even"},
     "fp32": {**LLAMA3, "dim": 64, "dtype": torch.float32, "topn": 64},
 }  # fmt: skip
 

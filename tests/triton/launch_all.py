@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from kcache.backends.triton import DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode, triton_decode
+from kcache.lowrank import LowRank
+from kcache.sizes import rank_of
 
 
 def launch_all(
@@ -16,7 +18,8 @@ def launch_all(
     capacity: int,
     dtype: torch.dtype = torch.bfloat16,
     select: str = "group",
-    tail: str = "block",
+    tail: str = "lowrank",
+    spread: str = "need",
     softcap: float | None = None,
     sinks: bool = False,
     padded: bool = False,
@@ -29,18 +32,23 @@ def launch_all(
     query = torch.empty(batch, kv_heads * group, dim, dtype=dtype)
     new = torch.empty(batch, kv_heads, dim, dtype=dtype)
     keys = torch.empty(batch, kv_heads, capacity, dim, dtype=dtype)
-    means = torch.empty(batch, kv_heads, capacity // 16, dim, dtype=dtype) if tail == "block" else None
-    open_sum = torch.empty(batch, kv_heads, dim)
+    rank = rank_of(None, dim)
+    coefficients = torch.empty(batch, kv_heads, rank, capacity, dtype=dtype)
+    lowrank = LowRank(torch.empty(batch, kv_heads, dim), torch.empty(batch, kv_heads, rank, dim), coefficients)
     mask = torch.ones(batch, capacity, dtype=torch.bool) if padded else None
     length = torch.full((1,), capacity, dtype=torch.int32)
     heads = kv_heads if select == "group" else kv_heads * group
     sink = torch.zeros(kv_heads * group) if sinks else None
-    append(new, new, keys, keys, length, offset=-1, means=means, open_sum=open_sum, mask=mask)
+    above = spread == "need"
+    append(new, new, keys, keys, length, offset=-1, lowrank=lowrank, mask=mask)
     triton_decode(
-        query, keys, keys, length, scaling=dim**-0.5, means=means, mask=mask, softcap=softcap, sinks=sink,
-        hot=HotRows(batch, heads, hot, dim, dtype, cpu) if hot else None,
+        query, keys, keys, length, scaling=dim**-0.5, lowrank=lowrank if tail == "lowrank" else None, mask=mask,
+        softcap=softcap, sinks=sink, hot=HotRows(batch, heads, hot, dim, dtype, cpu) if hot else None,
+        threshold=torch.empty(batch) if above else None,
+        tally=torch.empty(batch, dtype=torch.int64) if above else None,
         workspace=Workspace(
-            batch, kv_heads, group, dim, dim, capacity, topn, cpu, select=select, tail=tail, tuning=tuning
+            batch, kv_heads, group, dim, dim, capacity, topn, cpu, select=select, tail=tail, spread=spread,
+            tuning=tuning,
         ),
     )  # fmt: skip
     dense_decode(

@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kcache.lowrank import LowRank, LowRankTail
+from kcache.spread import MOST
+
 
 @dataclass
 class Problem:
@@ -17,13 +20,13 @@ class Problem:
     length: int
     scaling: float
     topn: int
-    tail: str = "block"
-    tail_block: int = 16
+    tail: str = "lowrank"
     select: str = "group"
     mask: torch.Tensor | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
-    means: torch.Tensor | None = None
+    lowrank: LowRank | None = None
+    threshold: torch.Tensor | None = None
 
     @property
     def group(self) -> int:
@@ -35,7 +38,10 @@ class Problem:
             name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value) and name != "values"
         }
         values = self.values.pin_memory() if device.type == "cuda" else self.values
-        return replace(self, values=values, **moved)
+        tail = self.lowrank
+        if tail is not None:
+            tail = LowRank(tail.base.to(device), tail.basis.to(device), tail.coefficients.to(device))
+        return replace(self, values=values, lowrank=tail, **moved)
 
 
 def make_problem(
@@ -48,16 +54,20 @@ def make_problem(
     capacity: int | None = None,
     dtype: torch.dtype = torch.float32,
     topn: int = 8,
-    tail: str = "block",
-    tail_block: int = 16,
+    tail: str = "lowrank",
+    rank: int | None = None,
     select: str = "group",
     padded: bool = False,
     softcap: float | None = None,
     sinks: bool = False,
     sharpness: float = 2.0,
     seed: int = 0,
+    threshold: float | None = None,
 ) -> Problem:
-    """Draw a problem. Rows past the length are NaN: nothing may read them."""
+    """Draw a problem. Rows past the length are NaN: nothing may read them.
+
+    ``threshold`` is what share of the rows of the head that has most lie above it; sequences differ.
+    """
     generator = torch.Generator().manual_seed(seed)
     capacity = capacity or length + 7
     dim_v = dim_v or dim
@@ -81,14 +91,49 @@ def make_problem(
         scaling=dim**-0.5,
         topn=topn,
         tail=tail,
-        tail_block=tail_block,
         select=select,
         mask=mask,
         softcap=softcap,
         sinks=normal(kv_heads * group) if sinks else None,
     )
-    problem.means = block_means(problem, capacity)
+    if tail == "lowrank":
+        problem.lowrank = fit_tail(problem, rank)
+    if threshold is not None:
+        problem.threshold = draw_threshold(problem, threshold)
     return problem
+
+
+def fit_tail(problem: Problem, rank: int | None = None) -> LowRank:
+    """The tail of a problem's valid rows, in buffers as large as K's; NaN past the length."""
+    directions = LowRankTail(rank, problem.values.device)
+    mask = None if problem.mask is None else problem.mask[:, : problem.length].to(problem.values.device)
+    directions.append(problem.values[:, :, : problem.length], mask, 0)
+    state = directions.state()
+    batch, heads, capacity, _ = problem.values.shape
+    room = torch.full((batch, heads, state.basis.shape[2], capacity), float("nan"), dtype=problem.values.dtype)
+    room[..., : problem.length] = state.coefficients[..., : problem.length]
+    return LowRank(state.base, state.basis, room)
+
+
+def draw_threshold(problem: Problem, share: float) -> torch.Tensor:
+    """A threshold ``[B]`` in the middle of the widest gap near the wanted one, so that rounding decides nothing."""
+    least = []
+    for weights in row_weights(problem).flatten(1).float():
+        ranked = weights[weights > 0].sort(descending=True).values
+        if len(ranked) < 2:
+            least.append(torch.tensor(0.5))
+            continue
+        at = min(len(ranked) - 2, int(share * len(ranked)))
+        near = ranked[max(0, at - 3) : at + 4]
+        widest = int((near[:-1] / near[1:]).argmax())
+        least.append((near[widest] * near[widest + 1]).sqrt())
+    return torch.stack(least)
+
+
+def row_weights(problem: Problem) -> torch.Tensor:
+    """What selection goes by, ``[B, Hkv, length]`` or ``[B, Hkv, G, length]`` fp64."""
+    probs = probabilities(problem)
+    return probs.amax(2) if problem.select == "group" else probs
 
 
 def valid_rows(problem: Problem) -> torch.Tensor:
@@ -96,19 +141,6 @@ def valid_rows(problem: Problem) -> torch.Tensor:
     if problem.mask is None:
         return torch.ones(problem.query.shape[0], problem.length, dtype=torch.bool, device=problem.query.device)
     return problem.mask[:, : problem.length]
-
-
-def block_means(problem: Problem, capacity: int) -> torch.Tensor:
-    """Means of the valid rows of each block, in V's dtype; NaN for blocks past the length."""
-    block, length = problem.tail_block, problem.length
-    valid = valid_rows(problem)[:, None, :, None].double()
-    batch, heads, _, dim = problem.values.shape
-    means = torch.full((batch, heads, -(-capacity // block), dim), float("nan"), dtype=torch.float64)
-    for first in range(0, length, block):
-        rows = slice(first, min(first + block, length))
-        total = (problem.values[:, :, rows].double() * valid[:, :, rows]).sum(2)
-        means[:, :, first // block] = total / valid[:, :, rows].sum(2).clamp(min=1)
-    return means.to(problem.values.dtype)
 
 
 def probabilities(problem: Problem) -> torch.Tensor:
@@ -134,19 +166,23 @@ def expected(problem: Problem, picks: torch.Tensor) -> tuple[torch.Tensor, torch
     picks = picks.long().to(probs.device)
     if picks.dim() == 3:
         picks = picks.unsqueeze(2).expand(-1, -1, problem.group, -1)
-    chosen = torch.zeros_like(probs, dtype=torch.bool).scatter_(3, picks, True)
+    # -1, which fills picks up, falls on a column of its own.
+    places = torch.where(picks < 0, problem.length, picks)
+    chosen = torch.zeros(*probs.shape[:3], problem.length + 1, dtype=torch.bool, device=probs.device)
+    chosen = chosen.scatter_(3, places, True)[..., :-1]
     weights = torch.where(chosen, probs, 0.0)
     mass = weights.sum(-1)
     if problem.tail == "renormalise":
         weights = weights / mass.unsqueeze(-1).clamp(min=1e-30)
     out = torch.einsum("bhgl,bhld->bhgd", weights, values)
-    if problem.tail == "block":
-        assert problem.means is not None
+    if problem.tail == "lowrank":
+        tail = problem.lowrank
+        assert tail is not None
         rest = torch.where(chosen, 0.0, probs)
-        for first in range(0, problem.length, problem.tail_block):
-            left = rest[..., first : first + problem.tail_block].sum(-1)
-            mean = problem.means[:, :, first // problem.tail_block].double()
-            out = out + left.unsqueeze(-1) * mean.unsqueeze(2)
+        coefficients = tail.coefficients[..., : problem.length].double()
+        along = torch.einsum("bhgl,bhrl->bhgr", rest, coefficients)
+        out = out + rest.sum(-1, keepdim=True) * tail.base.double().unsqueeze(2)
+        out = out + torch.einsum("bhgr,bhrd->bhgd", along, tail.basis.double())
     return out.flatten(1, 2), mass
 
 
@@ -157,17 +193,26 @@ def dense(problem: Problem) -> torch.Tensor:
 
 
 def check_picks(problem: Problem, picks: torch.Tensor, tolerance: float = 1e-5) -> None:
-    """The picks are distinct, within the length, and hold the N largest weights up to ``tolerance``."""
-    probs = probabilities(problem)
-    weight = probs.amax(2) if problem.select == "group" else probs
-    count = min(problem.topn, problem.length)
-    best = weight.topk(count, dim=-1).values
-    picks = picks[..., :count].long().to(weight.device)
-    assert picks.min() >= 0
-    assert picks.max() < problem.length
-    assert all(len(set(row)) == count for row in picks.flatten(0, -2).tolist())
-    got = weight.gather(-1, picks).sort(-1, descending=True).values
-    torch.testing.assert_close(got, best, rtol=tolerance, atol=1e-9)
+    """The picks are distinct, within the length, and hold the largest weights up to ``tolerance``, as many as wanted.
+
+    Wanted are N, or all above the threshold, but no more than M.
+    """
+    weight = row_weights(problem)
+    width = weight.shape[-1]
+    if problem.threshold is None:
+        counts = torch.full(weight.shape[:-1], min(problem.topn, width), device=weight.device)
+    else:
+        least = problem.threshold.view(-1, *[1] * (weight.dim() - 1))
+        counts = (weight.float() > least).sum(-1).clamp(max=min(MOST * problem.topn, width))
+    assert picks.max() < width
+    assert torch.equal((picks >= 0).sum(-1), counts)
+    for row, positions, count in zip(weight.flatten(0, -2), picks.flatten(0, -2), counts.flatten(), strict=True):
+        got = positions[: int(count)].long().to(row.device)
+        assert (got >= 0).all(), "picks come first, -1 after them"
+        assert len(set(got.tolist())) == count
+        torch.testing.assert_close(
+            row[got].sort(descending=True).values, row.topk(int(count)).values, rtol=tolerance, atol=1e-9
+        )
 
 
 def assert_near(actual: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype) -> None:

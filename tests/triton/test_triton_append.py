@@ -1,4 +1,4 @@
-"""Appending by kernel: rows land where they should, and the open block's mean follows."""
+"""Appending by kernel: rows land where they should, and so do their coefficients."""
 
 from __future__ import annotations
 
@@ -6,43 +6,52 @@ import pytest
 import torch
 
 from kcache.backends.triton import append
+from kcache.lowrank import LowRankTail
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(("block", "dim", "dim_v"), [(4, 64, 80), (6, 32, 32)])
-def test_triton_append_writes_rows_and_means(
-    padded: bool, block: int, dim: int, dim_v: int, device: torch.device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "dim_v", "rank"), [(64, 80, 5), (32, 32, 2)])
+def test_triton_append_writes_rows_and_their_tail(
+    dim: int, dim_v: int, rank: int, dtype: torch.dtype, padded: bool, device: torch.device
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    batch, heads, steps = 2, 3, 15
-    new_keys = torch.randn(steps, batch, heads, dim, generator=generator).to(device)
-    new_values = torch.randn(steps, batch, heads, dim_v, generator=generator).to(device)
-    valid = torch.rand(batch, 16, generator=generator) > (0.4 if padded else -1.0)
-    keys = torch.full((batch, heads, 16, dim), float("nan"), device=device)
-    values = torch.full((batch, heads, 16, dim_v), float("nan"))
+    batch, heads, first, steps = 2, 3, 20, 7
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    new_keys, new_values = normal(steps, batch, heads, dim), normal(steps, batch, heads, dim_v)
+    valid = torch.rand(batch, first + steps, generator=generator) > (0.4 if padded else -1.0)
+    keys = torch.full((batch, heads, 32, dim), float("nan"), dtype=dtype, device=device)
+    values = torch.full((batch, heads, 32, dim_v), float("nan"), dtype=dtype)
     values = values.pin_memory() if device.type == "cuda" else values
-    means = torch.full((batch, heads, -(-16 // block), dim_v), float("nan"), device=device)
-    open_sum = torch.full((batch, heads, dim_v), float("nan"), device=device)
+    tail, slow = LowRankTail(rank, device), LowRankTail(rank, device)
+    prompt = normal(batch, heads, first, dim_v).to(device)
+    for directions in (tail, slow):
+        directions.append(prompt, None, 0)
+    state = tail.state()
     length = torch.zeros(1, dtype=torch.int32, device=device)
     for step in range(steps):
         counted = step % 2  # both conventions: the length before, or with, the new token
-        length.fill_(step + counted)
+        length.fill_(first + step + counted)
         append(
-            new_keys[step], new_values[step], keys, values, length, offset=-counted, means=means, open_sum=open_sum,
-            tail_block=block, mask=valid.to(device) if padded else None,
+            new_keys[step].to(device), new_values[step].to(device), keys, values, length, offset=-counted,
+            lowrank=state, mask=valid.to(device) if padded else None,
         )  # fmt: skip
+        bits = valid[:, first + step : first + step + 1].to(device)
+        slow.append(new_values[step].to(device).unsqueeze(2), bits if padded else None, first + step)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    torch.testing.assert_close(keys[:, :, :steps], new_keys.permute(1, 2, 0, 3))
-    assert keys[:, :, steps:].isnan().all()
-    rows = new_values.permute(1, 2, 0, 3).cpu()
-    torch.testing.assert_close(values[:, :, :steps], rows)
-    assert values[:, :, steps:].isnan().all()
-    for first in range(0, steps, block):
-        span = slice(first, min(first + block, steps))
-        bits = valid[:, None, span, None]
-        mean = (rows[:, :, span] * bits).sum(2) / bits.sum(2).clamp(min=1)
-        torch.testing.assert_close(means[:, :, first // block].cpu(), mean)
+    last = first + steps
+    torch.testing.assert_close(keys[:, :, first:last].cpu(), new_keys.permute(1, 2, 0, 3))
+    torch.testing.assert_close(values[:, :, first:last], new_values.permute(1, 2, 0, 3))
+    for rows in (keys, values):
+        assert rows[:, :, :first].isnan().all()
+        assert rows[:, :, last:].isnan().all()
+    loose = 1e-5 if dtype == torch.float32 else 0.03
+    got, want = state.coefficients[..., :last], slow.state().coefficients[..., :last]
+    torch.testing.assert_close(got, want, rtol=loose, atol=loose)
 
 
 def test_triton_append_without_tail_and_in_bf16(device: torch.device) -> None:

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("config", ["llama-3.1-8b hot padded", "gemma-like"])
+@pytest.mark.parametrize("config", ["llama-3.1-8b hot padded", "group of 16", "llama-3.1-8b hot, even"])
 def test_triton_kernels_compile_for_sm90(config: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -20,12 +20,15 @@ def test_triton_kernels_compile_for_sm90(config: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     kernels = {line["kernel"]: line for line in map(json.loads, done.stdout.splitlines())}
-    assert set(kernels) == {
-        "append_kernel", "score_kernel", "weight_kernel", "select_kernel", "gather_kernel", "decode_kernel",
-    }  # fmt: skip
+    weigh, select = ("weight", "select") if "even" in config else ("list", "above")
+    names = ("append", "score", weigh, select, "gather", "decode")
+    assert set(kernels) == {f"{name}_kernel" for name in names}
     for name, kernel in kernels.items():
         assert kernel["stack"] <= 64, f"{name} spills {kernel['stack']} bytes"
         assert kernel["shared"] <= 227 * 1024, name
+        assert not any("TF32" in op for op in kernel["ops"]), f"{name} multiplies in tf32"
     assert any(op.startswith("HGMMA") for op in kernels["score_kernel"]["ops"])
     assert kernels["score_kernel"]["ops"]["LDGSTS.E.BYPASS.128"] > 0
     assert kernels["gather_kernel"]["ops"]["LDG.E.128.STRONG.GPU"] > 0
+    assert kernels["gather_kernel"]["ops"]["LDGSTS.E.BYPASS.128"] > 0
+    assert "LDGSTS.E" not in kernels["gather_kernel"]["ops"]

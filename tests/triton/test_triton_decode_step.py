@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,10 +18,13 @@ def make_workspace(problem: Problem, tuning: Tuning = SMALL) -> Workspace:
     batch, kv_heads, capacity, dim = problem.keys.shape
     made = Workspace(
         batch, kv_heads, problem.group, dim, problem.values.shape[-1], capacity, problem.topn, problem.query.device,
-        select=problem.select, tail=problem.tail, tail_block=problem.tail_block, tuning=tuning,
+        select=problem.select, tail=problem.tail, spread="even" if problem.threshold is None else "need",
+        tail_rank=None if problem.lowrank is None else problem.lowrank.basis.shape[2], tuning=tuning,
     )  # fmt: skip
-    for name in ("scores", "lse", "mass", "block_top", "tail_weight", "coefficients", "partial"):
-        getattr(made, name).fill_(float("nan"))
+    for name in ("scores", "lse", "mass", "block_top", "partial", "shares", "held", "picks", "found", "ends"):
+        scratch = getattr(made, name, None)
+        if scratch is not None:
+            scratch.fill_(float("nan") if scratch.is_floating_point() else 12345)
     return made
 
 
@@ -28,17 +32,15 @@ def run(problem: Problem, workspace: Workspace, length: int | torch.Tensor | Non
     out = torch.full_like(problem.query[..., :1].expand(-1, -1, problem.values.shape[-1]), float("nan"))
     return triton_decode(
         problem.query, problem.keys, problem.values, problem.length if length is None else length,
-        scaling=problem.scaling, workspace=workspace, means=problem.means, mask=problem.mask,
-        softcap=problem.softcap, sinks=problem.sinks, out=out,
+        scaling=problem.scaling, workspace=workspace, lowrank=problem.lowrank, mask=problem.mask,
+        softcap=problem.softcap, sinks=problem.sinks, threshold=problem.threshold, out=out,
     )  # fmt: skip
 
 
 def check(problem: Problem, tuning: Tuning = SMALL) -> None:
     out, picks, mass = run(problem, make_workspace(problem, tuning))
-    count = min(problem.topn, problem.length)
     check_picks(problem, picks)
-    assert (picks[..., count:] == -1).all()
-    want, want_mass = expected(problem, picks[..., :count])
+    want, want_mass = expected(problem, picks)
     assert_near(out, want, problem.query.dtype)
     torch.testing.assert_close(mass.double(), want_mass, rtol=1e-5, atol=1e-7)
 
@@ -59,9 +61,9 @@ CASES: dict[str, dict[str, Any]] = {
     "no tail": {"tail": "none"},
     "renormalised": {"tail": "renormalise"},
     "renormalised padded": {"tail": "renormalise", "padded": True},
-    "tail of 4-row blocks": {"tail_block": 4, "padded": True},
-    "tail of single rows": {"tail_block": 1},
-    "tail of 32-row blocks": {"tail_block": 32},
+    "tail of 1 direction": {"rank": 1, "padded": True},
+    "tail of 17 directions": {"rank": 17, "length": 150},
+    "tail of all directions": {"rank": 32, "dim": 32, "length": 40, "capacity": 300},
     "picked per query head": {"select": "head", "group": 4},
     "per head padded, no tail": {"select": "head", "tail": "none", "padded": True},
     "one pick": {"topn": 1},
@@ -78,6 +80,23 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16 all at once": {"dtype": torch.bfloat16, "padded": True, "softcap": 4.0, "sinks": True, "dim": 128},
     "fp16": {"dtype": torch.float16},
     "large capacity": {"length": 130, "capacity": 600},
+    "above": {"threshold": 0.1},
+    "above, long": {"threshold": 0.02, "length": 777, "batch": 3, "topn": 20},
+    "above, padded": {"threshold": 0.1, "padded": True, "group": 3},
+    "above, all at once": {"threshold": 0.1, "padded": True, "softcap": 4.0, "sinks": True, "group": 4, "batch": 3},
+    "above, per query head": {"threshold": 0.1, "select": "head", "group": 4},
+    "above, no tail": {"threshold": 0.1, "tail": "none"},
+    "above, renormalised": {"threshold": 0.1, "tail": "renormalise"},
+    "above, bf16": {"threshold": 0.1, "dtype": torch.bfloat16, "dim": 128},
+    "above, fp16": {"threshold": 0.1, "dtype": torch.float16},
+    "above, nothing": {"threshold": 0.0, "sharpness": 1e-3},
+    "above, nearly all rows": {"threshold": 0.97},
+    "above, more than the most": {"threshold": 0.6, "topn": 3, "length": 300},
+    "above, more than the most, per head": {"threshold": 0.9, "topn": 1, "length": 150, "select": "head"},
+    "above, one pick": {"threshold": 0.05, "topn": 1},
+    "above, first step": {"threshold": 0.5, "length": 1, "topn": 4},
+    "above, a chunk exactly": {"threshold": 0.3, "length": 64, "capacity": 64, "topn": 2},
+    "above, large capacity": {"threshold": 0.1, "length": 130, "capacity": 600},
 }
 
 
@@ -90,6 +109,10 @@ def test_triton_step_does_not_depend_on_tuning(device: torch.device) -> None:
     problem = make_problem(length=300, topn=40, padded=True).to(device)
     check(problem, Tuning(score_block=128, weight_chunk=256, gather_rows=64, tail_tile=32, processors=2))
     check(problem, Tuning(score_block=64, weight_chunk=16, gather_rows=16, tail_tile=16, processors=64, slices=2))
+    problem = make_problem(length=300, topn=4, padded=True, threshold=0.4, batch=3).to(device)
+    for slices, tile, chunk in ((1, 16, 16), (2, 32, 64), (3, 1024, 1024)):
+        tuning = Tuning(weight_chunk=chunk, select_tile=tile, gather_rows=32, tail_tile=64, processors=8, slices=slices)
+        check(problem, tuning)
 
 
 def test_triton_constant_rows_and_ties(device: torch.device) -> None:
@@ -100,6 +123,28 @@ def test_triton_constant_rows_and_ties(device: torch.device) -> None:
     problem.keys[:, :, 50:120] = problem.keys[:, :, 50:51] * 3
     problem.keys[:, :, 130:180] = problem.keys[:, :, 50:51]
     check(problem.to(device))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_triton_threshold_among_ties(share: float, device: torch.device) -> None:
+    """Constant rows: all lie above the threshold, far more than the most, or none does."""
+    problem = make_problem(length=200, topn=3)
+    problem.keys[:, :, :] = problem.keys[:, :, :1]
+    problem.threshold = torch.full((2,), (1.5 - share) / 200)
+    check(problem.to(device))
+
+
+def test_triton_threshold_counts_what_it_picks(device: torch.device) -> None:
+    problem = make_problem(length=200, topn=3, batch=3, threshold=0.3).to(device)
+    workspace, tally = make_workspace(problem), torch.tensor([5, 0, 7], device=device)
+    picked = torch.tensor([5, 0, 7], device=device)
+    for _ in range(2):
+        _, picks, _ = triton_decode(
+            problem.query, problem.keys, problem.values, problem.length, scaling=problem.scaling, workspace=workspace,
+            lowrank=problem.lowrank, threshold=problem.threshold, tally=tally,
+        )  # fmt: skip
+        picked += (picks >= 0).flatten(1).sum(1)
+    assert torch.equal(tally, picked)
 
 
 def test_triton_underflow_ties_at_zero(device: torch.device) -> None:
@@ -141,19 +186,11 @@ def test_triton_length_on_the_device_grows_in_one_workspace(device: torch.device
         assert problem.mask is not None
         problem.length, problem.mask = rows, problem.mask[:, :rows].contiguous()
         problem.mask[:, -1] = True
-        from tests.triton.problem import block_means
-
-        problem.means = block_means(make_cpu(problem), 192).to(device)
         length.fill_(rows)
         out, picks, _ = run(problem, workspace, length)
-        count = min(problem.topn, rows)
         check_picks(problem, picks)
-        assert_near(out, expected(problem, picks[..., :count])[0], torch.float32)
+        assert_near(out, expected(problem, picks)[0], torch.float32)
     assert (workspace.counters == 0).all()
-
-
-def make_cpu(problem: Problem) -> Problem:
-    return problem.to(torch.device("cpu"))
 
 
 def test_triton_strided_inputs(device: torch.device) -> None:
@@ -168,5 +205,15 @@ def test_triton_strided_inputs(device: torch.device) -> None:
 def test_triton_unsupported_sizes_say_why(device: torch.device) -> None:
     with pytest.raises(ValueError, match="17 query heads"):
         Workspace(1, 1, 17, 64, 64, 128, 8, device)
-    with pytest.raises(ValueError, match="tail_block=12"):
-        Workspace(1, 1, 1, 64, 64, 128, 8, device, tail_block=12)
+    with pytest.raises(ValueError, match="topn=4096"):
+        Workspace(1, 1, 1, 64, 64, 65536, 4096, device)
+    Workspace(1, 1, 1, 64, 64, 65536, 4096, device, spread="need")
+
+
+def test_triton_step_says_what_its_workspace_lacks(device: torch.device) -> None:
+    problem = make_problem(threshold=0.1).to(device)
+    workspace = make_workspace(problem)
+    with pytest.raises(ValueError, match="no low-rank tail"):
+        run(replace(problem, lowrank=None), workspace)
+    with pytest.raises(ValueError, match="no threshold"):
+        run(replace(problem, threshold=None), workspace)

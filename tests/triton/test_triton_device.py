@@ -8,7 +8,8 @@ import torch
 from kcache.backends.base import DecodeStep
 from kcache.backends.reference import ReferenceBackend
 from kcache.backends.triton import DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode, triton_decode
-from kcache.policy import Policy
+from kcache.lowrank import LowRankTail
+from kcache.policy import Policy, Spread
 from tests.triton.problem import assert_near
 
 pytestmark = [
@@ -32,9 +33,11 @@ class State:
         self.near[:, :, :length] = torch.randn(BATCH, KV_HEADS, length, DIM, **options)
         self.values = torch.empty(shape, dtype=torch.bfloat16).pin_memory()
         self.values.copy_(self.near)
-        self.means = self.near.float().unflatten(2, (-1, 16)).mean(3).bfloat16()
-        open_rows = self.near[:, :, length - length % 16 : length]
-        self.open_sum = open_rows.float().sum(2).contiguous()
+        tail = LowRankTail(None, torch.device("cuda"), lambda: CAPACITY)
+        tail.append(self.near[:, :, :length], None, 0)
+        self.lowrank = tail.state()
+        self.threshold = torch.full((BATCH,), 2e-3, device="cuda")
+        self.tally = torch.zeros(BATCH, dtype=torch.int64, device="cuda")
         self.length = torch.full((1,), length, dtype=torch.int32, device="cuda")
         self.query = torch.zeros(BATCH, KV_HEADS * GROUP, DIM, **options)
         self.new_key = torch.empty(BATCH, KV_HEADS, DIM, **options)
@@ -49,30 +52,31 @@ class State:
         self.new_value.normal_()
 
 
-def workspaces(slices: int) -> tuple[Workspace, DenseWorkspace]:
+def workspaces(slices: int, spread: Spread) -> tuple[Workspace, DenseWorkspace]:
     device = torch.device("cuda")
     topn = Workspace(
-        BATCH, KV_HEADS, GROUP, DIM, DIM, CAPACITY, POLICY.topn, device, tuning=Tuning(slices=slices)
+        BATCH, KV_HEADS, GROUP, DIM, DIM, CAPACITY, POLICY.topn, device, spread=spread, tuning=Tuning(slices=slices)
     )  # fmt: skip
     return topn, DenseWorkspace(BATCH, KV_HEADS, GROUP, DIM, DIM, CAPACITY, device)
 
 
+@pytest.mark.parametrize("spread", ["need", "even"])
 @pytest.mark.parametrize(("slices", "hot"), [(1, False), (2, False), (2, True)])
-def test_triton_graph_replays_a_growing_context(slices: int, hot: bool) -> None:
+def test_triton_graph_replays_a_growing_context(slices: int, hot: bool, spread: Spread) -> None:
     state = State(1000, hot)
-    topn, dense = workspaces(slices)
+    topn, dense = workspaces(slices, spread)
     scaling = DIM**-0.5
+    threshold, tally = (state.threshold, state.tally) if spread == "need" else (None, None)
 
     def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         append(
-            state.new_key, state.new_value, state.keys, state.values, state.length, means=state.means,
-            open_sum=state.open_sum,
+            state.new_key, state.new_value, state.keys, state.values, state.length, lowrank=state.lowrank
         )  # fmt: skip
         append(state.new_key, state.new_value, state.keys, state.near, state.length)
         state.length += 1
         found = triton_decode(
-            state.query, state.keys, state.values, state.length, scaling=scaling, workspace=topn, means=state.means,
-            hot=state.hot,
+            state.query, state.keys, state.values, state.length, scaling=scaling, workspace=topn,
+            lowrank=state.lowrank, threshold=threshold, tally=tally, hot=state.hot,
         )  # fmt: skip
         full = dense_decode(state.query, state.keys, state.near, state.length, scaling=scaling, workspace=dense)
         return *found, full
@@ -84,6 +88,7 @@ def test_triton_graph_replays_a_growing_context(slices: int, hot: bool) -> None:
         out, picks, mass, full = step()
     for count in range(40):
         state.draw()
+        before = state.tally.clone()
         out.fill_(float("nan"))
         full.fill_(float("nan"))
         graph.replay()
@@ -99,11 +104,14 @@ def test_triton_graph_replays_a_growing_context(slices: int, hot: bool) -> None:
                 length,
                 scaling,
                 POLICY,
-                means=state.means[:, :, : -(-length // 16)],
+                lowrank=state.lowrank,
+                threshold=threshold,
             )
         )
-        shared = (picks.unsqueeze(-1) == want.picks.unsqueeze(-2)).any(-1).float().mean()
-        assert shared > 0.999
+        shared = ((picks.unsqueeze(-1) == want.picks.unsqueeze(-2)).any(-1) & (picks >= 0)).sum()
+        assert shared > 0.999 * (want.picks >= 0).sum()
+        if threshold is not None:
+            assert torch.equal(state.tally - before, (picks >= 0).flatten(1).sum(1))
         assert_near(out, want.out, torch.bfloat16)
         torch.testing.assert_close(mass, want.mass, rtol=1e-3, atol=1e-5)
         whole = torch.nn.functional.scaled_dot_product_attention(
@@ -115,15 +123,16 @@ def test_triton_graph_replays_a_growing_context(slices: int, hot: bool) -> None:
         assert state.hot.hits.sum().item() > 0
 
 
+@pytest.mark.parametrize("spread", ["need", "even"])
 @pytest.mark.parametrize("hot", [False, True])
-def test_triton_step_repeats_bit_for_bit(hot: bool) -> None:
+def test_triton_step_repeats_bit_for_bit(hot: bool, spread: Spread) -> None:
     state = State(CAPACITY, hot)
-    topn, _ = workspaces(2)
+    topn, _ = workspaces(2, spread)
     seen = []
     for _ in range(30):
         out, picks, _ = triton_decode(
-            state.query, state.keys, state.values, CAPACITY, scaling=DIM**-0.5, workspace=topn, means=state.means,
-            hot=state.hot,
+            state.query, state.keys, state.values, CAPACITY, scaling=DIM**-0.5, workspace=topn,
+            lowrank=state.lowrank, threshold=state.threshold if spread == "need" else None, hot=state.hot,
         )  # fmt: skip
         seen.append((out, picks.clone()))
     for out, picks in seen[1:]:

@@ -15,7 +15,7 @@ def steps(problem: Problem, hot: HotRows, count: int, drift: float) -> list[floa
     batch, kv_heads, capacity, dim = problem.keys.shape
     workspace = Workspace(
         batch, kv_heads, problem.group, dim, dim, capacity, problem.topn, problem.query.device,
-        select=problem.select, tail=problem.tail, tuning=SMALL,
+        select=problem.select, tail=problem.tail, spread="even" if problem.threshold is None else "need", tuning=SMALL,
     )  # fmt: skip
     rates = []
     generator = torch.Generator().manual_seed(7)
@@ -23,11 +23,11 @@ def steps(problem: Problem, hot: HotRows, count: int, drift: float) -> list[floa
         before = hot.hits.sum().item()
         out, picks, _ = triton_decode(
             problem.query, problem.keys, problem.values, problem.length, scaling=problem.scaling,
-            workspace=workspace, means=problem.means, hot=hot,
+            workspace=workspace, lowrank=problem.lowrank, threshold=problem.threshold, hot=hot,
         )  # fmt: skip
         assert_near(out, expected(problem, picks)[0], torch.float32)
         check_store(problem, hot)
-        rates.append((hot.hits.sum().item() - before) / picks.numel())
+        rates.append((hot.hits.sum().item() - before) / (picks >= 0).sum().item())
         noise = torch.randn(problem.query.shape, generator=generator).to(problem.query.device)
         problem.query = problem.query + drift * noise
     return rates
@@ -62,7 +62,7 @@ def test_triton_hot_rows_keep_a_repeated_step_whole(device: torch.device) -> Non
     hot = HotRows(2, 2, 64, 32, torch.float32, device, ways=8)
     rates = steps(problem, hot, 3, drift=0.0)
     assert rates == [0.0, 1.0, 1.0]
-    hot.reset()
+    hot.forget()
     assert steps(problem, hot, 1, drift=0.0) == [0.0]
 
 
@@ -70,3 +70,14 @@ def test_triton_hot_rows_too_few_for_a_step(device: torch.device) -> None:
     problem = make_problem(length=150, topn=40, dim=32, select="head").to(device)
     hot = HotRows(2, 4, 8, 32, torch.float32, device, ways=2)
     steps(problem, hot, 5, drift=0.5)
+
+
+def test_triton_hot_rows_follow_a_threshold(device: torch.device) -> None:
+    """More picks than a tile of the lookup, a different number in each head, and in each step."""
+    problem = make_problem(length=400, topn=25, dim=32, sharpness=1.0, threshold=0.4).to(device)
+    hot = HotRows(2, 2, 256, 32, torch.float32, device, ways=4)
+    rates = steps(problem, hot, 4, drift=0.1)
+    assert rates[0] == 0
+    assert min(rates[1:]) > 0.2
+    repeated = steps(problem, hot, 2, drift=0.0)
+    assert repeated[1] > 0.6

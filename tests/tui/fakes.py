@@ -53,7 +53,7 @@ INFO = Info(
     host_only=True,
     weights_bytes=257 * MIB,
     context_length=8192,
-    policy={"topn": TOPN, "dense_below": 2048, "tail": "block"},
+    policy={"topn": TOPN, "dense_below": 2048, "tail": "lowrank"},
 )
 
 

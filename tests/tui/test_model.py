@@ -335,7 +335,7 @@ def test_the_error_bound_holds() -> None:
         for tail, out in (
             ("none", kept),
             ("renormalise", kept / mass),
-            ("block", kept + p[rest].sum() * v.mean(0)),
+            ("lowrank", kept + p[rest].sum() * v.mean(0)),
         ):
             bound = error_bound(layer, tail)
             assert bound is not None
@@ -343,8 +343,8 @@ def test_the_error_bound_holds() -> None:
 
 
 def test_exact_layers_err_by_nothing_and_a_prompt_tells_nothing() -> None:
-    assert error_bound(frame(1).layers[0], "block") == 0
-    assert error_bound(frame(0, phase="prefill").layers[4], "block") is None
+    assert error_bound(frame(1).layers[0], "lowrank") == 0
+    assert error_bound(frame(0, phase="prefill").layers[4], "lowrank") is None
 
 
 def test_detail() -> None:

@@ -54,7 +54,7 @@ class Kernels:
             rows = tail.coefficients
             if not rows.is_contiguous() or rows.dtype != step.values.dtype or rows.shape[3] < step.length:
                 return False
-        return cls.serves_dense(step) and step.policy.select == "group" and step.policy.tail != "block"
+        return cls.serves_dense(step) and step.policy.select == "group"
 
     def decode(self, step: DecodeStep) -> DecodeResult | None:
         """Run the four verbs; None if a head wants more rows than it may have, for somebody else to sort out."""

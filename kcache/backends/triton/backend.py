@@ -10,10 +10,11 @@ import torch
 from kcache.backends.base import DecodeResult, DecodeStep
 from kcache.backends.reference import ReferenceBackend
 from kcache.backends.triton.common import interpreted
+from kcache.backends.triton.hot import HotRows
 from kcache.backends.triton.step import dense_decode, triton_decode
 from kcache.backends.triton.workspace import DenseWorkspace, Tuning, Workspace, unsupported
 from kcache.errors import PolicyError
-from kcache.policy import Tail
+from kcache.policy import Spread
 
 
 class TritonBackend:
@@ -33,7 +34,6 @@ class TritonBackend:
 
     name = "triton"
     reads_host_by_kernel = True
-    spreads = False
 
     def __init__(self, device: torch.device, tuning: Tuning | None = None) -> None:
         if device.type != "cuda" and not interpreted():
@@ -53,23 +53,31 @@ class TritonBackend:
             return self._reference.decode(step)
         out, picks, mass = triton_decode(
             step.query, step.keys, step.values, step.length, scaling=step.scaling, workspace=workspace,
-            means=step.means, mask=step.mask, softcap=step.softcap, sinks=step.sinks,
+            lowrank=step.lowrank, mask=step.mask, softcap=step.softcap, sinks=step.sinks, threshold=step.threshold,
+            tally=step.tally, hot=step.hot if isinstance(step.hot, HotRows) else None,
         )  # fmt: skip
-        if step.policy.tail == "lowrank":
-            out = _with_lowrank(out, workspace, step)
         # The workspace's picks and mass are overwritten by the next layer.
         return DecodeResult(out, picks[..., : step.length].clone(), mass.clone())
+
+    def keep_hot(self, step: DecodeStep) -> HotRows | None:
+        """A store of ``policy.hot_rows`` for the layer of this step."""
+        policy, (batch, heads, capacity, dim_v) = step.policy, step.values.shape
+        if not policy.hot_rows or policy.select == "head" or self.workspace(step) is None:
+            return None
+        rows = min(policy.hot_rows, capacity)
+        return HotRows(batch, heads, rows, dim_v, step.values.dtype, step.query.device)
 
     def dense(self, step: DecodeStep) -> torch.Tensor:
         """Exact attention over K and V on the device, ``[B, Hq, Dv]``."""
         batch, kv_heads, capacity, dim = step.keys.shape
         group, dim_v, device = step.query.shape[1] // kv_heads, step.values.shape[-1], step.query.device
-        if unsupported(64, group, dim, dim_v, 1, "none", 16) is not None:
+        if unsupported(64, group, dim, dim_v, 1) is not None:
             return self._reference.dense(step)
         shape = (batch, kv_heads, group, dim, dim_v, device)
         workspace = self._dense.get(shape)
         if workspace is None or workspace.capacity < capacity:
-            workspace = DenseWorkspace(batch, kv_heads, group, dim, dim_v, capacity, device, tuning=self.tuning)
+            with torch.inference_mode(False):
+                workspace = DenseWorkspace(batch, kv_heads, group, dim, dim_v, capacity, device, tuning=self.tuning)
             self._dense = {key: kept for key, kept in self._dense.items() if key[0] == batch} | {shape: workspace}
         return dense_decode(
             step.query, step.keys, step.values, step.length, scaling=step.scaling, workspace=workspace,
@@ -82,27 +90,18 @@ class TritonBackend:
         group, dim_v, policy = step.query.shape[1] // kv_heads, step.values.shape[-1], step.policy
         device = step.query.device
         topn = min(policy.topn, capacity)
-        tail: Tail = "none" if policy.tail == "lowrank" else policy.tail
-        shape = (batch, kv_heads, group, dim, dim_v, topn, device, policy.select, tail, policy.tail_block)
+        spread: Spread = "even" if step.threshold is None else "need"
+        rank = None if step.lowrank is None else step.lowrank.basis.shape[2]
+        shape = (batch, kv_heads, group, dim, dim_v, topn, device, policy.select, policy.tail, rank, spread)
         found = self._workspaces.get(shape)
         if found is not None and found.capacity >= capacity:
             return found
-        if unsupported(capacity, group, dim, dim_v, topn, tail, policy.tail_block) is not None:
+        if unsupported(capacity, group, dim, dim_v, topn, spread) is not None:
             return None
-        made = Workspace(
-            batch, kv_heads, group, dim, dim_v, capacity, topn, device,
-            select=policy.select, tail=tail, tail_block=policy.tail_block, tuning=self.tuning,
-        )  # fmt: skip
+        with torch.inference_mode(False):  # memory made in inference mode could not be written to outside of it
+            made = Workspace(
+                batch, kv_heads, group, dim, dim_v, capacity, topn, device,
+                select=policy.select, tail=policy.tail, tail_rank=rank, spread=spread, tuning=self.tuning,
+            )  # fmt: skip
         self._workspaces = {key: kept for key, kept in self._workspaces.items() if key[0] == batch} | {shape: made}
         return made
-
-
-def _with_lowrank(out: torch.Tensor, workspace: Workspace, step: DecodeStep) -> torch.Tensor:
-    """Add the low-rank tail to the output: torch products over the scores that the kernels left in the workspace."""
-    batch, heads = step.keys.shape[:2]
-    scores, lse = workspace.scores[..., : step.length], workspace.lse
-    probs = torch.exp2(scores - lse.unsqueeze(-1)).nan_to_num(0.0)
-    picks = workspace.picks.view(probs.shape[0], 1, -1).expand(-1, probs.shape[1], -1).long()
-    # Picks are filled up with -1 only where every row is picked, row 0 among them.
-    rest = probs.scatter(2, picks.clamp(min=0), 0.0).view(batch, heads, -1, step.length)
-    return (out.float() + ReferenceBackend().lowrank(rest, step).flatten(1, 2)).to(out.dtype)

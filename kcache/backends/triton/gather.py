@@ -1,13 +1,15 @@
 """Fetch and combine: picked V rows straight from pinned host memory, weighed and summed, plus the tail.
 
-One launch holds two kinds of programs. The first ``R * PICK_SPLITS`` read the picked rows over the link: each issues
-the 16-byte loads of all its rows before it uses any, and all of them are in flight at once, because bandwidth over the
-link is bytes in flight over a round trip of a microsecond. The others stream the block means from device memory
-meanwhile. The last program to finish a row adds the partial sums and writes the output, so there is no second launch.
+One launch holds two kinds of programs. The first read the picked rows over the link, ``ROWS`` of a row of work each:
+all their 16-byte loads are issued before any is used, because bandwidth over the link is bytes in flight over a round
+trip of a microsecond. A head with many picks has many programs, one with few leaves most of its own at once. The
+others stream scores and the low-rank tail's coefficients from device memory meanwhile and sum ``p c`` and ``p`` over
+*all* rows; the programs of the picks take the picks' part away again. The last program to finish a row adds the
+partial sums up, turns the tail's back to V's coordinates and writes the output, so there is no second launch.
 
 With hot rows, picks found in the device store are read there, and rows that did cross the link are kept in it.
 
-Shapes: R rows of work, G heads of each, N picks, Dv size of a V row, P partial sums per row of work.
+Shapes: R rows of work, G heads of each, M picks at most, Dv size of a V row, r directions, P programs per row of work.
 """
 
 from __future__ import annotations
@@ -19,51 +21,31 @@ from kcache.backends.triton.common import weighted_rows
 
 
 @triton.jit
-def sum_partials(
-    partial, out, row, total_parts, stride_ob, stride_oh,
-    HEADS: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEP: tl.constexpr,
-):  # fmt: skip
-    """Add a row's partial sums ``[P, G, Dv]`` in a fixed order and write ``out`` in its own type."""
-    heads = tl.arange(0, G2)
-    dims = tl.arange(0, BLOCK_D)
-    parts = tl.arange(0, STEP)
-    wanted = (heads < G)[:, None] & (dims < D)[None, :]
-    result = tl.zeros([G2, BLOCK_D], tl.float32)
-    for first in range(0, total_parts, STEP):
-        part = first + parts
-        at = ((row * total_parts + part)[:, None, None] * G + heads[None, :, None]) * D + dims[None, None, :]
-        live = (part < total_parts)[:, None, None] & wanted[None, :, :]
-        result += tl.sum(tl.load(partial + at, mask=live, other=0.0, cache_modifier=".cg"), 0)
-    batch = (row // HEADS).to(tl.int64)
-    head = row % HEADS
-    o_ptrs = out + batch * stride_ob + (head * G + heads)[:, None] * stride_oh + dims[None, :]
-    tl.store(o_ptrs, result.to(out.dtype.element_ty), mask=wanted)
+def probabilities(scores, lse, row, pos, live, capacity, G: tl.constexpr, GP: tl.constexpr):
+    """Probabilities ``[GP, n]`` of the rows ``pos`` ``[n]``; 0 where masked or not ``live``."""
+    heads = tl.arange(0, GP)
+    s_ptrs = scores + (row.to(tl.int64) * G + heads)[:, None] * capacity + pos[None, :]
+    score = tl.load(s_ptrs, mask=(heads < G)[:, None] & live[None, :], other=float("-inf"))
+    norm = tl.load(lse + row * G + heads, mask=heads < G, other=0.0)
+    return tl.exp2(score - norm[:, None])
 
 
 @triton.jit
 def picked_rows(
-    values, picks, coefficients, hot_store, hot_slots, hot_inserts, row, part, batch, head,
+    values, weights, pick, live, hot_store, hot_slots, hot_inserts, row, at, batch, head,
     stride_vb, stride_vh, stride_vl,
-    REPEAT: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, HOT_ROWS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """``sum_i coefficient_i * v_i`` over this program's ``ROWS`` picks, ``[GP, BLOCK_D]``."""
-    heads = tl.arange(0, GP)
+    """``sum_i weight_i * v_i`` over this program's picks, ``[GP, BLOCK_D]``."""
     dims = tl.arange(0, BLOCK_D)
-    nth = part * ROWS + tl.arange(0, ROWS)
-    pick = tl.load(picks + row * N + nth, mask=nth < N, other=-1)
-    c_ptrs = coefficients + (row * G + heads)[:, None] * N + nth[None, :]
-    weights = tl.load(c_ptrs, mask=(heads < G)[:, None] & (nth < N)[None, :], other=0.0)
-    # A row that weighs nothing (masked) may hold anything: it is neither read nor multiplied.
-    weighed = tl.max(tl.abs(weights), 0) > 0.0
-    live = pick >= 0
     columns = (dims < D)[None, :]
-    base = values + batch * stride_vb + (head // REPEAT).to(tl.int64) * stride_vh
+    # A row that weighs nothing (masked) may hold anything: it is neither read nor multiplied.
+    weighed = tl.max(weights, 0) > 0.0
+    base = values + batch * stride_vb + head.to(tl.int64) * stride_vh
     v_ptrs = base + tl.maximum(pick, 0).to(tl.int64)[:, None] * stride_vl + dims[None, :]
     if HOT_ROWS > 0:
-        slot = tl.load(hot_slots + row * N + nth, mask=nth < N, other=-1)
-        insert = tl.load(hot_inserts + row * N + nth, mask=nth < N, other=-1)
+        slot = tl.load(hot_slots + at, mask=live, other=-1)
+        insert = tl.load(hot_inserts + at, mask=live, other=-1)
         h_base = hot_store + row.to(tl.int64) * HOT_ROWS * D
         hit = live & (slot >= 0)
         missed = live & (slot < 0)
@@ -80,84 +62,161 @@ def picked_rows(
 
 
 @triton.jit
-def block_means(
-    means, tail, row, part, parts, batch, head, length, tail_blocks, stride_tb, stride_th, stride_tl,
-    REPEAT: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TAIL_BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
+def along_directions(
+    scores, lse, coefficients, row, part, parts, batch, head, length, capacity, stride_cb, stride_ch, stride_cr,
+    G: tl.constexpr, GP: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, BLOCK_T: tl.constexpr,
+    STAGES: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """``sum_b tail_b * mean_b`` over this program's share of the blocks, ``[GP, BLOCK_D]``."""
+    """``sum_i p_i c_i`` ``[GP, RP]`` and ``sum_i p_i`` ``[GP]`` over this program's share of all rows.
+
+    Rows lie side by side here, so a mask that ends between them would split wide loads: the scratch of the scores holds
+    whole tiles and needs none, and with ``ALIGNED`` there is room for the coefficients of 16 rows wherever one is.
+    """
     heads = tl.arange(0, GP)
-    dims = tl.arange(0, BLOCK_D)
+    directions = tl.arange(0, RP)
     lanes = tl.arange(0, BLOCK_T)
-    count = tl.cdiv(length, TAIL_BLOCK)
-    share = tl.cdiv(tl.cdiv(count, BLOCK_T), parts) * BLOCK_T
+    norm = tl.load(lse + row * G + heads, mask=heads < G, other=0.0)
+    s_base = scores + (row.to(tl.int64) * G + heads)[:, None] * capacity
+    share = tl.cdiv(tl.cdiv(length, BLOCK_T), parts) * BLOCK_T
     start = part * share
-    end = tl.minimum(start + share, count)
-    base = means + batch * stride_tb + (head // REPEAT).to(tl.int64) * stride_th
-    result = tl.zeros([GP, BLOCK_D], tl.float32)
+    end = tl.minimum(start + share, length)
+    readable = end
+    if ALIGNED:
+        readable = tl.cdiv(end, 16) * 16
+    base = coefficients + batch * stride_cb + head.to(tl.int64) * stride_ch + directions[:, None] * stride_cr
+    along = tl.zeros([GP, RP], tl.float32)
+    held = tl.zeros([GP], tl.float32)
     for first in tl.range(start, end, BLOCK_T, num_stages=STAGES):
-        block = first + lanes
-        inside = block < end
-        w_ptrs = tail + (row * G + heads).to(tl.int64)[:, None] * tail_blocks + block[None, :]
-        weights = tl.load(w_ptrs, mask=(heads < G)[:, None] & inside[None, :], other=0.0)
-        if D == BLOCK_D:
-            seen = inside[:, None]
-        else:
-            seen = inside[:, None] & (dims < D)[None, :]
-        rows = tl.load(base + block[:, None] * stride_tl + dims[None, :], mask=seen, other=0.0)
-        result += weighted_rows(weights, rows, UPCAST)
-    return result
+        pos = first + lanes
+        inside = pos < end
+        score = tl.load(s_base + pos[None, :], mask=(heads < G)[:, None], other=float("-inf"))
+        prob = tl.where(inside[None, :], tl.exp2(score - norm[:, None]), 0.0)
+        c_mask = (directions < RANK)[:, None] & (pos < readable)[None, :]
+        rows = tl.where(inside[None, :], tl.load(base + pos[None, :], mask=c_mask, other=0.0), 0.0)
+        along += weighted_rows(prob, tl.trans(rows), UPCAST)
+        held += tl.sum(prob, 1)
+    return along, held
 
 
-@triton.jit(do_not_specialize=["tail_blocks", "rows_of_work", "tail_splits"])
+@triton.jit
+def finish_row(
+    partial, shares, held, base, basis, out, mass, row, head, live_parts, tail_splits, stride_oh,
+    G: tl.constexpr, G2: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    RANK: tl.constexpr, RP: tl.constexpr, RANK_STEP: tl.constexpr, STEP: tl.constexpr, HAS_TAIL: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+):  # fmt: skip
+    """Add a row's partial sums in a fixed order, the tail's turned back to V's coordinates, and write the output."""
+    heads = tl.arange(0, G2)
+    dims = tl.arange(0, BLOCK_D)
+    parts = tl.arange(0, STEP)
+    real = heads < G
+    columns = dims < D
+    result = tl.zeros([G2, BLOCK_D], tl.float32)
+    picked = tl.zeros([G2], tl.float32)
+    for first in range(0, live_parts, STEP):
+        part = first + parts
+        at = (row * PARTS + part)[:, None] * G + heads[None, :]
+        there = (part < live_parts)[:, None] & real[None, :]
+        wanted = there[:, :, None] & columns[None, None, :]
+        p_ptrs = partial + at[:, :, None] * D + dims[None, None, :]
+        result += tl.sum(tl.load(p_ptrs, mask=wanted, other=0.0, cache_modifier=".cg"), 0)
+        at = (row * (PARTS + tail_splits) + tail_splits + part)[:, None] * G + heads[None, :]
+        picked -= tl.sum(tl.load(held + at, mask=there, other=0.0, cache_modifier=".cg"), 0)
+    tl.store(mass + row * G + heads, picked, mask=real)
+    if RENORMALISE:
+        result = result / tl.maximum(picked, 1.0e-37)[:, None]
+    if HAS_TAIL:
+        total = tail_splits + live_parts
+        origin = row * (PARTS + tail_splits)
+        rest = tl.zeros([G2], tl.float32)
+        for first in range(0, total, STEP):
+            at = (origin + first + parts)[:, None] * G + heads[None, :]
+            there = (first + parts < total)[:, None] & real[None, :]
+            rest += tl.sum(tl.load(held + at, mask=there, other=0.0, cache_modifier=".cg"), 0)
+        result += rest[:, None] * tl.load(base + dims, mask=columns, other=0.0)[None, :]
+        for lowest in range(0, RANK, RANK_STEP):
+            direction = lowest + tl.arange(0, RANK_STEP)
+            inside = direction < RANK
+            along = tl.zeros([RANK_STEP, G2], tl.float32)
+            for first in range(0, total, STEP):
+                at = (origin + first + parts)[:, None] * G + heads[None, :]
+                there = (first + parts < total)[:, None] & real[None, :]
+                s_ptrs = shares + at[:, None, :] * RP + direction[None, :, None]
+                wanted = there[:, None, :] & inside[None, :, None]
+                along += tl.sum(tl.load(s_ptrs, mask=wanted, other=0.0, cache_modifier=".cg"), 0)
+            u_ptrs = basis + direction[:, None] * D + dims[None, :]
+            rows = tl.load(u_ptrs, mask=inside[:, None] & columns[None, :], other=0.0)
+            # Summed over the first axis: over the middle one the compiler would make it a product in tf32.
+            result += tl.sum(along[:, :, None] * rows[:, None, :], 0)
+    o_ptrs = out + (head * G + heads)[:, None] * stride_oh + dims[None, :]
+    tl.store(o_ptrs, result.to(out.dtype.element_ty), mask=real[:, None] & columns[None, :])
+
+
+@triton.jit(do_not_specialize=["rows_of_work", "tail_splits"])
 def gather_kernel(
-    values, means, picks, coefficients, tail, partial, counters, out, length_ptr,
-    hot_store, hot_slots, hot_inserts,
-    stride_vb, stride_vh, stride_vl, stride_tb, stride_th, stride_tl, stride_ob, stride_oh,
-    tail_blocks, rows_of_work, tail_splits,
+    values, scores, lse, coefficients, base, basis, picks, counts, partial, shares, held, counters, out, mass,
+    length_ptr, hot_store, hot_slots, hot_inserts,
+    stride_vb, stride_vh, stride_vl, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
+    capacity, rows_of_work, tail_splits,
     HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr,
-    N: tl.constexpr, ROWS: tl.constexpr, PICK_SPLITS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TAIL_BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr, HAS_TAIL: tl.constexpr,
-    HOT_ROWS: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    RANK: tl.constexpr, RP: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+    STEP: tl.constexpr, HAS_TAIL: tl.constexpr, RENORMALISE: tl.constexpr, HOT_ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Programs for picks come first: the link is the slower road, so its loads must be under way first."""
     pid = tl.program_id(0)
-    is_tail = pid >= rows_of_work * PICK_SPLITS
-    row = pid // PICK_SPLITS
-    part = pid % PICK_SPLITS
-    if HAS_TAIL:
-        late = pid - rows_of_work * PICK_SPLITS
-        row = tl.where(is_tail, late // tail_splits, row)
-        part = tl.where(is_tail, late % tail_splits, part)
-    batch = (row // HEADS).to(tl.int64)
-    head = row % HEADS
-    total_parts = PICK_SPLITS + tail_splits
-    slot = part
-    if HAS_TAIL:
+    row = pid % rows_of_work
+    part = pid // rows_of_work
+    live_parts = tl.maximum(tl.cdiv(tl.load(counts + row), ROWS), 1)
+    is_tail = part >= PARTS
+    if is_tail | (part < live_parts):
+        batch = (row // HEADS).to(tl.int64)
+        head = row % HEADS
+        kv_head = head // REPEAT
+        heads = tl.arange(0, GP)
+        directions = tl.arange(0, RP)
+        real = heads < G
+        # The sums of a row of work: those of the tail's programs first, then those of the picks'.
+        place = row * (PARTS + tail_splits) + tl.where(is_tail, part - PARTS, tail_splits + part)
+        h_ptrs = held + place * G + heads
+        s_ptrs = shares + (place * G + heads)[:, None] * RP + directions[None, :]
         if is_tail:
-            slot = PICK_SPLITS + part
-            result = block_means(
-                means, tail, row, part, tail_splits, batch, head, tl.load(length_ptr), tail_blocks,
-                stride_tb, stride_th, stride_tl, REPEAT, G, GP, D, BLOCK_D, TAIL_BLOCK, BLOCK_T, STAGES, UPCAST,
-            )  # fmt: skip
+            if HAS_TAIL:
+                along, sums = along_directions(
+                    scores, lse, coefficients, row, part - PARTS, tail_splits, batch, kv_head, tl.load(length_ptr),
+                    capacity, stride_cb, stride_ch, stride_cr, G, GP, RANK, RP, BLOCK_T, STAGES, ALIGNED, UPCAST,
+                )  # fmt: skip
+                tl.store(s_ptrs, along, mask=real[:, None])
+                tl.store(h_ptrs, sums, mask=real)
         else:
+            nth = part * ROWS + tl.arange(0, ROWS)
+            at = row * WIDTH + nth
+            pick = tl.load(picks + at, mask=nth < WIDTH, other=-1)
+            live = pick >= 0
+            weights = probabilities(scores, lse, row, tl.maximum(pick, 0), live, capacity, G, GP)
             result = picked_rows(
-                values, picks, coefficients, hot_store, hot_slots, hot_inserts, row, part, batch, head,
-                stride_vb, stride_vh, stride_vl, REPEAT, G, GP, N, ROWS, D, BLOCK_D, HOT_ROWS, UPCAST,
+                values, weights, pick, live, hot_store, hot_slots, hot_inserts, row, at, batch, kv_head,
+                stride_vb, stride_vh, stride_vl, D, BLOCK_D, HOT_ROWS, UPCAST,
             )  # fmt: skip
-    else:
-        result = picked_rows(
-            values, picks, coefficients, hot_store, hot_slots, hot_inserts, row, part, batch, head,
-            stride_vb, stride_vh, stride_vl, REPEAT, G, GP, N, ROWS, D, BLOCK_D, HOT_ROWS, UPCAST,
-        )  # fmt: skip
-    heads = tl.arange(0, GP)
-    dims = tl.arange(0, BLOCK_D)
-    p_ptrs = partial + ((row * total_parts + slot) * G + heads)[:, None] * D + dims[None, :]
-    tl.store(p_ptrs, result, mask=(heads < G)[:, None] & (dims < D)[None, :])
-    # All of this program's stores are ordered before its ticket, and the last ticket's loads after all others'.
-    tl.debug_barrier()
-    ticket = tl.atomic_add(counters + row, 1, sem="acq_rel", scope="gpu")
-    if ticket == total_parts - 1:
+            dims = tl.arange(0, BLOCK_D)
+            p_ptrs = partial + ((row * PARTS + part) * G + heads)[:, None] * D + dims[None, :]
+            tl.store(p_ptrs, result, mask=real[:, None] & (dims < D)[None, :])
+            tl.store(h_ptrs, -tl.sum(weights, 1), mask=real)
+            if HAS_TAIL:
+                c_base = coefficients + batch * stride_cb + kv_head.to(tl.int64) * stride_ch
+                c_ptrs = c_base + directions[None, :] * stride_cr + tl.maximum(pick, 0)[:, None]
+                rows = tl.load(c_ptrs, mask=live[:, None] & (directions < RANK)[None, :], other=0.0)
+                tl.store(s_ptrs, -weighted_rows(weights, rows, UPCAST), mask=real[:, None])
+        # All of this program's stores are ordered before its ticket, and the last ticket's loads after all others'.
         tl.debug_barrier()
-        sum_partials(partial, out, row, total_parts, stride_ob, stride_oh, HEADS, G, G2, D, BLOCK_D, STEP)
-        tl.store(counters + row, 0)
+        ticket = tl.atomic_add(counters + row, 1, sem="acq_rel", scope="gpu")
+        if ticket == live_parts + tail_splits - 1:
+            tl.debug_barrier()
+            kv_row = batch * (HEADS // REPEAT) + kv_head
+            finish_row(
+                partial, shares, held, base + kv_row * D, basis + kv_row * RANK * D, out + batch * stride_ob, mass,
+                row, head, live_parts, tail_splits, stride_oh,
+                G, G2, PARTS, D, BLOCK_D, RANK, RP, RANK_STEP, STEP, HAS_TAIL, RENORMALISE,
+            )  # fmt: skip
+            tl.store(counters + row, 0)

@@ -2,9 +2,9 @@
 
 A set-associative store of ``SETS x WAYS`` rows per row of work; a position belongs to set ``position % SETS`` and each
 set drops its least recently picked row. Everything is decided on the device: ``hot_lookup`` (the last part of the
-select kernel) says for every pick whether it is stored and, if not, where it will be; gather reads hits from the store
-and writes misses into it. A slot that is hit in a step is never given away in that step, so a read and a write of one
-slot cannot meet. Hits are counted per row of work.
+kernels that select) says for every pick whether it is stored and, if not, where it will be; gather reads hits from the
+store and writes misses into it. A slot that is hit in a step is never given away in that step, so a read and a write of
+one slot cannot meet. Hits are counted per row of work.
 
 State per row of work: ``tags`` (position held, -1 none) and ``stamps`` (step of the last pick) ``[SETS * WAYS]``,
 ``claims`` ``[SETS]`` (all 0 between steps), ``clock`` and ``hits`` (one number each).
@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from kcache.sizes import HOT_WAYS, hot_capacity
 
 
 class HotRows:
@@ -37,22 +39,30 @@ class HotRows:
     ----------
     store : Tensor ``[B, H, rows, Dv]``
     hits : Tensor ``[B, H]`` int64
-        Picks found in the store since :meth:`reset`.
+        Picks found in the store since it was made.
     """
 
     def __init__(
-        self, batch: int, heads: int, rows: int, dim: int, dtype: torch.dtype, device: torch.device, ways: int = 8
+        self,
+        batch: int,
+        heads: int,
+        rows: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        ways: int = HOT_WAYS,
     ) -> None:
         total = batch * heads
         self.ways = ways
-        self.rows = max(ways, triton.next_power_of_2(rows))
+        self.rows = max(ways, hot_capacity(rows))
         self.sets = self.rows // ways
-        self.store = torch.zeros(batch, heads, self.rows, dim, dtype=dtype, device=device)
-        self.tags = torch.full((total, self.rows), -1, dtype=torch.int32, device=device)
-        self.stamps = torch.zeros(total, self.rows, dtype=torch.int32, device=device)
-        self.claims = torch.zeros(total, self.sets, dtype=torch.int32, device=device)
-        self.clock = torch.zeros(total, dtype=torch.int32, device=device)
-        self.hits = torch.zeros(batch, heads, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # memory made in inference mode could not be written to outside of it
+            self.store = torch.zeros(batch, heads, self.rows, dim, dtype=dtype, device=device)
+            self.tags = torch.full((total, self.rows), -1, dtype=torch.int32, device=device)
+            self.stamps = torch.zeros(total, self.rows, dtype=torch.int32, device=device)
+            self.claims = torch.zeros(total, self.sets, dtype=torch.int32, device=device)
+            self.clock = torch.zeros(total, dtype=torch.int32, device=device)
+            self.hits = torch.zeros(batch, heads, dtype=torch.int64, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -60,51 +70,69 @@ class HotRows:
         tensors = (self.store, self.tags, self.stamps, self.claims, self.clock, self.hits)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def reset(self) -> None:
-        """Forget every row: needed when positions change their meaning (crop, reordering of sequences)."""
+    def forget(self) -> None:
+        """Forget every row: needed when positions change their meaning (a crop)."""
         self.tags.fill_(-1)
         self.stamps.zero_()
         self.clock.zero_()
-        self.hits.zero_()
+
+
+@triton.jit
+def hot_match(picks, tags, row, first, count, WIDTH: tl.constexpr, TILE: tl.constexpr, SETS: tl.constexpr,
+              WAYS: tl.constexpr):  # fmt: skip
+    """Look a tile of picks up: position, set, places of the set's ways, and which of them holds the position."""
+    lane = first + tl.arange(0, TILE)
+    live = lane < count
+    position = tl.load(picks + row * WIDTH + lane, mask=live, other=-1, cache_modifier=".cg")
+    home = tl.where(live, position % SETS, 0)
+    at = row * SETS * WAYS + home[:, None] * WAYS + tl.arange(0, WAYS)[None, :]
+    held = tl.load(tags + at, mask=live[:, None], other=-1, cache_modifier=".cg")
+    return live, position, home, at, (held == position[:, None]) & live[:, None]
 
 
 @triton.jit
 def hot_lookup(
-    picks, tags, stamps, clock, claims, slots, inserts, hits, row, n_rows,
-    N: tl.constexpr, NP: tl.constexpr, SETS: tl.constexpr, WAYS: tl.constexpr,
+    picks, tags, stamps, clock, claims, slots, inserts, hits, row, count,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, SETS: tl.constexpr, WAYS: tl.constexpr,
 ):  # fmt: skip
-    """Fill ``slots`` (where a pick is stored, or -1) and ``inserts`` (where a fetched row is to be kept, or -1)."""
-    lane = tl.arange(0, NP)
+    """Fill ``slots`` (where a pick is stored, or -1) and ``inserts`` (where a fetched row is to be kept, or -1).
+
+    Every hit is stamped before the first slot is given away. Picks are distinct, so what a tile inserts is no other
+    tile's hit.
+    """
     way = tl.arange(0, WAYS)
-    live = lane < n_rows
     now = tl.load(clock + row) + 1
-    position = tl.load(picks + row * N + lane, mask=live, other=-1, cache_modifier=".cg")
-    home = tl.where(live, position % SETS, 0)
-    at = row * SETS * WAYS + home[:, None] * WAYS + way[None, :]
-    held = tl.load(tags + at, mask=live[:, None], other=-1, cache_modifier=".cg")
-    match = (held == position[:, None]) & live[:, None]
-    found = tl.max(match.to(tl.int32), 1) > 0
-    tl.store(stamps + at, tl.zeros([NP, WAYS], tl.int32) + now, mask=match)
+    stamp = tl.zeros([TILE, WAYS], tl.int32) + now
+    for first in range(0, count, TILE):
+        live, position, home, at, match = hot_match(picks, tags, row, first, count, WIDTH, TILE, SETS, WAYS)
+        tl.store(stamps + at, stamp, mask=match)
     tl.debug_barrier()
 
-    missed = live & (found == 0)
-    ticket = tl.atomic_add(claims + row * SETS + home, 1, mask=missed)
-    age = tl.load(stamps + at, mask=missed[:, None], other=0, cache_modifier=".cg")
-    # The ticket-th oldest way of the set, unless it was picked in this very step.
-    older = (age[:, None, :] < age[:, :, None]) | (
-        (age[:, None, :] == age[:, :, None]) & (way[None, None, :] < way[None, :, None])
-    )
-    order = tl.sum(older.to(tl.int32), 2)
-    victim = (order == ticket[:, None]) & (age < now) & missed[:, None]
-    kept = tl.max(victim.to(tl.int32), 1) > 0
-    tl.debug_barrier()
-    tl.store(tags + at, tl.broadcast_to(position[:, None], [NP, WAYS]), mask=victim)
-    tl.store(stamps + at, tl.zeros([NP, WAYS], tl.int32) + now, mask=victim)
-    tl.store(claims + row * SETS + home, 0, mask=missed)
+    total = tl.load(hits + row)
+    for first in range(0, count, TILE):
+        live, position, home, at, match = hot_match(picks, tags, row, first, count, WIDTH, TILE, SETS, WAYS)
+        found = tl.max(match.to(tl.int32), 1) > 0
+        missed = live & (found == 0)
+        ticket = tl.atomic_add(claims + row * SETS + home, 1, mask=missed)
+        age = tl.load(stamps + at, mask=missed[:, None], other=0, cache_modifier=".cg")
+        # The ticket-th oldest way of the set, unless it was picked in this very step.
+        older = (age[:, None, :] < age[:, :, None]) | (
+            (age[:, None, :] == age[:, :, None]) & (way[None, None, :] < way[None, :, None])
+        )
+        order = tl.sum(older.to(tl.int32), 2)
+        victim = (order == ticket[:, None]) & (age < now) & missed[:, None]
+        kept = tl.max(victim.to(tl.int32), 1) > 0
+        tl.debug_barrier()
+        tl.store(tags + at, tl.broadcast_to(position[:, None], [TILE, WAYS]), mask=victim)
+        tl.store(stamps + at, stamp, mask=victim)
+        tl.store(claims + row * SETS + home, 0, mask=missed)
 
-    slot = home * WAYS + tl.sum(tl.where(match, way[None, :], 0), 1)
-    insert = home * WAYS + tl.sum(tl.where(victim, way[None, :], 0), 1)
-    tl.store(slots + row * N + lane, tl.where(found, slot, -1), mask=lane < N)
-    tl.store(inserts + row * N + lane, tl.where(kept, insert, -1), mask=lane < N)
+        lane = first + tl.arange(0, TILE)
+        slot = home * WAYS + tl.sum(tl.where(match, way[None, :], 0), 1)
+        insert = home * WAYS + tl.sum(tl.where(victim, way[None, :], 0), 1)
+        tl.store(slots + row * WIDTH + lane, tl.where(found, slot, -1), mask=live)
+        tl.store(inserts + row * WIDTH + lane, tl.where(kept, insert, -1), mask=live)
+        total += tl.sum(found.to(tl.int64), 0)
+        tl.debug_barrier()
     tl.store(clock + row, now)
-    tl.store(hits + row, tl.load(hits + row) + tl.sum(found.to(tl.int64), 0))
+    tl.store(hits + row, total)

@@ -3,9 +3,8 @@
 Two kernels. ``score_kernel`` streams K once, writes the scores ``[R, G, capacity]`` (fp32, log2 units, masked rows
 -inf) and, per piece of the length, the maximum and sum of exponentials of every head. ``weight_kernel`` turns those
 into the log-sum-exp per head and reads the scores once more: per block of rows it writes the largest probability of
-any head (what select searches) and the probability each head gives the block (what the tail weighs means by). That
-needs the log-sum-exp of every head first, hence the second pass; it costs 1/16 of K's bytes at G = 4, out of L2 while
-the scores fit there.
+any head, which is what select searches. That needs the log-sum-exp of every head first, hence the second pass; it
+costs 1/16 of K's bytes at G = 4, out of L2 while the scores fit there.
 
 Shapes: R = B * selection heads, G query heads of each, D head size, S pieces the length is cut into.
 """
@@ -106,11 +105,11 @@ def log_sum_exp(
     return tl.where(total > 0.0, peak + tl.log2(tl.where(total > 0.0, total, 1.0)), 0.0)
 
 
-@triton.jit(do_not_specialize=["splits", "blocks", "tail_blocks"])
+@triton.jit(do_not_specialize=["splits", "blocks"])
 def weight_kernel(
-    scores, part_max, part_sum, sinks, lse, block_top, tail, length_ptr, capacity, blocks, tail_blocks, splits,
+    scores, part_max, part_sum, sinks, lse, block_top, length_ptr, capacity, blocks, splits,
     HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr, TAIL_BLOCK: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_TAIL: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
     """One program: ``CHUNK`` rows of one row of work; programs past the length leave at once."""
     row = tl.program_id(0)
@@ -134,9 +133,3 @@ def weight_kernel(
         top = tl.max(tl.where(inside, tl.max(prob, 0), -1.0), 1)
         at = chunk * N_BLOCKS + block
         tl.store(block_top + row.to(tl.int64) * blocks + at, top, mask=at * BLOCK < length)
-        if HAS_TAIL:
-            N_TAILS: tl.constexpr = CHUNK // TAIL_BLOCK
-            sums = tl.sum(tl.reshape(prob, [GP, N_TAILS, TAIL_BLOCK]), 2)
-            at_tail = chunk * N_TAILS + tl.arange(0, N_TAILS)
-            t_ptrs = tail + (row.to(tl.int64) * G + heads)[:, None] * tail_blocks + at_tail[None, :]
-            tl.store(t_ptrs, sums, mask=(heads < G)[:, None] & (at_tail * TAIL_BLOCK < length)[None, :])

@@ -1,14 +1,10 @@
-"""Select: the exact TopN positions of a row, and what each picked row and each tail block weigh.
+"""Select: the exact TopN positions of a row (``spread="even"``).
 
 One program per row of work, in two rounds, neither of which sorts or reads the whole row. The N largest rows lie in
 the N blocks with the largest maxima (with ties, in any N such blocks that hold all larger ones), so round one takes N
 blocks by their maxima and round two N rows among those blocks'. A round finds the N-th largest value by searching the
 integers that order like the fp32 values, four ways at a time, and stops as soon as exactly N values lie above;
 ties at the threshold are taken in order of position.
-
-The round-two tile holds whole tail blocks, so what is left to the unpicked rows of a block with picks is summed
-directly, without subtracting nearly equal numbers; all other blocks keep the sum the weight kernel wrote. Gather then
-only has to compute ``sum(coefficient * picked row) + sum(tail * block mean)``.
 
 Shapes: R rows of work, G heads of each, N picks.
 """
@@ -19,10 +15,6 @@ import triton
 import triton.language as tl
 
 from kcache.backends.triton.hot import hot_lookup
-
-TAIL_NONE = tl.constexpr(0)
-TAIL_RENORMALISE = tl.constexpr(1)
-TAIL_BLOCK_MEANS = tl.constexpr(2)
 
 
 @triton.jit
@@ -90,14 +82,13 @@ def take(keys, low, high, above, target):
     return (over | tie) & (place < target), place
 
 
-@triton.jit(do_not_specialize=["blocks", "tail_blocks"])
+@triton.jit(do_not_specialize=["blocks"])
 def select_kernel(
-    scores, lse, block_top, tail, candidates, picks, coefficients, mass, length_ptr,
+    scores, lse, block_top, candidates, picks, counts, length_ptr,
     hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits,
-    capacity, blocks, tail_blocks,
-    G: tl.constexpr, GS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BP: tl.constexpr,
-    BLOCK: tl.constexpr, TAIL_BLOCK: tl.constexpr, TAIL: tl.constexpr,
-    HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr,
+    capacity, blocks,
+    G: tl.constexpr, GS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BP: tl.constexpr, BLOCK: tl.constexpr,
+    HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr, HOT_TILE: tl.constexpr,
 ):  # fmt: skip
     """One program per row of work. ``NP``, ``BP``: powers of two holding N picks, all blocks; ``GS``: heads at once."""
     CANDIDATES: tl.constexpr = NP * BLOCK
@@ -135,35 +126,10 @@ def select_kernel(
     slot = tl.arange(0, NP)
     tl.store(picks + row * N + slot, -1, mask=(slot >= n_rows) & (slot < N))
     tl.store(picks + row * N + place, pos, mask=taken)
-
-    N_TAILS: tl.constexpr = CANDIDATES // TAIL_BLOCK
-    spread = tl.arange(0, N_TAILS)
-    owner = spread * TAIL_BLOCK // BLOCK
-    if TAIL == TAIL_BLOCK_MEANS:
-        owner_block = tl.load(candidates + row * N + owner, mask=owner < n_blocks, other=0, cache_modifier=".cg")
-        tail_at = owner_block * (BLOCK // TAIL_BLOCK) + spread % (BLOCK // TAIL_BLOCK)
-        tail_live = (owner < n_blocks) & (tail_at * TAIL_BLOCK < length)
-    for first in range(0, G, GS):
-        real = first + few < G
-        at = row * G + first + few
-        score = tl.load(s_ptrs + first * capacity, mask=real[:, None] & inside[None, :], other=float("-inf"))
-        prob = tl.exp2(score - tl.load(lse + at, mask=real, other=0.0)[:, None])
-        held = tl.sum(tl.where(taken[None, :], prob, 0.0), 1)
-        coefficient = prob
-        if TAIL == TAIL_RENORMALISE:
-            coefficient = prob / tl.maximum(held, 1.0e-37)[:, None]
-        if TAIL == TAIL_BLOCK_MEANS:
-            rest = tl.where(taken[None, :], 0.0, prob)
-            left = tl.sum(tl.reshape(rest, [GS, N_TAILS, TAIL_BLOCK]), 2)
-            t_ptrs = tail + at.to(tl.int64)[:, None] * tail_blocks + tail_at[None, :]
-            tl.store(t_ptrs, left, mask=real[:, None] & tail_live[None, :])
-        empty = real[:, None] & ((slot >= n_rows) & (slot < N))[None, :]
-        tl.store(coefficients + at[:, None] * N + slot[None, :], tl.zeros([GS, NP], tl.float32), mask=empty)
-        tl.store(coefficients + at[:, None] * N + place[None, :], coefficient, mask=real[:, None] & taken[None, :])
-        tl.store(mass + at, held, mask=real)
+    tl.store(counts + row, n_rows)
     if HOT_WAYS > 0:
         tl.debug_barrier()
         hot_lookup(
             picks, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits, row, n_rows,
-            N, NP, HOT_SETS, HOT_WAYS,
+            N, HOT_TILE, HOT_SETS, HOT_WAYS,
         )  # fmt: skip

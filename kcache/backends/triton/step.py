@@ -7,11 +7,12 @@ next slice is scored: the link and the device's memory then work at the same tim
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import triton
 
+from kcache.backends.triton.above import above_kernel, list_kernel
 from kcache.backends.triton.common import on_device, power_of_two
 from kcache.backends.triton.decode import decode_kernel
 from kcache.backends.triton.gather import gather_kernel
@@ -19,48 +20,53 @@ from kcache.backends.triton.hot import HotRows
 from kcache.backends.triton.score import score_kernel, weight_kernel
 from kcache.backends.triton.select import select_kernel
 from kcache.backends.triton.workspace import DenseWorkspace, Workspace
+from kcache.lowrank import LowRank
 
-_TAIL = {"none": 0, "renormalise": 1, "block": 2}
+_HOT_TILE = 128
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """What :func:`triton_decode` was given, of the whole batch or of a slice of it."""
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    length: torch.Tensor
+    scaling: float
+    out: torch.Tensor
+    lowrank: LowRank | None = None
+    mask: torch.Tensor | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    threshold: torch.Tensor | None = None
+    tally: torch.Tensor | None = None
+
+    def of(self, first: int, last: int) -> StepInputs:
+        """The sequences ``first:last``."""
+
+        def part(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor[first:last]
+
+        tail = self.lowrank
+        if tail is not None:
+            tail = LowRank(tail.base[first:last], tail.basis[first:last], tail.coefficients[first:last])
+        return StepInputs(
+            self.query[first:last], self.keys[first:last], self.values[first:last], self.length, self.scaling,
+            self.out[first:last], tail, part(self.mask), self.softcap, self.sinks, part(self.threshold),
+            part(self.tally),
+        )  # fmt: skip
 
 
 class SliceStep:
-    """One slice of the batch: the tensors of ``triton_decode`` and the scratch rows that belong to it."""
+    """One slice of the batch: its inputs, and the scratch rows and hot rows that belong to it."""
 
-    def __init__(
-        self,
-        ws: Workspace,
-        first: int,
-        last: int,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        length: torch.Tensor,
-        scaling: float,
-        means: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-        hot: HotRows | None,
-        out: torch.Tensor,
-    ) -> None:
-        self.ws, self.batch = ws, last - first
+    def __init__(self, ws: Workspace, first: int, last: int, inputs: StepInputs, hot: HotRows | None = None) -> None:
+        self.ws, self.hot = ws, hot
+        self.count = (last - first) * ws.heads
         self.rows = slice(first * ws.heads, last * ws.heads)
-        self.query, self.keys, self.values = query[first:last], keys[first:last], values[first:last]
-        self.out, self.length, self.scaling = out[first:last], length, scaling
-        self.means = None if means is None else means[first:last]
-        self.mask = None if mask is None else mask[first:last]
-        self.softcap, self.sinks = softcap, sinks
-        self.hot = hot
+        self.inputs = inputs.of(first, last)
         self.hot_store = None if hot is None else hot.store[first:last]
-
-    @property
-    def count(self) -> int:
-        """Rows of work."""
-        return self.batch * self.ws.heads
-
-    def mask_or_dummy(self) -> tuple[torch.Tensor, int]:
-        """The mask and its stride, or any tensor where there is none."""
-        return (self.length, 0) if self.mask is None else (self.mask, self.mask.stride(0))
 
     def run(self) -> None:
         """All four verbs, one after the other."""
@@ -75,67 +81,95 @@ class SliceStep:
 
     def score(self) -> None:
         """Stream K once; leave scores and partial sums of exponentials in the workspace."""
-        ws, tune, rows = self.ws, self.ws.tuning, self.rows
-        mask, stride_mask = self.mask_or_dummy()
+        ws, tune, rows, given = self.ws, self.ws.tuning, self.rows, self.inputs
+        mask = given.length.view(1, -1) if given.mask is None else given.mask
         score_kernel[(self.count * ws.score_splits,)](
-            self.query, self.keys, mask, ws.scores[rows], ws.part_max[rows], ws.part_sum[rows], self.length,
-            self.query.stride(0), self.query.stride(1),
-            self.keys.stride(0), self.keys.stride(1), self.keys.stride(2), stride_mask,
-            ws.stride, self.scaling, self.softcap or 1.0, ws.score_splits,
+            given.query, given.keys, mask, ws.scores[rows], ws.part_max[rows], ws.part_sum[rows], given.length,
+            given.query.stride(0), given.query.stride(1),
+            given.keys.stride(0), given.keys.stride(1), given.keys.stride(2), mask.stride(0),
+            ws.stride, given.scaling, given.softcap or 1.0, ws.score_splits,
             HEADS=ws.heads, REPEAT=ws.repeat, G=ws.group, GP=16, D=ws.dim, BLOCK_D=power_of_two(ws.dim),
-            BLOCK_L=ws.score_block, STAGES=tune.score_stages, HAS_MASK=self.mask is not None,
-            HAS_SOFTCAP=self.softcap is not None, UPCAST=ws.upcast,
+            BLOCK_L=ws.score_block, STAGES=tune.score_stages, HAS_MASK=given.mask is not None,
+            HAS_SOFTCAP=given.softcap is not None, UPCAST=ws.upcast,
             num_warps=tune.score_warps, num_stages=tune.score_stages,
         )  # fmt: skip
 
     def weigh(self) -> None:
-        """Scores to log-sum-exps, block maxima of the group's summed probabilities and block probabilities."""
-        ws, tune, rows = self.ws, self.ws.tuning, self.rows
-        weight_kernel[(self.count, triton.cdiv(ws.capacity, ws.chunk))](
-            ws.scores[rows], ws.part_max[rows], ws.part_sum[rows], self.length if self.sinks is None else self.sinks,
-            ws.lse[rows], ws.block_top[rows], ws.tail_weight[rows], self.length,
-            ws.stride, ws.blocks, ws.tail_blocks, ws.score_splits,
-            HEADS=ws.heads, G=ws.group, GP=power_of_two(ws.group), SP=power_of_two(ws.score_splits), CHUNK=ws.chunk,
-            BLOCK=ws.block, TAIL_BLOCK=ws.tail_block, HAS_SINKS=self.sinks is not None, HAS_TAIL=ws.tail == "block",
-            num_warps=tune.weight_warps,
-        )  # fmt: skip
+        """Scores to log-sum-exps, and what select searches: maxima of blocks, or lists of rows above a threshold."""
+        ws, rows, given = self.ws, self.rows, self.inputs
+        grid = (self.count, ws.chunks)
+        sinks = given.length if given.sinks is None else given.sinks
+        before = (ws.scores[rows], ws.part_max[rows], ws.part_sum[rows], sinks)
+        sizes = {
+            "HEADS": ws.heads, "G": ws.group, "GP": power_of_two(ws.group), "SP": power_of_two(ws.score_splits),
+            "CHUNK": ws.chunk, "HAS_SINKS": given.sinks is not None, "num_warps": ws.tuning.weight_warps,
+        }  # fmt: skip
+        if ws.spread == "even":
+            weight_kernel[grid](
+                *before, ws.lse[rows], ws.block_top[rows], given.length, ws.stride, ws.blocks, ws.score_splits,
+                BLOCK=ws.block, **sizes,
+            )  # fmt: skip
+        else:
+            list_kernel[grid](
+                *before, given.threshold, ws.lse[rows], ws.found[rows], ws.found_count[rows], given.length, ws.stride,
+                ws.chunks, ws.score_splits, **sizes,
+            )  # fmt: skip
 
     def select(self) -> None:
-        """The TopN rows, their coefficients, and where hot rows are."""
-        ws, rows, hot = self.ws, self.rows, self.hot
-        none = self.length
-        select_kernel[(self.count,)](
-            ws.scores[rows], ws.lse[rows], ws.block_top[rows], ws.tail_weight[rows], ws.candidates[rows],
-            ws.picks[rows], ws.coefficients[rows], ws.mass[rows], self.length,
+        """The picked rows, how many there are, and where hot rows are."""
+        ws, rows, hot, given = self.ws, self.rows, self.hot, self.inputs
+        none = given.length
+        stored = (
             none if hot is None else hot.tags[rows], none if hot is None else hot.stamps[rows],
             none if hot is None else hot.clock[rows], none if hot is None else hot.claims[rows],
             ws.hot_slots[rows], ws.hot_inserts[rows], none if hot is None else hot.hits.view(-1)[rows],
-            ws.stride, ws.blocks, ws.tail_blocks,
-            G=ws.group, GS=ws.heads_at_once, N=ws.topn, NP=power_of_two(ws.topn), BP=power_of_two(ws.blocks),
-            BLOCK=ws.block, TAIL_BLOCK=ws.tail_block, TAIL=_TAIL[ws.tail],
-            HOT_SETS=1 if hot is None else hot.sets, HOT_WAYS=0 if hot is None else hot.ways,
-            num_warps=ws.select_warps,
+        )  # fmt: skip
+        sizes = {
+            "HOT_SETS": 1 if hot is None else hot.sets, "HOT_WAYS": 0 if hot is None else hot.ways,
+            "HOT_TILE": min(_HOT_TILE, power_of_two(ws.width)), "num_warps": ws.select_warps,
+        }  # fmt: skip
+        if ws.spread == "even":
+            select_kernel[(self.count,)](
+                ws.scores[rows], ws.lse[rows], ws.block_top[rows], ws.candidates[rows], ws.picks[rows],
+                ws.counts[rows], given.length, *stored, ws.stride, ws.blocks,
+                G=ws.group, GS=ws.heads_at_once, N=ws.width, NP=power_of_two(ws.width), BP=power_of_two(ws.blocks),
+                BLOCK=ws.block, **sizes,
+            )  # fmt: skip
+            return
+        above_kernel[(self.count,)](
+            given.threshold, ws.found[rows], ws.found_count[rows], ws.ends[rows], ws.picks[rows], ws.counts[rows],
+            none if given.tally is None else given.tally, given.length, *stored, ws.stride, ws.chunks,
+            HEADS=ws.heads, CP=power_of_two(ws.chunks), LEVELS=power_of_two(ws.chunks).bit_length() - 1,
+            CHUNK=ws.chunk, MOST=ws.width, TILE=ws.select_tile, HAS_TALLY=given.tally is not None, **sizes,
         )  # fmt: skip
 
     def gather(self) -> None:
         """Fetch the picked rows, weigh them, add the tail, write the output."""
-        ws, tune, rows = self.ws, self.ws.tuning, self.rows
-        means = self.query.unsqueeze(2) if self.means is None else self.means
-        group2, block_d = power_of_two(ws.group), power_of_two(ws.dim_v)
+        ws, tune, rows, given = self.ws, self.ws.tuning, self.rows, self.inputs
+        unused = LowRank(ws.lse, ws.lse, ws.lse.view(1, 1, *ws.lse.shape))
+        tail = unused if given.lowrank is None else given.lowrank
+        group2, block_d, directions = power_of_two(ws.group), power_of_two(ws.dim_v), ws.shares.shape[3]
         gather_kernel[(self.count * (ws.pick_splits + ws.tail_splits),)](
-            self.values, means, ws.picks[rows], ws.coefficients[rows], ws.tail_weight[rows], ws.partial[rows],
-            ws.counters[rows], self.out, self.length,
-            self.query if self.hot_store is None else self.hot_store, ws.hot_slots[rows], ws.hot_inserts[rows],
-            self.values.stride(0), self.values.stride(1), self.values.stride(2),
-            means.stride(0), means.stride(1), means.stride(2), self.out.stride(0), self.out.stride(1),
-            ws.tail_blocks, self.count, ws.tail_splits,
-            HEADS=ws.heads, REPEAT=ws.repeat, G=ws.group, G2=group2, GP=16, N=ws.topn, ROWS=ws.gather_rows,
-            PICK_SPLITS=ws.pick_splits, D=ws.dim_v, BLOCK_D=block_d, TAIL_BLOCK=ws.tail_block,
-            BLOCK_T=tune.tail_tile, STAGES=tune.tail_stages, HAS_TAIL=ws.tail_splits > 0,
-            HOT_ROWS=0 if self.hot is None else self.hot.rows,
-            STEP=reduction_step(group2 * block_d, ws.pick_splits + ws.tail_splits), UPCAST=ws.upcast,
-            num_warps=tune.gather_warps,
+            given.values, ws.scores[rows], ws.lse[rows], tail.coefficients, tail.base, tail.basis, ws.picks[rows],
+            ws.counts[rows], ws.partial[rows], ws.shares[rows], ws.held[rows], ws.counters[rows], given.out,
+            ws.mass[rows], given.length,
+            given.query if self.hot_store is None else self.hot_store, ws.hot_slots[rows], ws.hot_inserts[rows],
+            given.values.stride(0), given.values.stride(1), given.values.stride(2),
+            tail.coefficients.stride(0), tail.coefficients.stride(1), tail.coefficients.stride(2),
+            given.out.stride(0), given.out.stride(1), ws.stride, self.count, ws.tail_splits,
+            HEADS=ws.heads, REPEAT=ws.repeat, G=ws.group, G2=group2, GP=16, WIDTH=ws.width, ROWS=ws.gather_rows,
+            PARTS=ws.pick_splits, D=ws.dim_v, BLOCK_D=block_d, RANK=max(1, ws.rank), RP=directions,
+            RANK_STEP=reduction_step(group2 * block_d, max(1, ws.rank)), BLOCK_T=tune.tail_tile,
+            STAGES=tune.tail_stages, STEP=reduction_step(group2 * block_d, ws.pick_splits + ws.tail_splits),
+            HAS_TAIL=ws.rank > 0, RENORMALISE=ws.tail == "renormalise",
+            HOT_ROWS=0 if self.hot is None else self.hot.rows, ALIGNED=is_aligned(tail.coefficients),
+            UPCAST=ws.upcast, num_warps=tune.gather_warps,
         )  # fmt: skip
+
+
+def is_aligned(coefficients: torch.Tensor) -> bool:
+    """Whether the rows ``[B, Hkv, r, capacity]`` of coefficients begin at, and have room for, multiples of 16."""
+    return coefficients.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in coefficients.stride()[:3])
 
 
 def reduction_step(width: int, parts: int) -> int:
@@ -151,14 +185,16 @@ def triton_decode(
     *,
     scaling: float,
     workspace: Workspace,
-    means: torch.Tensor | None = None,
+    lowrank: LowRank | None = None,
     mask: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    threshold: torch.Tensor | None = None,
+    tally: torch.Tensor | None = None,
     hot: HotRows | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Score, select, fetch and combine for one layer and one new token. N, pick and tail are the workspace's.
+    """Score, select, fetch and combine for one layer and one new token. N and tail are the workspace's.
 
     Parameters
     ----------
@@ -172,10 +208,13 @@ def triton_decode(
     scaling : float
     workspace : Workspace
         One step at a time may use it.
-    means : Tensor ``[B, Hkv, nb, Dv]``, needed by the block tail
+    lowrank : LowRank, needed by the low-rank tail
     mask : Tensor ``[B, >= length]`` bool or None
     softcap : float or None
     sinks : Tensor ``[Hq]`` or None
+    threshold : Tensor ``[B]`` fp32, needed by a workspace with ``spread="need"``
+    tally : Tensor ``[B]`` int64 or None
+        With a threshold, the rows picked for each sequence are added to it.
     hot : HotRows or None
     out : Tensor ``[B, Hq, Dv]`` or None
         Written and returned; by default a new tensor in the query's dtype.
@@ -183,22 +222,24 @@ def triton_decode(
     Returns
     -------
     out : Tensor ``[B, Hq, Dv]``
-    picks : Tensor ``[B, Hkv, N]`` int32, or ``[B, Hkv, G, N]`` picked per query head
-        Not sorted; -1 past the length. The workspace's own memory, as is ``mass``.
+    picks : Tensor ``[B, Hkv, workspace.width]`` int32, or ``[B, Hkv, G, workspace.width]`` picked per query head
+        Not sorted, filled up with -1. The workspace's own memory, as is ``mass``.
     mass : Tensor ``[B, Hkv, G]`` fp32
     """
     ws = workspace
-    if ws.tail == "block" and means is None:
-        raise ValueError("the block tail needs the block means")
+    if (ws.tail == "lowrank") != (lowrank is not None):
+        raise ValueError(f"a workspace for tail={ws.tail!r} was given {'a' if lowrank else 'no'} low-rank tail")
+    if (ws.spread == "need") != (threshold is not None):
+        raise ValueError(
+            f"a workspace with spread={ws.spread!r} was given {'no' if threshold is None else 'a'} threshold"
+        )
     if out is None:
         out = query.new_empty(query.shape[0], query.shape[1], ws.dim_v)
-    lengths = ws.length_tensor(length)
+    inputs = StepInputs(
+        query, keys, values, ws.length_tensor(length), scaling, out, lowrank, mask, softcap, sinks, threshold, tally
+    )
     bounds = [round(ws.batch * piece / ws.slices) for piece in range(ws.slices + 1)]
-    steps = [
-        SliceStep(ws, first, last, query, keys, values, lengths, scaling, means, mask, softcap, sinks, hot, out)
-        for first, last in pairwise(bounds)
-        if last > first
-    ]
+    steps = [SliceStep(ws, first, last, inputs, hot) for first, last in pairwise(bounds) if last > first]
     with on_device(query.device):
         if ws.side is None or len(steps) == 1:
             for step in steps:
@@ -213,8 +254,8 @@ def triton_decode(
                     step.finish()
             steps[-1].run()
             main.wait_stream(ws.side)
-    per_head = (ws.batch, ws.kv_heads, ws.query_group, ws.topn)
-    picks = ws.picks.view(ws.batch, ws.kv_heads, ws.topn) if ws.select == "group" else ws.picks.view(per_head)
+    per_head = (ws.batch, ws.kv_heads, ws.query_group, ws.width)
+    picks = ws.picks.view(ws.batch, ws.kv_heads, ws.width) if ws.select == "group" else ws.picks.view(per_head)
     return out, picks, ws.mass.view(ws.batch, ws.kv_heads, ws.query_group)
 
 

@@ -1,7 +1,8 @@
 """Scratch memory of a decode step, and the numbers that tune its kernels.
 
 A workspace is made once for a shape and a capacity and serves every layer of that shape in turn, so a step allocates
-nothing and can be captured in a CUDA graph. The scores are the largest part: fp32 ``[B, Hq, capacity]``.
+nothing and can be captured in a CUDA graph. The scores are the largest part, fp32 ``[B, Hq, capacity]``, and with a
+threshold the lists of rows above it, int64 ``[B, Hkv, capacity]``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from kcache.backends.triton.common import choose_splits, interpreted, multiprocessors, power_of_two
-from kcache.policy import Select, Tail
+from kcache.policy import Select, Spread, Tail
+from kcache.sizes import rank_of
+from kcache.spread import MOST
 
 _MOST_CANDIDATES = 32768
 _MOST_BLOCKS = 8192
@@ -30,12 +33,12 @@ class Tuning:
         multiprocessor (fewer where shared memory says so).
     weight_chunk, weight_warps : int
         Rows per program of the second pass over the scores.
-    select_warps : int
-        Warps of the one program per row of work that selects.
+    select_warps, select_tile : int
+        Warps of the one program per row of work that selects, and rows above a threshold that it takes at a time.
     gather_rows, gather_warps : int
         Picked rows per program that reads over the link.
     tail_tile, tail_stages, tail_residency : int
-        Block means per tile, tiles in flight, and programs per multiprocessor that stream them.
+        Rows of the tail per tile, tiles in flight, and programs per multiprocessor that stream them.
     dense_block, dense_warps, dense_stages, dense_residency : int
         The same for the dense decode of resident layers.
     slices : int
@@ -51,9 +54,10 @@ class Tuning:
     weight_chunk: int = 1024
     weight_warps: int = 4
     select_warps: int = 8
+    select_tile: int = 1024
     gather_rows: int = 32
     gather_warps: int = 4
-    tail_tile: int = 32
+    tail_tile: int = 128
     tail_stages: int = 3
     tail_residency: int = 3
     dense_block: int = 0
@@ -69,26 +73,22 @@ def _residency(most: int, tiles: int, rows: int, dim: int) -> int:
     return max(1, min(most, _SHARED_BYTES // (tiles * rows * power_of_two(dim) * 2 + 9216)))
 
 
-def select_block(capacity: int, tail: Tail, tail_block: int) -> int:
-    """Rows per block that select searches by its maximum: whole tail blocks, and few enough blocks for one program."""
-    block = max(16, tail_block) if tail == "block" else 16
+def select_block(capacity: int) -> int:
+    """Rows per block that select searches by its maximum: few enough blocks for one program."""
+    block = 16
     while -(-capacity // block) > _MOST_BLOCKS:
         block *= 2
     return block
 
 
-def unsupported(capacity: int, group: int, dim: int, dim_v: int, topn: int, tail: Tail, tail_block: int) -> str | None:
+def unsupported(capacity: int, group: int, dim: int, dim_v: int, topn: int, spread: Spread = "even") -> str | None:
     """Say why the TopN kernels cannot serve these sizes, or None when they can."""
     if not 1 <= group <= 16:
         return f"{group} query heads per KV head, the kernels take 1 to 16"
     if not 16 <= dim <= 256 or not 16 <= dim_v <= 256:
         return f"head size {max(dim, dim_v)}, the kernels take 16 to 256"
-    if tail == "block" and tail_block != power_of_two(tail_block):
-        return f"tail_block={tail_block}, the kernels take powers of two"
-    if tail == "block" and tail_block > 1024:
-        return f"tail_block={tail_block}, the kernels take at most 1024"
-    block = select_block(capacity, tail, tail_block)
-    if power_of_two(topn) * block > _MOST_CANDIDATES:
+    block = select_block(capacity)
+    if spread == "even" and power_of_two(topn) * block > _MOST_CANDIDATES:
         return f"topn={topn} with {block}-row blocks, the kernels search at most {_MOST_CANDIDATES} rows"
     return None
 
@@ -127,14 +127,17 @@ class Workspace(DeviceLength):
     topn : int
         N.
     device : torch.device
-    select, tail, tail_block
-        As in :class:`~kcache.policy.Policy`.
+    select, tail, tail_rank, spread
+        As in :class:`~kcache.policy.Policy`; with ``spread="need"`` steps come with a threshold.
     tuning : Tuning or None
 
     Attributes
     ----------
-    out : Tensor ``[B, Hq, Dv]`` fp32, unused when the caller brings its own
-    picks : Tensor ``[R, N]`` int32, -1 past the length
+    width : int
+        Picks a row of work may have: N, or M of them with a threshold.
+    picks : Tensor ``[R, width]`` int32, filled up with -1
+    counts : Tensor ``[R]`` int32
+        How many there are.
     mass : Tensor ``[R, G']`` fp32
         R = B * Hkv and G' = G, or, picked per query head, R = B * Hq and G' = 1.
     """
@@ -151,71 +154,87 @@ class Workspace(DeviceLength):
         device: torch.device,
         *,
         select: Select = "group",
-        tail: Tail = "block",
-        tail_block: int = 16,
+        tail: Tail = "lowrank",
+        tail_rank: int | None = None,
+        spread: Spread = "even",
         tuning: Tuning | None = None,
     ) -> None:
-        reason = unsupported(capacity, group, dim, dim_v, topn, tail, tail_block)
+        reason = unsupported(capacity, group, dim, dim_v, topn, spread)
         if reason is not None:
             raise ValueError(f"the Triton decode step does not support {reason}")
         super().__init__(device)
         self.tuning = tune = tuning or Tuning()
         self.device, self.batch, self.kv_heads, self.query_group = device, batch, kv_heads, group
-        self.dim, self.dim_v, self.topn = dim, dim_v, topn
-        self.select, self.tail = select, tail
-        self.tail_block = tail_block if tail == "block" else 16
+        self.dim, self.dim_v = dim, dim_v
+        self.select, self.tail, self.spread = select, tail, spread
+        self.rank = rank_of(tail_rank, dim_v) if tail == "lowrank" else 0
         self.capacity = -(-capacity // 64) * 64
+        self.width = min(MOST * topn, self.capacity) if spread == "need" else topn
         self.heads, self.group, self.repeat = (
             (kv_heads, group, 1) if select == "group" else (kv_heads * group, 1, group)
         )
         self.upcast = interpreted()
-        self.block = select_block(self.capacity, tail, tail_block)
-        self.blocks = -(-self.capacity // self.block)
-        self.tail_blocks = -(-self.capacity // self.tail_block) if tail == "block" else 1
-        self.chunk = max(self.block, min(tune.weight_chunk, 8192 // power_of_two(self.group)))
-        # Probabilities of the candidates are held 32 to a thread at most.
-        candidates = power_of_two(topn) * self.block
-        self.select_warps = min(16, max(tune.select_warps, candidates // 256))
-        self.heads_at_once = max(1, min(power_of_two(self.group), 1024 * self.select_warps // candidates))
         k_bytes = batch * kv_heads * self.capacity * dim * 2
         self.slices = tune.slices or (2 if device.type == "cuda" and batch >= 2 and k_bytes >= _WORTH_SLICING else 1)
+        self._plan_select(tune)
+        self._plan_splits(tune)
+        self._allocate()
+        self.side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" and self.slices > 1 else None
 
-        per_slice = -(-batch // self.slices) * self.heads
-        processors = tune.processors or multiprocessors(device)
-        self.score_block = tune.score_block or (128 if dim <= 64 else 64)
+    def _plan_select(self, tune: Tuning) -> None:
+        """Sizes of blocks, chunks and tiles that rows are selected by."""
+        self.block = select_block(self.capacity)
+        self.blocks = -(-self.capacity // self.block)
+        self.chunk = max(self.block, min(tune.weight_chunk, 8192 // power_of_two(self.group)))
+        self.chunks = -(-self.capacity // self.chunk)
+        whole = max(self.chunk, tune.tail_tile)
+        self.stride = -(-self.capacity // whole) * whole
+        self.select_tile = min(tune.select_tile, power_of_two(self.width))
+        # Probabilities of the candidates are held 32 to a thread at most.
+        candidates = power_of_two(self.width) * self.block if self.spread == "even" else 0
+        self.select_warps = min(16, max(tune.select_warps, candidates // 256))
+        self.heads_at_once = max(1, min(power_of_two(self.group), 1024 * self.select_warps // max(1, candidates)))
+
+    def _plan_splits(self, tune: Tuning) -> None:
+        """Programs that rows of work are cut into."""
+        per_slice = -(-self.batch // self.slices) * self.heads
+        processors = tune.processors or multiprocessors(self.device)
+        self.score_block = tune.score_block or (128 if self.dim <= 64 else 64)
         tiles = -(-self.capacity // self.score_block)
-        resident = _residency(tune.score_residency, tune.score_stages, self.score_block, dim)
+        resident = _residency(tune.score_residency, tune.score_stages, self.score_block, self.dim)
         self.score_splits = choose_splits(per_slice, tiles, processors * resident)
-        self.gather_rows = max(16, min(tune.gather_rows, power_of_two(topn)))
-        self.pick_splits = -(-topn // self.gather_rows)
-        tail_tiles = -(-self.tail_blocks // tune.tail_tile)
+        self.gather_rows = max(16, min(tune.gather_rows, power_of_two(self.width)))
+        self.pick_splits = -(-self.width // self.gather_rows)
+        tail_tiles = -(-self.capacity // tune.tail_tile)
         self.tail_splits = (
-            choose_splits(per_slice, tail_tiles, processors * tune.tail_residency, least_tiles=2)
-            if tail == "block"
-            else 0
+            choose_splits(per_slice, tail_tiles, processors * tune.tail_residency, least_tiles=2) if self.rank else 0
         )
 
-        rows, heads = batch * self.heads, self.group
-        parts = self.pick_splits + self.tail_splits
+    def _allocate(self) -> None:
+        rows, heads, parts = self.batch * self.heads, self.group, self.pick_splits + self.tail_splits
 
         def floats(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=device)
+            return torch.empty(shape, dtype=torch.float32, device=self.device)
 
-        def integers(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
+        def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        self.stride = -(-self.capacity // self.chunk) * self.chunk
         self.scores = floats(rows, heads, self.stride)
         self.part_max, self.part_sum = floats(rows, self.score_splits, heads), floats(rows, self.score_splits, heads)
         self.lse, self.mass = floats(rows, heads), floats(rows, heads)
-        self.block_top = floats(rows, self.blocks)
-        self.tail_weight = floats(rows, heads, self.tail_blocks)
-        self.candidates, self.picks = integers(rows, topn), integers(rows, topn)
-        self.coefficients = floats(rows, heads, topn)
-        self.partial = floats(rows, parts, heads, dim_v)
+        if self.spread == "even":
+            self.block_top, self.candidates = floats(rows, self.blocks), integers(rows, self.width)
+        else:
+            self.found = integers(rows, self.stride, dtype=torch.int64)
+            self.found_count, self.ends = integers(rows, self.chunks), integers(rows, power_of_two(self.chunks))
+        self.picks, self.counts = integers(rows, self.width), integers(rows)
+        self.partial = floats(rows, self.pick_splits, heads, self.dim_v)
+        self.shares, self.held = (
+            floats(rows, parts, heads, max(16, power_of_two(self.rank))),
+            floats(rows, parts, heads),
+        )
         self.counters = integers(rows)
-        self.hot_slots, self.hot_inserts = integers(rows, topn), integers(rows, topn)
-        self.side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" and self.slices > 1 else None
+        self.hot_slots, self.hot_inserts = integers(rows, self.width), integers(rows, self.width)
 
     @property
     def nbytes(self) -> int:

@@ -88,14 +88,14 @@ def _row(moment: Moment, layer: LayerFrame, before: LayerFrame | None) -> LayerR
         link,
         stats.device_bytes,
         stats.host_bytes,
-        error_bound(layer, str(moment.info.policy.get("tail", "block"))),
+        error_bound(layer, str(moment.info.policy.get("tail", "lowrank"))),
     )
 
 
 def error_bound(layer: LayerFrame, tail: str) -> float | None:
     """How far the layer's output can be from exact attention at most, over the largest norm of its V rows.
 
-    What was not picked holds ``1 - mass``. Dropped, it is missing; with a mean of V or nothing but rescaling in its
+    What was not picked holds ``1 - mass``. Dropped, it is missing; with averages of V or nothing but rescaling in its
     place, the output errs by that weight times the distance of two averages of V rows, at most twice the largest
     norm. Mean over query heads; exact layers err by 0.
     """
