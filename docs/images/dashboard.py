@@ -2,7 +2,7 @@
 
 A document of some 5,700 tokens with a needle in its middle is read, and the needle asked for; both runs are recorded,
 and pictures are taken of the recordings. ``dashboard.png`` is of the default policy. ``needle-1.png`` to
-``needle-3.png`` are of N = 32, where less is picked besides: while the answer begins, at the step that says what the
+``needle-3.png`` are of N = 64, where less is picked besides: while the answer begins, at the step that says what the
 needle says, and after it.
 """
 
@@ -69,7 +69,7 @@ def main() -> None:
         if not whole.exists():
             record(folder, "default")
         if not few.exists():
-            record(folder, "needle", "--topn", "32")
+            record(folder, "needle", "--topn", "64")
         _, found, _ = moments(open_recording(whole))
         picture(whole, "dashboard.png", "--at", str(found), "--size", "120x40")
         for number, step in enumerate(moments(open_recording(few)), start=1):
