@@ -8,14 +8,15 @@ which answers a prefill chunk exactly and a single new token with the TopN decod
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kcache import dense
-from kcache.backends.base import DecodeStep
+from kcache.backends.base import DecodeResult, DecodeStep
 from kcache.errors import CacheStateError
+from kcache.lowrank import LowRankTail
 from kcache.stepwise import Block
 from kcache.telemetry import LayerKind, Stats, StepMode
 from kcache.tiers.rows import RowBuffer
@@ -26,9 +27,17 @@ if TYPE_CHECKING:
     from kcache.cache import Shared
 
 
+class Handle(Protocol):
+    """What ``update`` hands to the attention function, as an attribute of the V tensor."""
+
+    def attend(self, module: torch.nn.Module, call: AttentionCall) -> torch.Tensor:
+        """Answer the attention function's call; returns ``[B, Hq, Q, Dv]``."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What ``update`` hands to the attention function, as an attribute of the V tensor: which rows of which layer."""
+    """The usual handle: which rows of which layer."""
 
     layer: TieredLayer
     end: int
@@ -145,7 +154,7 @@ class TieredLayer(CacheLayerMixin):
         key_states, value_states = key_states.detach(), value_states.detach()
         end = self.length + key_states.shape[2]
         if self.shared.replays(self, key_states):
-            return key_states, _with_handle(value_states, Block(self, self.length))
+            return key_states, with_handle(value_states, Block(self, self.length))
         self.shared.plan_residency(self, key_states, value_states, end)
         self._k.reserve(key_states, end)
         self._k.view(end)[:, :, self.length :].copy_(key_states)
@@ -156,7 +165,7 @@ class TieredLayer(CacheLayerMixin):
             values, arrived = self._v.fetch(end, end)
             self._v.link.wait(arrived)
             return self._k.view(end), values
-        return key_states, _with_handle(value_states, Chunk(self, end))
+        return key_states, with_handle(value_states, Chunk(self, end))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask for ``query_length`` new tokens."""
@@ -187,6 +196,11 @@ class TieredLayer(CacheLayerMixin):
         if self._v is not None:
             self.shared.validity.record(self.length, None)
             self._v.settle()
+
+    def ready_for_kernels(self) -> None:
+        """Let the device read V only after what is under way has arrived; the host does not wait."""
+        if self._v is not None:
+            self._v.ready_for_kernels()
 
     def prefetch_values(self, chunk: int) -> None:
         """Start bringing V to the device for the exact pass over ``chunk`` new rows that is about to come."""
@@ -241,7 +255,7 @@ class TieredLayer(CacheLayerMixin):
         self.mode = "dense" if count == 1 else "prefill"
         self.picks = self.mass = None
         if count == 1 and self._v.resident is not None and _is_row_mask(mask):
-            step = self._step(call, mask, self._v.resident)
+            step = self.step_of(call, _rows_of(mask))
             if self.shared.probing and self.kind == "tiered":
                 self.picks, self.mass = would_pick(step)
             return self.shared.backend(self.device).dense(step).unsqueeze(2)
@@ -259,40 +273,71 @@ class TieredLayer(CacheLayerMixin):
     def _decode(self, call: AttentionCall, mask: torch.Tensor | None) -> torch.Tensor:
         """The TopN decode step: score, select, fetch, combine."""
         assert self._v is not None and self._v.host is not None
-        backend = self.shared.backend(self.device)
-        if backend.reads_host_by_kernel:
-            self._v.ready_for_kernels()
+        if self.shared.backend(self.device).reads_host_by_kernel:
+            self.ready_for_kernels()
         else:
             self._v.finish_sending()
-        step = self._step(call, mask, self._v.host)
-        spread, policy = self.shared.spread, self.shared.policy
-        if spread is not None and policy.topn < self.length:
-            heads = step.keys.shape[1] if policy.select == "group" else step.query.shape[1]
-            threshold, tally = spread.begin(self.index, heads, len(step.query), self.device)
-            step = replace(step, threshold=threshold, tally=tally)
-        if self._v.hot is None:
-            self._v.hot = backend.keep_hot(step)
-        result = backend.decode(replace(step, hot=self._v.hot))
+        result = self.decode_step(self.step_of(call, _rows_of(mask)))
         self.mode, self.picks, self.mass = "topn", result.picks, result.mass
-        if step.tally is None:
-            self._even_rows += result.picks.numel()
+        self._count(result.picks)
         return result.out.unsqueeze(2)
 
-    def _step(self, call: AttentionCall, mask: torch.Tensor | None, values: RowBuffer) -> DecodeStep:
-        assert self._k is not None and self._k.data is not None and values.data is not None and self._v is not None
-        tail = self._v.tail
+    def step_of(self, call: AttentionCall, mask: torch.Tensor | None) -> DecodeStep:
+        """What a backend is given for a call with one query; ``mask`` ``[B, at least L]`` bool."""
+        keys, values, tail = self.buffers()
         return DecodeStep(
             query=call.query[:, :, 0].detach(),
-            keys=self._k.data,
-            values=values.data,
+            keys=keys,
+            values=values,
             length=self.length,
             scaling=call.scaling,
             policy=self.shared.policy,
             lowrank=None if tail is None else tail.state(),
-            mask=None if mask is None else mask[:, 0, 0].expand(call.query.shape[0], -1),
+            mask=None if mask is None else mask.expand(call.query.shape[0], -1),
             softcap=call.softcap,
             sinks=call.sinks,
         )
+
+    def decode_step(self, step: DecodeStep) -> DecodeResult:
+        """Score, select, fetch and combine; under a threshold, with what it has come to."""
+        assert self._v is not None
+        spread, policy = self.shared.spread, self.shared.policy
+        if spread is not None and self.follows_threshold(step.length):
+            heads = step.keys.shape[1] if policy.select == "group" else step.query.shape[1]
+            threshold, tally = spread.begin(self.index, heads, len(step.query), self.device)
+            step = replace(step, threshold=threshold, tally=tally)
+        backend = self.shared.backend(self.device)
+        if self._v.hot is None:
+            self._v.hot = backend.keep_hot(step)
+        return backend.decode(replace(step, hot=self._v.hot))
+
+    def follows_threshold(self, length: int) -> bool:
+        """Whether a step over ``length`` rows picks by a threshold: where there is one, and something to choose."""
+        return self.shared.spread is not None and self.shared.policy.topn < length
+
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor, LowRankTail | None]:
+        """The whole K and V buffers, V in whichever tier holds it, and the tail; valid until the layer grows."""
+        assert self._k is not None and self._k.data is not None and self._v is not None
+        held = self._v.host or self._v.resident
+        assert held is not None and held.data is not None
+        return self._k.data, held.data, self._v.tail
+
+    def stepped_on_device(
+        self, picks: torch.Tensor | None, mass: torch.Tensor | None, event: torch.cuda.Event | None
+    ) -> None:
+        """Take in a decode step that a recording has run: K and V are stored, ``event`` ends it."""
+        assert self._v is not None
+        self.length += 1
+        self.steps += 1
+        self._v.stored_by_kernel(event)
+        self.mode, self.picks, self.mass = "dense" if picks is None else "topn", picks, mass
+        if picks is not None:
+            self._count(picks)
+
+    def _count(self, picks: torch.Tensor) -> None:
+        """Count the rows of a step that picked the same number everywhere; others are tallied on the device."""
+        if not self.follows_threshold(self.length):
+            self._even_rows += picks.numel()
 
     # -- telemetry -------------------------------------------------------------------------------------------------
 
@@ -332,11 +377,16 @@ class TieredLayer(CacheLayerMixin):
         )
 
 
-def _with_handle(values: torch.Tensor, handle: Chunk | Block) -> torch.Tensor:
+def with_handle(values: torch.Tensor, handle: Handle) -> torch.Tensor:
     """V under a tensor of its own that carries what the attention function looks for."""
     values = values.view(values.shape)
     values._kcache = handle  # type: ignore[attr-defined]
     return values
+
+
+def _rows_of(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A row mask ``[B, 1, 1, L]`` as ``[B, L]``."""
+    return None if mask is None else mask[:, 0, 0]
 
 
 def _is_row_mask(mask: torch.Tensor | None) -> bool:

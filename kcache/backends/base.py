@@ -68,6 +68,8 @@ class DecodeStep:
         With a threshold, the backend adds the rows it picked for each sequence, all heads together.
     hot : HotStore or None
         What :meth:`Backend.keep_hot` made for this layer: picks found there need not be fetched.
+    device_length : Tensor ``[1]`` int32 or None
+        The length, where only the device knows it: ``length`` is then the most it may be. For kernels alone.
     """
 
     query: torch.Tensor
@@ -83,6 +85,7 @@ class DecodeStep:
     threshold: torch.Tensor | None = None
     tally: torch.Tensor | None = None
     hot: HotStore | None = None
+    device_length: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from kcache.attention import attach
 from kcache.bench.context import LayerShape, held_bytes
 from kcache.cache import KCache
 from kcache.errors import InputError
-from kcache.generation import prefill, step_logits
+from kcache.forward import prefill, step_logits
 from kcache.policy import Policy
 from kcache.sizes import tail_unit
 from kcache.telemetry import Stats

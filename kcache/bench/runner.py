@@ -20,7 +20,8 @@ from kcache.bench.context import LayerShape, fill, real_ids
 from kcache.bench.engines import Engine
 from kcache.bench.floor import Traffic, traffic_of
 from kcache.bench.peak import PeakMemory
-from kcache.generation import decode, step_logits
+from kcache.decoding import decode
+from kcache.forward import step_logits
 from kcache.layer import TieredLayer
 from kcache.sampling import Sampler, Sampling
 from kcache.telemetry import Stats

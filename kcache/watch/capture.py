@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from kcache.arriving import Arriving
 from kcache.cache import KCache
 from kcache.layer import TieredLayer
 from kcache.snapshots import layer_snapshot
@@ -31,31 +31,6 @@ QUEUE = 256
 """Frames that may wait for the publisher; then the oldest give way."""
 _FORWARDS = 65_536
 NEVER = math.inf
-
-
-class Arriving:
-    """A small tensor on its way to the host.
-
-    Parameters
-    ----------
-    tensor : Tensor
-        Not changed by anybody from now on.
-    """
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._host = tensor.detach()
-        if tensor.device.type == "cuda":
-            self._host = tensor.detach().to("cpu", non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(tensor.device))
-
-    def numpy(self) -> np.ndarray:
-        """The values; waits until they are there."""
-        if self._event is not None:
-            self._event.synchronize()
-        array: np.ndarray = self._host.numpy()
-        return array
 
 
 @dataclass(frozen=True, slots=True)
