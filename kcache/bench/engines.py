@@ -1,6 +1,6 @@
 """Who is timed: KCache, our own exact attention, and the caches that come with transformers.
 
-An engine makes a cache and says how the model runs with it. All of them decode in :func:`kcache.generation.decode`,
+An engine makes a cache and says how the model runs with it. All of them decode in :func:`kcache.decoding.decode`,
 the loop of chat and generate, so that nothing but the cache differs.
 """
 

@@ -1,6 +1,6 @@
 """One engine in one case: its cache, the decode loop that runs on it, and the times of its steps.
 
-The loop is :func:`kcache.generation.decode`, kept alive from turn to turn; a step is the time from one token to the
+The loop is :func:`kcache.decoding.decode`, kept alive from turn to turn; a step is the time from one token to the
 next, sampling and the wait for the device included.
 """
 

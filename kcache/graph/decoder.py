@@ -22,6 +22,7 @@ from kcache.cache import KCache
 from kcache.graph.fit import never, not_now
 from kcache.graph.step import GraphStep
 from kcache.graph.tape import Tape
+from kcache.watch.capture import Capture, watchers_of
 
 PROOFS = 2
 """Steps of a recording that are compared with steps taken without it: at its own length, and at another."""
@@ -54,6 +55,8 @@ class GraphDecoder:
         self._model: PreTrainedModel | None = None
         self._cache: KCache | None = None
         self._weights = 0
+        self._watchers: list[Capture] = []
+        self._tokens = torch.empty(0)
         self._forget()
 
     def _forget(self) -> None:
@@ -90,10 +93,11 @@ class GraphDecoder:
             take this step itself, and to tell :meth:`check` what came of it.
         """
         cache = self._cache
-        if self.reason is not None or cache is None:
+        if self.reason is not None or cache is None or self._model is None:
             return None
         end = int(cache.get_seq_length()) + 1
-        if not_now(cache, end) is not None:
+        self._watchers = watchers_of(self._model)
+        if any(watcher.probe for watcher in self._watchers) or not_now(cache, end) is not None:
             self._withdraw()
             return None
         try:
@@ -113,6 +117,7 @@ class GraphDecoder:
             step.enter(cache)
             self._at = end - 1
         self._keep(cache)
+        self._tokens = tokens[:, None]
         step.feed(tokens, going, end)
         tape.replay()
         if self._proofs < PROOFS:
@@ -129,7 +134,11 @@ class GraphDecoder:
         self._launched, self._advanced = False, True
         self._at += 1
         self.replayed += 1
+        for watcher in self._watchers:
+            watcher.step_begins(self._cache, self._tokens)
         self._step.advance(self._cache, self._at, _event(self._step.inputs.length.device))
+        for watcher in self._watchers:
+            watcher.step_ends(self._cache)
 
     def check(self, logits: torch.Tensor) -> None:
         """Compare a step's logits ``[B, vocabulary]`` with those of the recording, if it is on trial."""

@@ -73,7 +73,7 @@ def _of_step(layer: TieredLayer, end: int) -> str | None:
     if layer.follows_threshold(keys.shape[2]):
         if not layer.follows_threshold(end):
             return "every row is picked"
-        if shared.spread is None or not shared.spread.begun:
+        if shared.spread is None or not shared.spread.begun(layer.index):
             return "there is no threshold yet"
     if isinstance(tail, LowRankTail) and (tail.begins_at(end) == 0 or tail.length != end - 1):
         return "the directions of V have to be fitted"

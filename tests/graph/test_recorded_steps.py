@@ -14,12 +14,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from kcache.arriving import Arriving
 from kcache.attention import attach
 from kcache.cache import KCache
 from kcache.decoding import decode
 from kcache.forward import prefill, step_logits
 from kcache.graph.decoder import PROOFS, GraphDecoder
 from kcache.policy import Policy
+from kcache.watch.capture import Capture
 from tests.graph.recorder import RecordedTape
 from tests.graph.samplers import Forced
 from tests.models import left_padding, make, tokens
@@ -139,24 +141,19 @@ def test_triton_a_second_turn_needs_no_second_recording(llama: PreTrainedModel) 
 def test_triton_padded_batches_whose_sequences_end_apart(llama: PreTrainedModel) -> None:
     """Ended sequences are fed padding that nobody may attend; the next turn goes on from there."""
     twins = Twins(llama, OFFLOADED, max_length=64)
-    twins.prefill(tokens(1, 3, 20), left_padding([20, 11, 16]))
-
-    def end(step: int, ended: list[bool]) -> None:
-        ended[1] = step >= 3
-        ended[2] = step >= 5
-
-    twins.decode(7, end=end)
-    twins.prefill(tokens(2, 3, 6), left_padding([6, 6, 2]))
-    twins.decode(3)
+    twins.prefill(tokens(1, 2, 20), left_padding([11, 20]))
+    twins.decode(5, end=lambda step, ended: ended.__setitem__(1, step >= 2))
+    twins.prefill(tokens(2, 2, 4), left_padding([4, 2]))
+    twins.decode(2)
     assert twins.graph.recorded == 1
-    assert twins.graph.replayed == 10 - PROOFS
+    assert twins.graph.replayed == 7 - PROOFS
 
 
 def test_triton_a_sequence_that_ends_first_makes_a_mask(llama: PreTrainedModel) -> None:
     """Nothing is padded until a sequence ends: from then on the recording has to read a mask."""
     twins = Twins(llama, OFFLOADED, max_length=64)
     twins.prefill(tokens(1, 2, 20))
-    twins.decode(8, end=lambda step, ended: ended.__setitem__(0, step >= 3))
+    twins.decode(6, end=lambda step, ended: ended.__setitem__(0, step >= 3))
     assert twins.graph.recorded == 2
 
 
@@ -191,15 +188,15 @@ def test_triton_copies_of_a_cache_and_two_caches_do_not_meet(llama: PreTrainedMo
     one, other = (Twins(llama, OFFLOADED, max_length=48) for _ in range(2))
     one.prefill(tokens(1, 1, 20))
     other.prefill(tokens(2, 1, 14))
-    one.decode(4)
+    one.decode(3)
     twin = copy.deepcopy(one.taped)
     assert twin.shared.graph is not one.graph
-    other.decode(4)
-    one.decode(3)
-    other.decode(2)
+    other.decode(3)
+    one.decode(2)
+    other.decode(1)
     assert one.graph.recorded == other.graph.recorded == 1
-    assert twin.get_seq_length() == 24
-    assert torch.equal(twin.tiered_layers[0].keys, one.taped.tiered_layers[0].keys[:, :, :24])
+    assert twin.get_seq_length() == 23
+    assert torch.equal(twin.tiered_layers[0].keys, one.taped.tiered_layers[0].keys[:, :, :23])
 
 
 @pytest.mark.parametrize("kind", ["ministral", "gemma2", "gemma3", "gpt_oss"])
@@ -209,13 +206,13 @@ def test_triton_sliding_windows_in_a_ring(kind: str) -> None:
     model = make(kind, attention="eager" if kind in ("gemma2", "gpt_oss") else "sdpa", **{**SMALL, **changes})
     if kind == "gpt_oss":
         model.set_experts_implementation("batched_mm")
-    twins = Twins(model, OFFLOADED, max_length=64)
+    twins = Twins(model, OFFLOADED.replace(tail="renormalise"), max_length=32)
     twins.prefill(tokens(1, 2, 9), left_padding([9, 5]))
-    twins.decode(8)
-    twins.prefill(tokens(2, 2, 5), left_padding([5, 5]))
-    twins.decode(4)
+    twins.decode(5)
+    twins.prefill(tokens(2, 2, 3), left_padding([3, 3]))
+    twins.decode(2)
     assert twins.graph.recorded == 1
-    assert twins.graph.replayed == 12 - PROOFS
+    assert twins.graph.replayed == 7 - PROOFS
 
 
 def test_triton_a_run_that_ends_early_leaves_the_cache_as_the_caller_saw_it(llama: PreTrainedModel) -> None:
@@ -233,3 +230,33 @@ def test_triton_a_run_that_ends_early_leaves_the_cache_as_the_caller_saw_it(llam
     with attach(llama):
         got, want = (step_logits(llama, cache, tokens(6, 1, 1)) for cache in (twins.taped, twins.plain))
     torch.testing.assert_close(got, want, atol=CLOSE * float(want.abs().max()), rtol=0)
+
+
+def test_triton_viewers_see_replayed_steps(llama: PreTrainedModel) -> None:
+    """Frames of a run that replays are those of a run that does not, token ids and picks included."""
+    frames = []
+    for tape in (None, RecordedTape):
+        cache = KCache(llama, MIXED, max_length=64)
+        cache.shared.make_tape = tape
+        forced = tokens(7, 7, 1)
+        capture = Capture(llama, lambda: None, cache)
+        capture.due_s = 0.0
+        with attach(llama):
+            *_, (logits, _) = prefill(llama, cache, tokens(1, 1, 20), None)
+            steps = decode(llama, cache, logits, Forced(forced), forced[:1].T)
+            for _ in range(7):
+                next(steps)
+            steps.close()  # type: ignore[attr-defined]
+        capture.stop()
+        assert not vars(llama)["_kcache_watchers"]
+        seen = [forward.ids.numpy().tolist() for forward in capture.forwards if forward.ids is not None]
+        frames.append((seen, [(frame.counts, frame.modes, _values(frame.positions)) for frame in capture.ready]))
+        if tape is not None:
+            assert cache.shared.graph is not None
+            assert cache.shared.graph.replayed == 6 - PROOFS
+    assert frames[0] == frames[1]
+    assert len(frames[0][1]) == 7
+
+
+def _values(parts: tuple[Arriving, ...]) -> list[list[int]]:
+    return [part.numpy().tolist() for part in parts]
