@@ -20,6 +20,7 @@ from kcache.bench.context import LayerShape, fill, real_ids
 from kcache.bench.engines import Engine
 from kcache.bench.floor import Traffic, traffic_of
 from kcache.bench.peak import PeakMemory
+from kcache.cache import KCache
 from kcache.decoding import decode
 from kcache.forward import step_logits
 from kcache.layer import TieredLayer
@@ -64,6 +65,7 @@ class Measured:
     hot_hits: int = 0
     traffic: Traffic | None = None
     mode: str | None = None
+    graph: str | None = None
 
 
 class Runner:
@@ -138,6 +140,9 @@ class Runner:
         measured.traffic = traffic_of(self._lm.model, self._cache, measured.link_bytes)
         modes = {layer.mode for layer in self._cache.layers if isinstance(layer, TieredLayer)}
         measured.mode = "topn" if "topn" in modes else "dense" if modes else None
+        graph = self._cache.shared.graph if isinstance(self._cache, KCache) else None
+        if graph is not None:
+            measured.graph = "replayed" if graph.replayed else graph.reason or "no step was replayed"
 
     def _filled(self) -> Iterator[list[int]]:
         """Put random rows into the cache and begin to decode."""
