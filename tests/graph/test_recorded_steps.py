@@ -7,7 +7,6 @@ worked out on the host is wrong from the second step on.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,11 +18,12 @@ from kcache.attention import attach
 from kcache.cache import KCache
 from kcache.decoding import decode
 from kcache.forward import prefill, step_logits
-from kcache.graph.decoder import PROOFS, GraphDecoder
+from kcache.graph.decoder import PROOFS
 from kcache.policy import Policy
 from kcache.watch.capture import Capture
 from tests.graph.recorder import RecordedTape
 from tests.graph.samplers import Forced
+from tests.graph.twins import Twins
 from tests.models import left_padding, make, tokens
 
 OFFLOADED = Policy(
@@ -31,88 +31,6 @@ OFFLOADED = Policy(
 )
 MIXED = OFFLOADED.replace(dense_layers=1, resident_layers=None)
 SMALL = {"head_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-CLOSE = 2e-5
-
-
-class Twins:
-    """A cache that replays and one that does not, fed the same tokens; logits compared step by step."""
-
-    def __init__(self, model: PreTrainedModel, policy: Policy, *, max_length: int | None = None) -> None:
-        self.model = model
-        self.plain = KCache(model, policy.replace(graph="off"), max_length=max_length)
-        self.taped = KCache(model, policy, max_length=max_length)
-        self.taped.shared.make_tape = RecordedTape
-        self.mask: torch.Tensor | None = None
-        self.compared = 0
-
-    @property
-    def graph(self) -> GraphDecoder:
-        found = self.taped.shared.graph
-        assert found is not None
-        return found
-
-    def prefill(self, ids: torch.Tensor, new: torch.Tensor | None = None) -> None:
-        if new is not None or self.mask is not None:
-            before = ids.new_ones(len(ids), self.plain.get_seq_length()) if self.mask is None else self.mask
-            self.mask = torch.cat([before, ids.new_ones(ids.shape) if new is None else new.to(ids)], 1)
-        with attach(self.model):
-            for cache in (self.plain, self.taped):
-                for logits, _ in prefill(self.model, cache, ids, self.mask):
-                    self.logits = logits
-
-    def run(self, cache: KCache, forced: torch.Tensor, ended: list[bool]) -> Iterator[torch.Tensor]:
-        """The logits after each of ``forced`` ``[steps, B]``."""
-        sampler = Forced(forced)
-        steps = decode(self.model, cache, self.logits, sampler, forced[:1].T, self.mask, ended)
-        with attach(self.model):
-            for _ in steps:
-                if len(sampler.seen) > 1:
-                    yield sampler.seen[-1]
-
-    def decode(self, steps: int, seed: int = 7, end: Callable[[int, list[bool]], None] | None = None) -> None:
-        """Decode the same random tokens with both; ``end`` may end sequences after a step."""
-        batch = self.plain.batch_size
-        forced = tokens(seed, steps + 1, batch)
-        flags: list[list[bool]] = [[False] * batch if end is not None else [] for _ in range(2)]
-        runs = [self.run(cache, forced, ended) for cache, ended in zip((self.plain, self.taped), flags, strict=True)]
-        length = self.plain.get_seq_length()
-        for step in range(steps):
-            want, got = (next(run) for run in runs)
-            torch.testing.assert_close(got, want, atol=CLOSE * float(want.abs().max()), rtol=0)
-            self.compared += 1
-            if end is not None:
-                for ended in flags:
-                    end(step, ended)
-            assert self.taped.get_seq_length() == self.plain.get_seq_length() == length + step + 1
-        for run in runs:
-            run.close()  # type: ignore[attr-defined]
-        if self.mask is not None or end is not None:
-            rows = self.plain.shared.validity.rows(0, length + steps, forced.device)
-            self.mask = None if rows is None else rows.long()
-        self.check_state()
-
-    def check_state(self) -> None:
-        """What the caches hold and have counted is the same."""
-        assert self.graph.reason is None
-        plain, taped = self.plain, self.taped
-        assert taped.stats == plain.stats
-        mine, theirs = taped.shared.validity, plain.shared.validity
-        assert mine.length == theirs.length
-        if theirs.bitmap is not None:
-            assert torch.equal(mine.bitmap, theirs.bitmap)
-        for got, want in zip(taped.layers, plain.layers, strict=True):
-            assert got.get_seq_length() == want.get_seq_length()
-            torch.testing.assert_close(got.keys, want.keys, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(got.values, want.values, atol=1e-5, rtol=1e-5)
-        for got, want in zip(taped.snapshot().layers, plain.snapshot().layers, strict=True):
-            assert got.mode == want.mode
-            if want.picks is not None:
-                assert _sets(got.picks) == _sets(want.picks)
-
-
-def _sets(picks: Any) -> list[set[int]]:
-    """The picks of each head; recordings have room for more, filled up with -1."""
-    return [set(row.tolist()) - {-1} for row in picks.reshape(-1, picks.shape[-1])]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +39,7 @@ def llama() -> PreTrainedModel:
 
 
 def test_triton_replayed_steps_equal_steps_taken_one_by_one() -> None:
-    twins = Twins(make("llama", head_dim=16, num_hidden_layers=2), MIXED, max_length=64)
+    twins = Twins(make("llama", head_dim=16, num_hidden_layers=2), MIXED, RecordedTape, max_length=64)
     twins.prefill(tokens(1, 1, 24))
     twins.decode(5)
     assert twins.graph.recorded == 1
@@ -132,7 +50,7 @@ def test_triton_replayed_steps_equal_steps_taken_one_by_one() -> None:
 
 def test_triton_a_second_turn_needs_no_second_recording(llama: PreTrainedModel) -> None:
     """Prompt, answer, the answer cut back, another prompt, another answer: buffers stay, so the recording does."""
-    twins = Twins(llama, MIXED, max_length=64)
+    twins = Twins(llama, MIXED, RecordedTape, max_length=64)
     twins.prefill(tokens(1, 1, 20))
     twins.decode(5)
     for cache in (twins.plain, twins.taped):
@@ -145,7 +63,7 @@ def test_triton_a_second_turn_needs_no_second_recording(llama: PreTrainedModel) 
 
 def test_triton_a_threshold_goes_on_from_replay_to_replay(llama: PreTrainedModel) -> None:
     """The first step makes the threshold; then it follows on the device, and rows are tallied there."""
-    twins = Twins(llama, OFFLOADED.replace(spread="need"), max_length=48)
+    twins = Twins(llama, OFFLOADED.replace(spread="need"), RecordedTape, max_length=48)
     twins.prefill(tokens(1, 2, 24), left_padding([24, 17]))
     twins.decode(5)
     assert twins.graph.recorded == 1
@@ -154,12 +72,12 @@ def test_triton_a_threshold_goes_on_from_replay_to_replay(llama: PreTrainedModel
     assert got is not None and want is not None
     for mine, theirs in zip(got.state, want.state, strict=True):
         torch.testing.assert_close(mine, theirs)
-    assert len({rows for rows in want.state[-1].tolist()}) == 2
+    assert len(set(want.state[-1].tolist())) == 2
 
 
 def test_triton_padded_batches_whose_sequences_end_apart(llama: PreTrainedModel) -> None:
     """Ended sequences are fed padding that nobody may attend; the next turn goes on from there."""
-    twins = Twins(llama, OFFLOADED, max_length=64)
+    twins = Twins(llama, OFFLOADED, RecordedTape, max_length=64)
     twins.prefill(tokens(1, 2, 20), left_padding([11, 20]))
     twins.decode(5, end=lambda step, ended: ended.__setitem__(1, step >= 2))
     twins.prefill(tokens(2, 2, 4), left_padding([4, 2]))
@@ -170,14 +88,14 @@ def test_triton_padded_batches_whose_sequences_end_apart(llama: PreTrainedModel)
 
 def test_triton_a_sequence_that_ends_first_makes_a_mask(llama: PreTrainedModel) -> None:
     """Nothing is padded until a sequence ends: from then on the recording has to read a mask."""
-    twins = Twins(llama, OFFLOADED, max_length=64)
+    twins = Twins(llama, OFFLOADED, RecordedTape, max_length=64)
     twins.prefill(tokens(1, 2, 20))
     twins.decode(6, end=lambda step, ended: ended.__setitem__(0, step >= 3))
     assert twins.graph.recorded == 2
 
 
 def test_triton_growth_past_the_buffers_records_anew(llama: PreTrainedModel) -> None:
-    twins = Twins(llama, MIXED)
+    twins = Twins(llama, MIXED, RecordedTape)
     twins.prefill(tokens(1, 1, 60))
     assert twins.taped.tiered_layers[0].buffers()[0].shape[2] == 64
     twins.decode(9)
@@ -189,14 +107,14 @@ def test_triton_growth_past_the_buffers_records_anew(llama: PreTrainedModel) -> 
 @pytest.mark.parametrize("tail", ["none", "renormalise"])
 @pytest.mark.parametrize("select", ["group", "head"])
 def test_triton_other_tails_and_selections(llama: PreTrainedModel, tail: Any, select: Any) -> None:
-    twins = Twins(llama, OFFLOADED.replace(tail=tail, select=select), max_length=40)
+    twins = Twins(llama, OFFLOADED.replace(tail=tail, select=select), RecordedTape, max_length=40)
     twins.prefill(tokens(1, 1, 20))
     twins.decode(4)
     assert twins.graph.replayed == 4 - PROOFS
 
 
 def test_triton_v_that_leaves_the_device_does_so_between_recordings(llama: PreTrainedModel) -> None:
-    twins = Twins(llama, OFFLOADED.replace(dense_below=24), max_length=64)
+    twins = Twins(llama, OFFLOADED.replace(dense_below=24), RecordedTape, max_length=64)
     twins.prefill(tokens(1, 1, 18))
     twins.decode(10)
     assert [layer.mode for layer in twins.taped.snapshot().layers] == ["topn"] * 2
@@ -204,7 +122,7 @@ def test_triton_v_that_leaves_the_device_does_so_between_recordings(llama: PreTr
 
 
 def test_triton_copies_of_a_cache_and_two_caches_do_not_meet(llama: PreTrainedModel) -> None:
-    one, other = (Twins(llama, OFFLOADED, max_length=48) for _ in range(2))
+    one, other = (Twins(llama, OFFLOADED, RecordedTape, max_length=48) for _ in range(2))
     one.prefill(tokens(1, 1, 20))
     other.prefill(tokens(2, 1, 14))
     one.decode(3)
@@ -225,7 +143,7 @@ def test_triton_sliding_windows_in_a_ring(kind: str) -> None:
     model = make(kind, attention="eager" if kind in ("gemma2", "gpt_oss") else "sdpa", **{**SMALL, **changes})
     if kind == "gpt_oss":
         model.set_experts_implementation("batched_mm")
-    twins = Twins(model, OFFLOADED.replace(tail="renormalise"), max_length=32)
+    twins = Twins(model, OFFLOADED.replace(tail="renormalise"), RecordedTape, max_length=32)
     twins.prefill(tokens(1, 2, 9), left_padding([9, 5]))
     twins.decode(5)
     twins.prefill(tokens(2, 2, 3), left_padding([3, 3]))
@@ -236,7 +154,7 @@ def test_triton_sliding_windows_in_a_ring(kind: str) -> None:
 
 def test_triton_a_run_that_ends_early_leaves_the_cache_as_the_caller_saw_it(llama: PreTrainedModel) -> None:
     """The step under way when the caller leaves was never taken in: the cache goes on as if it had not been."""
-    twins = Twins(llama, MIXED, max_length=64)
+    twins = Twins(llama, MIXED, RecordedTape, max_length=64)
     twins.prefill(tokens(1, 1, 20))
     twins.decode(4)
     forced = tokens(5, 2, 1)
@@ -248,7 +166,7 @@ def test_triton_a_run_that_ends_early_leaves_the_cache_as_the_caller_saw_it(llam
     twins.check_state()
     with attach(llama):
         got, want = (step_logits(llama, cache, tokens(6, 1, 1)) for cache in (twins.taped, twins.plain))
-    torch.testing.assert_close(got, want, atol=CLOSE * float(want.abs().max()), rtol=0)
+    torch.testing.assert_close(got, want, atol=twins.close * float(want.abs().max()), rtol=0)
 
 
 def test_triton_viewers_see_replayed_steps(llama: PreTrainedModel) -> None:
