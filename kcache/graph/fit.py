@@ -12,7 +12,6 @@ from kcache.backends.triton.backend import TritonBackend
 from kcache.cache import KCache
 from kcache.forward import forward_parameters
 from kcache.layer import TieredLayer
-from kcache.lowrank import LowRankTail
 
 
 def never(model: PreTrainedModel, cache: KCache) -> str | None:
@@ -40,9 +39,7 @@ def never(model: PreTrainedModel, cache: KCache) -> str | None:
 def _of_layer(layer: Any, cache: KCache) -> str | None:
     if type(layer) is TieredLayer:
         backend = cache.shared.backend(layer.device)
-        if not isinstance(backend, TritonBackend):
-            return f"is served by the {backend.name} backend"
-        return "keeps a block tail, which cannot be recorded" if cache.policy.tail == "block" else None
+        return None if isinstance(backend, TritonBackend) else f"is served by the {backend.name} backend"
     if type(layer) is DynamicSlidingWindowLayer:
         return None if layer.is_initialized else "is empty"
     return f"is a {type(layer).__name__}, which cannot be recorded"
@@ -75,6 +72,6 @@ def _of_step(layer: TieredLayer, end: int) -> str | None:
             return "every row is picked"
         if shared.spread is None or not shared.spread.begun(layer.index):
             return "there is no threshold yet"
-    if isinstance(tail, LowRankTail) and (tail.begins_at(end) == 0 or tail.length != end - 1):
+    if tail is not None and (tail.begins_at(end) == 0 or tail.length != end - 1):
         return "the directions of V have to be fitted"
     return None

@@ -21,7 +21,6 @@ from kcache.backends.base import DecodeStep
 from kcache.backends.triton import append
 from kcache.errors import GraphError
 from kcache.layer import AttentionCall, TieredLayer, with_handle
-from kcache.lowrank import LowRankTail
 from kcache.tiers.validity import Validity
 
 
@@ -98,7 +97,7 @@ class CapturedTiered(_Captured):
         inputs = self.inputs
         append(
             _row(key_states), _row(value_states), keys, values, inputs.length, offset=-1,
-            lowrank=tail.state() if isinstance(tail, LowRankTail) else None, mask=inputs.valid,
+            lowrank=None if tail is None else tail.state(), mask=inputs.valid,
         )  # fmt: skip
         return key_states, with_handle(value_states, self)
 
@@ -118,7 +117,7 @@ class CapturedTiered(_Captured):
         """What a recording depends on."""
         keys, values, tail = self.layer.buffers()
         held = [keys, values]
-        if isinstance(tail, LowRankTail):
+        if tail is not None:
             state = tail.state()
             held += [state.base, state.basis, state.coefficients]
         return (self.layer.offloaded, *((tensor.data_ptr(), tuple(tensor.shape)) for tensor in held))

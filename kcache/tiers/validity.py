@@ -48,7 +48,6 @@ class Validity:
         self.length = end
         if bitmap is not None:
             self.bitmap = bitmap[:, :end]
-        self._counts.clear()
 
     def rows(self, start: int, end: int, device: torch.device) -> torch.Tensor | None:
         """The bitmap of rows ``start:end`` on ``device``, ``[B, end - start]``, or None when all are valid."""
