@@ -125,7 +125,8 @@ class Shared:
     @property
     def step_state(self) -> list[torch.Tensor]:
         """What a decode step changes in place, beside the rows it adds: taken twice, it would count twice."""
-        return [] if self.spread is None else self.spread.state
+        hits = [layer.hot.hits for layer in self.residency.layers if layer.hot is not None]
+        return hits if self.spread is None else [*hits, *self.spread.state]
 
     @property
     def scratch(self) -> tuple[object, ...]:

@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kcache import dense
-from kcache.backends.base import DecodeResult, DecodeStep
+from kcache.backends.base import DecodeResult, DecodeStep, HotStore
 from kcache.errors import CacheStateError
 from kcache.lowrank import LowRankTail
 from kcache.stepwise import Block
@@ -314,6 +314,16 @@ class TieredLayer(CacheLayerMixin):
     def follows_threshold(self, length: int) -> bool:
         """Whether a step over ``length`` rows picks by a threshold: where there is one, and something to choose."""
         return self.shared.spread is not None and self.shared.policy.topn < length
+
+    @property
+    def hot(self) -> HotStore | None:
+        """The store of hot rows, once a TopN step has made one."""
+        return None if self._v is None else self._v.hot
+
+    def forget_unseen(self) -> None:
+        """Let nothing remain of rows that a step wrote past the end and that were never taken in."""
+        if self._v is not None:
+            self._v.crop(self.length)
 
     def buffers(self) -> tuple[torch.Tensor, torch.Tensor, LowRankTail | None]:
         """The whole K and V buffers, V in whichever tier holds it, and the tail; valid until the layer grows."""

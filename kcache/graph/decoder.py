@@ -193,6 +193,8 @@ class GraphDecoder:
         """Leave the cache as if steps had been taken without the recording, so that others can go on."""
         if self._cache is not None and self._launched:
             self._restore(self._cache)
+            for layer in self._cache.tiered_layers:
+                layer.forget_unseen()
         if self._step is not None and self._advanced:
             self._step.leave()
         self._launched = self._advanced = False

@@ -72,6 +72,8 @@ def _of_step(layer: TieredLayer, end: int) -> str | None:
             return "every row is picked"
         if shared.spread is None or not shared.spread.begun(layer.index):
             return "there is no threshold yet"
+    if layer.hot is None and shared.policy.hot_rows and shared.policy.select == "group":
+        return "there are no hot rows yet"
     if tail is not None and (tail.begins_at(end) == 0 or tail.length != end - 1):
         return "the directions of V have to be fitted"
     return None

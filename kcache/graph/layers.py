@@ -120,6 +120,8 @@ class CapturedTiered(_Captured):
         if tail is not None:
             state = tail.state()
             held += [state.base, state.basis, state.coefficients]
+        if self.layer.hot is not None:
+            held.append(self.layer.hot.hits)
         return (self.layer.offloaded, *((tensor.data_ptr(), tuple(tensor.shape)) for tensor in held))
 
     def advance(self, event: torch.cuda.Event | None) -> None:

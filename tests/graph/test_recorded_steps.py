@@ -27,8 +27,9 @@ from tests.graph.twins import Twins
 from tests.models import left_padding, make, tokens
 
 OFFLOADED = Policy(
-    topn=6, dense_below=0, dense_layers=0, resident_layers=0, offload="all", backend="triton", spread="even"
-)
+    topn=6, dense_below=0, dense_layers=0, resident_layers=0, offload="all", backend="triton", spread="even",
+    hot_rows=0,
+)  # fmt: skip
 MIXED = OFFLOADED.replace(dense_layers=1, resident_layers=None)
 SMALL = {"head_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 
@@ -73,6 +74,17 @@ def test_triton_a_threshold_goes_on_from_replay_to_replay(llama: PreTrainedModel
     for mine, theirs in zip(got.state, want.state, strict=True):
         torch.testing.assert_close(mine, theirs)
     assert len(set(want.state[-1].tolist())) == 2
+
+
+def test_triton_hot_rows_of_a_step_that_was_not_taken_in_are_forgotten(llama: PreTrainedModel) -> None:
+    """The store may hold V of the row past the end; another token's row comes to that place in the next turn."""
+    twins = Twins(llama, OFFLOADED.replace(hot_rows=32, topn=30), RecordedTape, max_length=48)
+    for turn in range(2):
+        twins.prefill(tokens(turn, 1, 12))
+        twins.decode(5)
+    assert twins.taped.stats.hot_hits > 0
+    assert twins.graph.recorded == 1
+    assert twins.graph.replayed >= 10 - PROOFS - 2
 
 
 def test_triton_padded_batches_whose_sequences_end_apart(llama: PreTrainedModel) -> None:

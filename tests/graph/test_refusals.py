@@ -20,7 +20,7 @@ from tests.models import make, tokens
 
 POLICY = Policy(
     topn=6, dense_below=0, dense_layers=0, resident_layers=0, offload="all", backend="triton", spread="even",
-    tail="none",
+    tail="none", hot_rows=0,
 )  # fmt: skip
 SMALL = {"head_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 STEPS = 4
