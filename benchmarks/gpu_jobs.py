@@ -9,12 +9,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
 import psutil
 import torch
 
+from benchmarks.pick_trace import FILE, Trace, replayed
 from kcache.attention import attach
 from kcache.bench.cases import Case, Spec
 from kcache.bench.context import LayerShape, layer_shapes
@@ -33,8 +35,6 @@ GIB = 2**30
 _SCRATCH = 4 * GIB
 _SHARE_OF_RAM = 0.8
 _HOLD = Policy(topn=TOPN, offload="all")
-
-Held = Literal["batch", "hbm", "card"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ class Job:
     budget : int or None
         Bytes of device memory for the cache, or, with ``whole_card``, for everything.
     policy : Policy
+    traced : bool
+        Whether steps fetch the picks of a trace of real text, so that hot rows are found as often as there; without,
+        random rows are picked, which are hardly ever hot.
     seconds : float
         What it takes, roughly; it is not begun with less time left.
     """
@@ -67,32 +70,46 @@ class Job:
     budget: int | None = None
     whole_card: bool = False
     policy: Policy = _HOLD
+    traced: bool = False
     seconds: float = 15.0
 
 
 def all_jobs() -> list[Job]:
     """Every job, the most telling first; jobs of one model follow each other as far as that allows."""
     large, paper = "llama-3.1-8b", "llama-2-7b"
+    at_budget = {"budget": 40 * GIB}
+    on_card = {"budget": 80 * GIB, "whole_card": True}
     eight = _with_fields(_HOLD, k_bits=8)
-    hot = _with_fields(_HOLD, hot_rows=0)
-    jobs: list[Job | None] = [
-        Job("batch8_32k/dense", large, "dense", 32768, 8),
-        Job("batch8_32k/kcache", large, "kcache", 32768, 8),
-        Job("equal_hbm_32k/dense", large, "dense", 32768, budget=40 * GIB),
-        Job("equal_hbm_32k/kcache", large, "kcache", 32768, budget=40 * GIB, seconds=25),
+    tiered = [
+        Job("batch8_32k/kcache", large, "kcache", 32768, 8, traced=True, seconds=25),
+        Job("equal_hbm_32k/kcache", large, "kcache", 32768, traced=True, seconds=25, **at_budget),
+        Job("llama2_7b_15k/kcache", paper, "kcache", 15360, traced=True, seconds=35, **on_card),
+    ]
+    cold = [
+        replace(job, name=job.name.replace("/kcache", "/no-hits"), traced=False, policy=_HOLD.replace(hot_rows=0))
+        for job in tiered
+    ]
+    jobs = [
+        Job("batch8_32k/dense", large, "dense", 32768, 8, seconds=20),
+        tiered[0],
+        Job("equal_hbm_32k/dense", large, "dense", 32768, **at_budget),
+        tiered[1],
         Job("batch1_128k/dense", large, "dense", 131072, 1),
         Job("batch1_128k/kcache", large, "kcache", 131072, 1, policy=_HOLD.replace(offload="auto")),
         Job("batch8_32k/hf-dynamic", large, "hf-dynamic", 32768, 8),
-        Job("batch1_32k/kcache", large, "kcache", 32768, 1),
+        Job("batch1_32k/kcache", large, "kcache", 32768, 1, traced=True),
         Job("batch1_32k/hf-offloaded", large, "hf-offloaded", 32768, 1),
-        Job("llama2_7b_15k/dense", paper, "dense", 15360, budget=80 * GIB, whole_card=True, seconds=20),
-        Job("llama2_7b_15k/kcache", paper, "kcache", 15360, budget=80 * GIB, whole_card=True, seconds=30),
-        Job("prefill_32k/dense", large, "prefill", 32768, 1, policy=_HOLD.replace(offload="none"), seconds=15),
-        Job("prefill_32k/kcache", large, "prefill", 32768, 1, seconds=15),
-        None if eight is None else Job("equal_hbm_32k/k8", large, "kcache", 32768, budget=40 * GIB, policy=eight),
-        None if hot is None else Job("batch8_32k/no-hot-rows", large, "kcache", 32768, 8, policy=hot),
+        cold[0],
+        Job("llama2_7b_15k/dense", paper, "dense", 15360, seconds=25, **on_card),
+        tiered[2],
+        cold[2],
+        Job("prefill_32k/dense", large, "prefill", 32768, 1, policy=_HOLD.replace(offload="none")),
+        Job("prefill_32k/kcache", large, "prefill", 32768, 1),
+        cold[1],
     ]
-    return [job for job in jobs if job is not None]
+    if eight is not None:
+        jobs.insert(10, Job("equal_hbm_32k/k8", large, "kcache", 32768, policy=eight, traced=True, **at_budget))
+    return jobs
 
 
 def _with_fields(policy: Policy, **changes: Any) -> Policy | None:
@@ -143,8 +160,9 @@ def measure(job: Job, lm: LoadedModel, machine: Bandwidths, device_bytes: int) -
     batch = batch_of(job, engine, shapes, device_bytes, weights)
     if batch == 0:
         return Row(job.engine, lm.name, job.ctx, 0, status="does not fit", reason="not one sequence fits").to_dict()
-    (rows,) = run(lm, spec, [Case(job.ctx, batch, (engine,))], machine)
-    return rows[0].to_dict()
+    with replayed(Trace(FILE, job.ctx, lm.device)) if job.traced else nullcontext():
+        (rows,) = run(lm, spec, [Case(job.ctx, batch, (engine,))], machine)
+    return {**rows[0].to_dict(), "picks": "of a trace" if job.traced else "of random rows"}
 
 
 def measure_prefill(job: Job, lm: LoadedModel, repeats: int = 2) -> dict[str, Any]:

@@ -169,7 +169,9 @@ class Tiered(Engine):
                 device += v_bytes
             else:
                 host += v_bytes
-                device += tail_unit(self.policy, v_bytes, shape.v_dim)[0]
+                heads, on_cuda = batch * shape.heads, shape.device.type == "cuda"
+                per_row, fixed = tail_unit(self.policy, shape.v_bytes(1, batch), shape.v_dim, heads, on_cuda)
+                device += per_row * room + fixed
         return device, host
 
     def stats(self, cache: Cache) -> Stats:

@@ -71,7 +71,7 @@ def bench(budget_s: float = 1e6, output: Path | None = None, failing: str = "") 
 
 def test_every_key_that_is_asked_for_has_its_jobs() -> None:
     assert {ratio.key for ratio in RATIOS} >= KEYS
-    names = {job.name for job in all_jobs()} | {"equal_hbm_32k/k8", "batch8_32k/no-hot-rows"}
+    names = {job.name for job in all_jobs()} | {"equal_hbm_32k/k8"}
     assert all({ratio.of, ratio.over} <= names for ratio in RATIOS)
     assert {job.shape for job in all_jobs()} == set(SHAPES)
     assert len({job.name for job in all_jobs()}) == len(all_jobs())
