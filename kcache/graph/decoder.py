@@ -104,7 +104,7 @@ class GraphDecoder:
             with torch.inference_mode(False), torch.no_grad(), _without_collector():
                 return self._launch(cache, tokens, going, end)
         except Exception as error:  # whatever it is, decoding goes on without
-            self._give_up(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            self._give_up(_first_cause(error))
             return None
 
     def _launch(self, cache: KCache, tokens: torch.Tensor, going: torch.Tensor | None, end: int) -> torch.Tensor | None:
@@ -205,6 +205,13 @@ class GraphDecoder:
         self._forget()
         self.reason = reason
         _log.warning("decoding goes on without a recorded step: %s", reason)
+
+
+def _first_cause(error: BaseException) -> str:
+    """What went wrong first: ending a recording that has failed fails as well, and says less."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _event(device: torch.device) -> torch.cuda.Event | None:

@@ -32,25 +32,32 @@ class CudaTape:
 
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
+        self._device: torch.device | None = None
 
     def record(self, step: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
         """See :class:`Tape`; the step runs before it is recorded, on the stream that records it."""
+        self._device = device
         with torch.cuda.device(device):
-            stream = torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_UPS):
-                    step()
+            before, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+            stream.wait_stream(before)
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(_WARM_UPS):
+                        step()
+            finally:
+                before.wait_stream(stream)
             torch.cuda.synchronize(device)
-            # Other threads, such as a publisher's, may go on waiting for events of theirs.
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-                result = step()
-            torch.cuda.current_stream(device).wait_stream(stream)
-        return result
+            try:
+                # Other threads, such as a publisher's, may go on waiting for events of theirs.
+                with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                    return step()
+            finally:
+                torch.cuda.set_stream(before)  # a recording that fails leaves its own stream the current one
 
     def replay(self) -> None:
         """See :class:`Tape`."""
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
 
 
 def tape_for(device: torch.device) -> Callable[[], Tape] | None:
