@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_compile import precompile
 from benchmarks.gpu_jobs import Job, all_jobs, measure
 from benchmarks.gpu_models import Models
 from benchmarks.gpu_report import job_line, ratio_lines, record
@@ -115,8 +116,12 @@ def main() -> None:
             gc.collect()
             torch.cuda.empty_cache()
 
-    env = {**environment(machine), "commit": commit()}
-    print(f"{machine.name}: memory {machine.memory_gb_s:.0f} GB/s, rows over the link {machine.gather_gb_s:.1f} GB/s")
+    compile_s = precompile(machine.device_bytes, torch.cuda.get_device_properties(device).multi_processor_count)
+    env = {**environment(machine), "commit": commit(), "compile_s": round(compile_s, 1)}
+    print(
+        f"{machine.name}: memory {machine.memory_gb_s:.0f} GB/s, rows over the link {machine.gather_gb_s:.1f} GB/s; "
+        f"kernels compiled in {compile_s:.0f} s"
+    )
     bench = Bench(run, env, options.output, options.budget_s)
     bench.go(job for job in all_jobs() if options.only in job.name)
     print("\n".join(["", *ratio_lines(bench.figures, bench.left_out), "", f"written to {options.output}"]))
