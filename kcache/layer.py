@@ -7,8 +7,8 @@ which answers a prefill chunk exactly and a single new token with the TopN decod
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kcache import dense
 from kcache.backends.base import DecodeResult, DecodeStep, HotStore
 from kcache.errors import CacheStateError
+from kcache.handles import AttentionCall, Chunk, with_handle
 from kcache.lowrank import LowRankTail
 from kcache.stepwise import Block
 from kcache.telemetry import LayerKind, Stats, StepMode
@@ -25,46 +26,6 @@ from kcache.would_pick import would_pick
 
 if TYPE_CHECKING:
     from kcache.cache import Shared
-
-
-class Handle(Protocol):
-    """What ``update`` hands to the attention function, as an attribute of the V tensor."""
-
-    def attend(self, module: torch.nn.Module, call: AttentionCall) -> torch.Tensor:
-        """Answer the attention function's call; returns ``[B, Hq, Q, Dv]``."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """The usual handle: which rows of which layer."""
-
-    layer: TieredLayer
-    end: int
-
-    def attend(self, module: torch.nn.Module, call: AttentionCall) -> torch.Tensor:
-        """Answer the attention function's call; returns ``[B, Hq, Q, Dv]``."""
-        self.layer.shared.check_owner(module)
-        if self.end != self.layer.length:
-            raise CacheStateError(
-                f"layer {self.layer.index} of this cache was changed between update and attention "
-                f"({self.layer.length} rows, expected {self.end}); use one cache per forward"
-            )
-        self.layer.shared.check_whole(self.layer, self.end - call.key.shape[2])
-        return self.layer.attend(call)
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionCall:
-    """The arguments of one call of the attention function: q ``[B, Hq, Q, D]``, this chunk's K and V, the mask."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    mask: torch.Tensor | None
-    scaling: float
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
 
 
 class TieredLayer(CacheLayerMixin):
@@ -385,13 +346,6 @@ class TieredLayer(CacheLayerMixin):
             self.length,
             self._v.hot_bytes,
         )
-
-
-def with_handle(values: torch.Tensor, handle: Handle) -> torch.Tensor:
-    """V under a tensor of its own that carries what the attention function looks for."""
-    values = values.view(values.shape)
-    values._kcache = handle  # type: ignore[attr-defined]
-    return values
 
 
 def _rows_of(mask: torch.Tensor | None) -> torch.Tensor | None:

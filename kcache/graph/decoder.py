@@ -57,6 +57,7 @@ class GraphDecoder:
         self._weights = 0
         self._watchers: list[Capture] = []
         self._tokens = torch.empty(0)
+        self._unseen = False  # whether a row was written past the end, of a token that has not been taken in
         self._forget()
 
     def _forget(self) -> None:
@@ -109,6 +110,7 @@ class GraphDecoder:
 
     def _launch(self, cache: KCache, tokens: torch.Tensor, going: torch.Tensor | None, end: int) -> torch.Tensor | None:
         padded = cache.shared.validity.bitmap is not None or going is not None
+        self._unseen = True
         if self._step is None or self._key != self._fingerprint(padded):
             self._record(cache, tokens, going, end, padded)
         step, tape = self._step, self._tape
@@ -131,7 +133,7 @@ class GraphDecoder:
     def commit(self) -> None:
         """Take in the step that was launched: it counts, and the cache is one row longer."""
         assert self._cache is not None and self._step is not None
-        self._launched, self._advanced = False, True
+        self._launched, self._unseen, self._advanced = False, False, True
         self._at += 1
         self.replayed += 1
         for watcher in self._watchers:
@@ -142,7 +144,7 @@ class GraphDecoder:
 
     def check(self, logits: torch.Tensor) -> None:
         """Compare a step's logits ``[B, vocabulary]`` with those of the recording, if it is on trial."""
-        trial, self._trial = self._trial, None
+        trial, self._trial, self._unseen = self._trial, None, False
         if trial is None:
             return
         error = _difference(trial, logits)
@@ -153,6 +155,12 @@ class GraphDecoder:
 
     def leave(self) -> None:
         """End a run of steps; one that was launched and not committed is as if it had not been."""
+        if self._cache is not None and self._unseen:
+            if self._launched:
+                self._restore(self._cache)
+            for layer in self._cache.tiered_layers:
+                layer.forget_unseen()
+        self._launched = self._unseen = False
         self._withdraw()
         self._model = self._cache = None
 
@@ -191,14 +199,9 @@ class GraphDecoder:
 
     def _withdraw(self) -> None:
         """Leave the cache as if steps had been taken without the recording, so that others can go on."""
-        if self._cache is not None and self._launched:
-            self._restore(self._cache)
-            for layer in self._cache.tiered_layers:
-                layer.forget_unseen()
         if self._step is not None and self._advanced:
             self._step.leave()
-        self._launched = self._advanced = False
-        self._at = -1
+        self._advanced, self._at = False, -1
 
     def _give_up(self, reason: str) -> None:
         self._withdraw()

@@ -20,7 +20,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 from kcache.backends.base import DecodeStep
 from kcache.backends.triton import append
 from kcache.errors import GraphError
-from kcache.layer import AttentionCall, TieredLayer, with_handle
+from kcache.handles import AttentionCall, with_handle
+from kcache.layer import TieredLayer
 from kcache.tiers.validity import Validity
 
 

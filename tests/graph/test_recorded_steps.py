@@ -76,15 +76,19 @@ def test_triton_a_threshold_goes_on_from_replay_to_replay(llama: PreTrainedModel
     assert len(set(want.state[-1].tolist())) == 2
 
 
-def test_triton_hot_rows_of_a_step_that_was_not_taken_in_are_forgotten(llama: PreTrainedModel) -> None:
-    """The store may hold V of the row past the end; another token's row comes to that place in the next turn."""
+@pytest.mark.parametrize("steps", [2, 5])
+def test_triton_hot_rows_of_a_step_that_was_not_taken_in_are_forgotten(llama: PreTrainedModel, steps: int) -> None:
+    """The store may hold V of the row past the end; another token's row comes to that place in the next turn.
+
+    After two steps the one past the end was on trial, after five it was under way.
+    """
     twins = Twins(llama, OFFLOADED.replace(hot_rows=32, topn=30), RecordedTape, max_length=48)
-    for turn in range(2):
-        twins.prefill(tokens(turn, 1, 12))
-        twins.decode(5)
+    twins.prefill(tokens(1, 1, 12))
+    twins.decode(steps)
+    twins.prefill(tokens(2, 1, 12))
+    twins.decode(3)
     assert twins.taped.stats.hot_hits > 0
     assert twins.graph.recorded == 1
-    assert twins.graph.replayed >= 10 - PROOFS - 2
 
 
 def test_triton_padded_batches_whose_sequences_end_apart(llama: PreTrainedModel) -> None:
