@@ -308,7 +308,7 @@ class TieredLayer(CacheLayerMixin):
     def _count(self, picks: torch.Tensor) -> None:
         """Count the rows of a step that picked the same number everywhere; others are tallied on the device."""
         if not self.follows_threshold(self.length):
-            self._even_rows += picks.numel()
+            self._even_rows += picks[..., 0].numel() * min(picks.shape[-1], self.length)
 
     # -- telemetry -------------------------------------------------------------------------------------------------
 
