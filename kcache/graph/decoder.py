@@ -190,12 +190,10 @@ class GraphDecoder:
 
     def _keep(self, cache: KCache) -> None:
         """Note what the next step changes in place, should it turn out not to be wanted."""
-        for kept, tensor in zip(self._kept, cache.shared.step_state, strict=True):
-            kept.copy_(tensor)
+        _copy(cache.shared.step_state, self._kept)
 
     def _restore(self, cache: KCache) -> None:
-        for kept, tensor in zip(self._kept, cache.shared.step_state, strict=True):
-            tensor.copy_(kept)
+        _copy(self._kept, cache.shared.step_state)
 
     def _withdraw(self) -> None:
         """Leave the cache as if steps had been taken without the recording, so that others can go on."""
@@ -208,6 +206,14 @@ class GraphDecoder:
         self._forget()
         self.reason = reason
         _log.warning("decoding goes on without a recorded step: %s", reason)
+
+
+def _copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+    """Copy many small tensors, in one launch for each dtype."""
+    pairs = list(zip(sources, targets, strict=True))
+    for dtype in {source.dtype for source in sources}:
+        group = [pair for pair in pairs if pair[0].dtype == dtype]
+        torch._foreach_copy_([target for _, target in group], [source for source, _ in group])
 
 
 def _first_cause(error: BaseException) -> str:

@@ -35,7 +35,7 @@ LOOSE = 3e-2  # 16-bit
 
 def twins_of(model: PreTrainedModel, policy: Policy, **more: object) -> Twins:
     close = CLOSE if model.dtype == torch.float32 else LOOSE
-    return Twins(model, policy, close=close, between=churn, **more)  # type: ignore[arg-type]
+    return Twins(model, policy, close=close, between=churn, exact=False, **more)  # type: ignore[arg-type]
 
 
 def replays(twins: Twins, least: int) -> None:

@@ -32,6 +32,8 @@ class Twins:
         The largest difference of two logits, relative to the largest logit.
     between : callable, optional
         Called between steps.
+    exact : bool
+        Whether counters and picks must be the same to a row; on a device a row near a threshold may fall on either side.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Twins:
         max_length: int | None = None,
         close: float = 2e-5,
         between: Callable[[], None] = lambda: None,
+        exact: bool = True,
     ) -> None:
         self.model, self.close, self.between = model, close, between
         self.plain = KCache(model, policy.replace(graph="off"), max_length=max_length)
@@ -51,7 +54,8 @@ class Twins:
             self.taped.shared.make_tape = make_tape
         self.mask: torch.Tensor | None = None
         # Steps on trial find hot rows that they themselves have fetched.
-        self.compare_counters = policy.hot_rows == 0
+        self.compare_counters = exact and policy.hot_rows == 0
+        self.exact = exact
 
     @property
     def graph(self) -> GraphDecoder:
@@ -105,7 +109,8 @@ class Twins:
         plain, taped = self.plain, self.taped
         if self.compare_counters:
             assert taped.stats == plain.stats
-        assert taped.stats.rows_fetched == plain.stats.rows_fetched
+        off = abs(taped.stats.rows_fetched - plain.stats.rows_fetched)
+        assert off <= (0 if self.exact else plain.stats.rows_fetched // 50)
         mine, theirs = taped.shared.validity, plain.shared.validity
         assert mine.length == theirs.length
         if theirs.bitmap is not None:
@@ -116,7 +121,7 @@ class Twins:
             torch.testing.assert_close(got.values, want.values, atol=self.close * 10, rtol=self.close * 10)
         for got, want in zip(taped.snapshot().layers, plain.snapshot().layers, strict=True):
             assert got.mode == want.mode
-            if want.picks is not None:
+            if want.picks is not None and self.exact:
                 assert _sets(got.picks) == _sets(want.picks)
 
 
