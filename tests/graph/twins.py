@@ -33,7 +33,7 @@ class Twins:
     between : callable, optional
         Called between steps.
     exact : bool
-        Whether counters and picks must be the same to a row; on a device a row near a threshold may fall on either side.
+        Whether counters and picks must be the same to a row; on a device a row near a threshold may fall either way.
     """
 
     def __init__(
