@@ -150,11 +150,13 @@ def batch_of(job: Job, engine: Engine, shapes: list[LayerShape], total_bytes: in
     return largest_batch(lambda batch: engine.need(shapes, room, batch), allowed, ram)
 
 
-def measure(job: Job, lm: LoadedModel, machine: Bandwidths, device_bytes: int) -> dict[str, Any]:
-    """Run a job; returns what was measured, or why it was not."""
+def measure(
+    job: Job, lm: LoadedModel, machine: Bandwidths, device_bytes: int, spec: Spec | None = None
+) -> dict[str, Any]:
+    """Run a job; returns what was measured, or why it was not. ``spec`` is :func:`spec_of` unless given."""
     if job.engine == "prefill":
         return measure_prefill(job, lm)
-    spec, shapes = spec_of(job), layer_shapes(lm.model)
+    spec, shapes = spec or spec_of(job), layer_shapes(lm.model)
     engine = make_engine(job.engine, job.policy)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in lm.model.parameters())
     batch = batch_of(job, engine, shapes, device_bytes, weights)
