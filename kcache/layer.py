@@ -8,7 +8,7 @@ which answers a prefill chunk exactly and a single new token with the TopN decod
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -18,14 +18,26 @@ from kcache.backends.base import DecodeResult, DecodeStep, HotStore
 from kcache.errors import CacheStateError
 from kcache.handles import AttentionCall, Chunk, with_handle
 from kcache.lowrank import LowRankTail
+from kcache.sizes import SCALE_BYTES
 from kcache.stepwise import Block
 from kcache.telemetry import LayerKind, Stats, StepMode
+from kcache.tiers.bytes import ByteRows
 from kcache.tiers.rows import RowBuffer
 from kcache.tiers.values import ValueStore
 from kcache.would_pick import would_pick
 
 if TYPE_CHECKING:
     from kcache.cache import Shared
+
+
+class Buffers(NamedTuple):
+    """Where a layer's rows are: K and V ``[B, Hkv, capacity, D]``, the tail, and scales of rows in 8 bits."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    tail: LowRankTail | None
+    key_scales: torch.Tensor | None
+    value_scales: torch.Tensor | None
 
 
 class TieredLayer(CacheLayerMixin):
@@ -56,15 +68,15 @@ class TieredLayer(CacheLayerMixin):
         self.picks: torch.Tensor | None = None
         self.mass: torch.Tensor | None = None
         self.steps = self._even_rows = 0
-        self._k: RowBuffer | None = None
+        self._k: RowBuffer | ByteRows | None = None
         self._v: ValueStore | None = None
 
     # -- what transformers asks ------------------------------------------------------------------------------------
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]  # a view, where the base has an attribute
-        """K ``[B, Hkv, L, D]``, a view of the device buffer; None while empty."""
-        return self._k.view(self.length) if self._k is not None and self._k.data is not None else None
+        """K ``[B, Hkv, L, D]``, a view of the device buffer (a copy, if that is in 8 bits); None while empty."""
+        return self._k.get(self.length) if self._k is not None and self._k.data is not None else None
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
@@ -117,16 +129,22 @@ class TieredLayer(CacheLayerMixin):
         if self.shared.replays(self, key_states):
             return key_states, with_handle(value_states, Block(self, self.length))
         self.shared.plan_residency(self, key_states, value_states, end)
-        self._k.reserve(key_states, end)
-        self._k.view(end)[:, :, self.length :].copy_(key_states)
         self._v.append(value_states, self.length, self.shared.residency.leaves(self, end))
+        self._store_keys(key_states)
         self.length = end
         self.steps += key_states.shape[2] == 1 and not self.shared.force_exact
         if not self.shared.attached:
-            values, arrived = self._v.fetch(end, end)
-            self._v.link.wait(arrived)
-            return self._k.view(end), values
+            return self._k.get(end), self._v.everything()
         return key_states, with_handle(value_states, Chunk(self, end))
+
+    def _store_keys(self, rows: torch.Tensor) -> None:
+        """Keep K of new rows, in 8 bits once V has left if the policy says so."""
+        assert self._k is not None
+        if self.shared.policy.k_bits == 8 and self.offloaded and isinstance(self._k, RowBuffer):
+            exact, self._k = self._k, ByteRows(self.device, self.device, self.shared.residency.room)
+            if self.length:
+                self._k.put(exact.view(self.length), 0)
+        self._k.put(rows, self.length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask for ``query_length`` new tokens."""
@@ -223,7 +241,9 @@ class TieredLayer(CacheLayerMixin):
         values = self._v.whole(call.value)
         if self.following is not None:
             self.following.prefetch_values(call.key.shape[2])
-        keys = self._k.view(self.length)
+        keys = self._k.get(self.length)
+        if isinstance(self._k, ByteRows):
+            keys = torch.cat([keys[:, :, : self.length - count], call.key], 2)
         return dense.attend(call.query, keys, values, mask, call.scaling, call.softcap, call.sinks)
 
     def _decodes_topn(self, mask: torch.Tensor | None) -> bool:
@@ -245,18 +265,20 @@ class TieredLayer(CacheLayerMixin):
 
     def step_of(self, call: AttentionCall, mask: torch.Tensor | None) -> DecodeStep:
         """What a backend is given for a call with one query; ``mask`` ``[B, at least L]`` bool."""
-        keys, values, tail = self.buffers()
+        held = self.buffers()
         return DecodeStep(
             query=call.query[:, :, 0].detach(),
-            keys=keys,
-            values=values,
+            keys=held.keys,
+            values=held.values,
             length=self.length,
             scaling=call.scaling,
             policy=self.shared.policy,
-            lowrank=None if tail is None else tail.state(),
+            lowrank=None if held.tail is None else held.tail.state(),
             mask=None if mask is None else mask.expand(call.query.shape[0], -1),
             softcap=call.softcap,
             sinks=call.sinks,
+            key_scales=held.key_scales,
+            value_scales=held.value_scales,
         )
 
     def decode_step(self, step: DecodeStep) -> DecodeResult:
@@ -286,12 +308,18 @@ class TieredLayer(CacheLayerMixin):
         if self._v is not None:
             self._v.crop(self.length)
 
-    def buffers(self) -> tuple[torch.Tensor, torch.Tensor, LowRankTail | None]:
-        """The whole K and V buffers, V in whichever tier holds it, and the tail; valid until the layer grows."""
+    def buffers(self) -> Buffers:
+        """The whole buffers, V in whichever tier holds it; valid until the layer grows."""
         assert self._k is not None and self._k.data is not None and self._v is not None
         held = self._v.host or self._v.resident
         assert held is not None and held.data is not None
-        return self._k.data, held.data, self._v.tail
+        return Buffers(
+            self._k.data,
+            held.data,
+            self._v.tail,
+            self._k.scales if isinstance(self._k, ByteRows) else None,
+            held.scales if isinstance(held, ByteRows) else None,
+        )
 
     def stepped_on_device(
         self, picks: torch.Tensor | None, mass: torch.Tensor | None, event: torch.cuda.Event | None
@@ -313,6 +341,14 @@ class TieredLayer(CacheLayerMixin):
     # -- telemetry -------------------------------------------------------------------------------------------------
 
     @property
+    def key_bytes(self) -> int:
+        """Bytes of K of the tokens held, which a decode step reads."""
+        if self._k is None or self._k.data is None:
+            return 0
+        scale = SCALE_BYTES if isinstance(self._k, ByteRows) else 0
+        return self.batch_size * self._k.heads * (self._k.row_bytes + scale) * self.length
+
+    @property
     def rows_fetched(self) -> int:
         """V rows that decode steps took from the host tier; waits for the device, which counts them."""
         spread = self.shared.spread
@@ -326,11 +362,14 @@ class TieredLayer(CacheLayerMixin):
         """The values of :meth:`stats` in the order of its fields: all that a frame needs of them, and quicker."""
         if self._k is None or self._v is None:
             return (0,) * len(fields(Stats))
-        k_bytes, resident, overhead = self._k.nbytes, self._v.resident_bytes, self._v.overhead_bytes
+        k_bytes = self._k.nbytes + (self._k.scale_bytes if isinstance(self._k, ByteRows) else 0)
+        resident, overhead = self._v.resident_bytes, self._v.overhead_bytes
         v = self._v.host or self._v.resident
         rows, hits = self.rows_fetched, self._v.hot_hits
         row_bytes = 0 if self._v.host is None else self._v.host.row_bytes
-        per_token = 0 if v is None else self.batch_size * (self._k.heads * self._k.row_bytes + v.heads * v.row_bytes)
+        per_token = 0
+        if v is not None:
+            per_token = self.batch_size * (self._k.heads * self._k.full_row_bytes + v.heads * v.full_row_bytes)
         return (
             self._v.bytes_h2d + (rows - hits) * row_bytes,
             self._v.bytes_d2h,

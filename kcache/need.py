@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttenti
 
 from kcache.errors import UnsupportedModelError
 from kcache.policy import Policy
-from kcache.sizes import TierSizes, resident_layers, tail_unit
+from kcache.sizes import TierSizes, resident_layers
 
 _SCORE_BYTES = 4  # scores are fp32
 _LIST_BYTES = 8  # a row above the threshold: its weight and its position
@@ -139,12 +139,7 @@ class ModelShape:
     def need(self, ctx: int, batch: int, policy: Policy, budget: int | None, hot: bool = False) -> MemoryNeed:
         """Bytes of a cache, with ``hot`` of one on a device that keeps hot rows; see :func:`cache_bytes`."""
         v_row = self.v_row * batch
-        sizes = TierSizes(
-            self.layers,
-            self.k_row * batch,
-            v_row,
-            *tail_unit(policy, v_row, self.dim, v_row // (self.dim * self.dtype_bytes), hot),
-        )
+        sizes = TierSizes.of(policy, self.layers, self.k_row * batch, v_row, self.dim, self.dtype_bytes, hot)
         other_rows = (self.untiered * ctx + sum(min(ctx, window) for window in self.windows)) * batch
         allowed = policy.kv_budget if isinstance(policy.kv_budget, int) else budget
         if policy.offload == "none" or ctx < policy.dense_below:
@@ -152,9 +147,9 @@ class ModelShape:
         else:
             others = other_rows * (self.k_row + self.v_row)
             resident = resident_layers(sizes, policy, ctx, None if allowed is None else allowed - others)
-        k_bytes = sizes.k_row * self.layers * ctx + self.k_row * other_rows
-        v_bytes = sizes.v_row * self.layers * ctx + self.v_row * other_rows
         host, tail = sizes.host(ctx, resident), sizes.tail(ctx, resident)
+        k_bytes = sizes.k(ctx, resident) + self.k_row * other_rows
+        v_bytes = sizes.v_row * resident * ctx + host + self.v_row * other_rows
         return MemoryNeed(
             k_bytes=k_bytes,
             v_bytes=v_bytes,
@@ -162,7 +157,7 @@ class ModelShape:
             overhead_bytes=tail,
             device_bytes=k_bytes + v_bytes - host + tail,
             host_bytes=host,
-            full_kv_bytes=k_bytes + v_bytes,
+            full_kv_bytes=(self.k_row + self.v_row) * (batch * self.layers * ctx + other_rows),
             resident_layers=resident,
             layers=self.layers,
         )

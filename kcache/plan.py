@@ -191,7 +191,8 @@ class Planner:
         shape, offloaded = self.shape, need.layers - need.resident_layers
         scores = SCORE_PASSES * SCORE_BYTES * shape.query_heads * batch * ctx * offloaded
         fetches = shape.group if self.policy.select == "head" else 1
-        picked = offloaded * batch * shape.v_row * min(self.policy.topn, ctx) * fetches
+        row = shape.v_row // shape.dtype_bytes if self.policy.v_bits == 8 else shape.v_row
+        picked = offloaded * batch * row * min(self.policy.topn, ctx) * fetches
         link_bytes = int(picked * (1 - self.hit_rate))
         weights_bytes = self.weights.read_bytes(batch)
         memory_bytes = weights_bytes + need.device_bytes + scores + picked - link_bytes

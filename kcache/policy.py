@@ -15,6 +15,7 @@ from kcache.errors import PolicyError
 Select = Literal["group", "head"]
 Tail = Literal["lowrank", "renormalise", "none"]
 Spread = Literal["need", "even"]
+Bits = Literal[16, 8]
 Offload = Literal["auto", "all", "none"]
 BackendName = Literal["auto", "reference", "cpu", "triton"]
 Graph = Literal["auto", "off"]
@@ -93,6 +94,13 @@ class Policy:
         Recently fetched V rows that a CUDA device keeps per KV head and offloaded layer, so that most picks need not
         cross the link again; 0 for none. Rounded up to a power of two, at least 8. Where both tiers are RAM, and with
         ``select="head"``, nothing is kept.
+    k_bits : {16, 8}
+        With 8, K of offloaded layers is kept as whole numbers with a scale for each row, in half the device memory, and
+        scored from them. Scores are then no longer exact: neither is a later piece of a prompt, which attends to what
+        was kept, nor N at least the context. "16" stands for whatever type the model computes in.
+    v_bits : {16, 8}
+        With 8, V crosses to the host and back in the same form: half the link's bytes and half the RAM. What was said
+        of later pieces and of N at least the context holds here, too.
     offload : {"auto", "all", "none"}
         ``"auto"`` keeps V of as many layers on the device as ``kv_budget`` allows and offloads the rest (on a
         CPU-only machine without a ``kv_budget`` it means ``"all"``); ``"all"`` offloads every layer but the dense
@@ -120,6 +128,8 @@ class Policy:
     tail: Tail = "lowrank"
     tail_rank: int | None = None
     hot_rows: int = 256
+    k_bits: Bits = 16
+    v_bits: Bits = 16
     offload: Offload = "auto"
     kv_budget: int | str | None = None
     resident_layers: int | None = None
@@ -140,6 +150,9 @@ class Policy:
         _check_choice("spread", self.spread, get_args(Spread))
         _check_choice("select", self.select, get_args(Select))
         _check_choice("tail", self.tail, get_args(Tail))
+        for name in ("k_bits", "v_bits"):
+            if getattr(self, name) not in get_args(Bits):
+                raise PolicyError(f"{name} must be 16 or 8, got {getattr(self, name)!r}; 16 keeps rows as they are")
         _check_choice("offload", self.offload, get_args(Offload))
         _check_choice("backend", self.backend, get_args(BackendName))
         _check_choice("graph", self.graph, get_args(Graph))

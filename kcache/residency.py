@@ -7,6 +7,7 @@ devices each has a budget of its own, for the layers that are there, and the sho
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import psutil
@@ -15,7 +16,7 @@ import torch
 from kcache.errors import DoesNotFitError
 from kcache.parallel import ALONE, Ranks
 from kcache.policy import Policy
-from kcache.sizes import TierSizes, in_units, least_resident, reserve, resident_layers, tail_unit
+from kcache.sizes import TierSizes, in_units, least_resident, reserve, resident_layers
 from kcache.tiers.rows import grown_length
 
 if TYPE_CHECKING:
@@ -81,10 +82,9 @@ class Residency:
         """
         if end <= self.planned and keys.shape[0] == self.batch:
             return
-        v_row = _row_bytes(values)
-        heads, hot = values.shape[0] * values.shape[1], values.device.type == "cuda"
-        tail = tail_unit(self.policy, v_row, values.shape[3], heads, hot)
-        places = self._places(layer, _row_bytes(keys), v_row, tail)
+        rows = (_row_bytes(keys), _row_bytes(values), values.shape[3], values.element_size())
+        sizes = TierSizes.of(self.policy, 0, *rows, hot=values.device.type == "cuda")
+        places = self._places(layer, sizes)
         needed = end if self.max_length is None else max(end, self.max_length)
         length = aim = self._aim(needed)
         for place in places:
@@ -105,7 +105,7 @@ class Residency:
             if late.length and not late.offloaded and self.leaves(late, late.length):
                 late.spill()
 
-    def _places(self, layer: TieredLayer, k_row: int, v_row: int, tail: tuple[int, int]) -> list[Place]:
+    def _places(self, layer: TieredLayer, sizes: TierSizes) -> list[Place]:
         """The devices there are, with their layers, sizes and budgets; ``layer`` is the one whose rows arrive."""
         expected = self.devices.get(layer.index, layer.device)
         if expected != layer.device:  # the model has been moved since it was looked at
@@ -121,7 +121,7 @@ class Residency:
             places[device].least += position < least
         found = list(places.values())
         for place in found:
-            place.sizes = TierSizes(len(place.layers), k_row, v_row, *tail)
+            place.sizes = replace(sizes, layers=len(place.layers))
             place.budget = self._budget(place)
         limits = self._ranks.least([place.budget for place in found if place.budget is not None])
         for place in found:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from kcache.policy import Policy
 
 LEAST_RESERVE = 512 * 2**20
+SCALE_BYTES = 4  # of a row in 8 bits
 HOT_WAYS = 8  # hot rows that a position may be kept in place of
 
 
@@ -26,6 +27,8 @@ class TierSizes:
         Bytes of one token's tail in one layer, all sequences.
     tail_fixed : int
         Bytes of the tail in one layer at any length.
+    k_left, v_left : int or None
+        Bytes of one token's K and V in one layer once V has left for the host; None for ``k_row`` and ``v_row``.
     """
 
     layers: int
@@ -33,6 +36,27 @@ class TierSizes:
     v_row: int
     tail_row: int = 0
     tail_fixed: int = 0
+    k_left: int | None = None
+    v_left: int | None = None
+
+    @classmethod
+    def of(
+        cls, policy: Policy, layers: int, k_row: int, v_row: int, dim: int, itemsize: int, hot: bool = False
+    ) -> TierSizes:
+        """Sizes under a policy, for heads of ``dim`` values of ``itemsize`` bytes; ``hot`` if hot rows are kept."""
+        heads = v_row // (dim * itemsize)
+        scales = SCALE_BYTES * heads
+        k_left = k_row // itemsize + scales if policy.k_bits == 8 else k_row
+        v_left = v_row // itemsize if policy.v_bits == 8 else v_row
+        tail_row, tail_fixed = tail_unit(policy, v_row, dim, heads)
+        tail_row += scales if policy.v_bits == 8 else 0
+        tail_fixed += hot_bytes(policy, v_left, heads) if hot else 0
+        return cls(layers, k_row, v_row, tail_row, tail_fixed, k_left, v_left)
+
+    def k(self, length: int, resident: int) -> int:
+        """Bytes of all K at ``length`` rows with V of ``resident`` layers on the device."""
+        left = self.k_row if self.k_left is None else self.k_left
+        return (resident * self.k_row + (self.layers - resident) * left) * length
 
     def tail(self, length: int, resident: int) -> int:
         """Bytes of the tail with V of ``resident`` layers on the device."""
@@ -40,11 +64,12 @@ class TierSizes:
 
     def device(self, length: int, resident: int) -> int:
         """Bytes on the device at ``length`` rows with V of ``resident`` layers there."""
-        return (self.layers * self.k_row + resident * self.v_row) * length + self.tail(length, resident)
+        return self.k(length, resident) + resident * self.v_row * length + self.tail(length, resident)
 
     def host(self, length: int, resident: int) -> int:
         """Bytes in the host tier."""
-        return (self.layers - resident) * self.v_row * length
+        left = self.v_row if self.v_left is None else self.v_left
+        return (self.layers - resident) * left * length
 
     def longest(self, resident: int, budget: int, below: int) -> int:
         """The most rows, at most ``below``, whose device bytes stay within ``budget``."""
@@ -58,8 +83,8 @@ class TierSizes:
         return low
 
 
-def tail_unit(policy: Policy, v_row: int, dim: int, heads: int = 0, hot: bool = False) -> tuple[int, int]:
-    """What the tail takes in one layer, and the hot rows with it.
+def tail_unit(policy: Policy, v_row: int, dim: int, heads: int = 0) -> tuple[int, int]:
+    """What the tail takes in one layer.
 
     Parameters
     ----------
@@ -68,17 +93,14 @@ def tail_unit(policy: Policy, v_row: int, dim: int, heads: int = 0, hot: bool = 
         Bytes of a token's V.
     dim, heads : int
         Size of a head, and how many there are in all sequences.
-    hot : bool
-        Whether the device keeps hot rows.
 
     Returns
     -------
     int, int
-        Bytes per token, and bytes at any length: base and basis in fp32, hot rows.
+        Bytes per token, and bytes at any length: base and basis in fp32.
     """
     rank = rank_of(policy.tail_rank, dim) if policy.tail == "lowrank" else 0
-    fixed = heads * (rank + 1) * dim * 4 if rank else 0
-    return v_row * rank // dim, fixed + (hot_bytes(policy, v_row, heads) if hot else 0)
+    return v_row * rank // dim, heads * (rank + 1) * dim * 4 if rank else 0
 
 
 def hot_capacity(rows: int) -> int:

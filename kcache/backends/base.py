@@ -47,9 +47,10 @@ class DecodeStep:
     ----------
     query : Tensor ``[B, Hq, D]``
     keys : Tensor ``[B, Hkv, capacity, D]``
-        The whole K buffer on the device; rows from ``length`` on are not valid memory.
+        The whole K buffer on the device; rows from ``length`` on are not valid memory. int8 with ``key_scales``.
     values : Tensor ``[B, Hkv, capacity, Dv]``
         The whole V buffer in the host tier (pinned where there is a CUDA device); for ``dense``, on the device.
+        int8 with ``value_scales``.
     length : int
         Rows in the cache, the new token's included.
     scaling : float
@@ -66,6 +67,8 @@ class DecodeStep:
         None, exactly ``topn`` rows.
     tally : Tensor ``[B]`` int64 or None
         With a threshold, the backend adds the rows it picked for each sequence, all heads together.
+    key_scales, value_scales : Tensor ``[B, Hkv, capacity]`` fp32 or None
+        On the device: what a row of whole numbers is to be multiplied by.
     hot : HotStore or None
         What :meth:`Backend.keep_hot` made for this layer: picks found there need not be fetched.
     device_length : Tensor ``[1]`` int32 or None
@@ -86,6 +89,8 @@ class DecodeStep:
     tally: torch.Tensor | None = None
     hot: HotStore | None = None
     device_length: torch.Tensor | None = None
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

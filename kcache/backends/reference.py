@@ -41,6 +41,8 @@ class ReferenceBackend:
     def score(self, step: DecodeStep) -> torch.Tensor:
         """Attention probabilities of every row, ``[B, Hkv, G, at least L]`` fp32; 0 where masked and from L on."""
         keys = step.keys[:, :, : step.length].float()
+        if step.key_scales is not None:
+            keys = keys * step.key_scales[:, :, : step.length, None]
         heads = keys.shape[1]
         query = step.query.float().unflatten(1, (heads, -1))
         return probabilities(torch.matmul(query, keys.transpose(2, 3)) * step.scaling, step)
@@ -61,8 +63,10 @@ class ReferenceBackend:
         batch, heads = picks.shape[:2]
         flat = picks.reshape(batch, heads, -1).clamp(min=0).to(step.values.device)
         index = flat.unsqueeze(-1).expand(-1, -1, -1, step.values.shape[-1])
-        rows = step.values[:, :, : step.length].gather(2, index)
-        return rows.to(step.query.device).reshape(*picks.shape, -1)
+        rows = step.values[:, :, : step.length].gather(2, index).to(step.query.device)
+        if step.value_scales is not None:
+            rows = rows.float() * step.value_scales.gather(2, flat.to(step.query.device)).unsqueeze(-1)
+        return rows.reshape(*picks.shape, -1)
 
     def combine(self, probs: torch.Tensor, picks: torch.Tensor, rows: torch.Tensor, step: DecodeStep) -> DecodeResult:
         """Weigh the picked rows, add the tail. May overwrite ``probs``."""

@@ -95,7 +95,7 @@ def traffic_of(model: PreTrainedModel, cache: Cache, link_bytes: float) -> Traff
             continue
         batch = keys.shape[0]
         used = min(1.0, length / keys.shape[2])
-        k += int(_nbytes(keys) * used)
+        k += int(layer.key_bytes if isinstance(layer, TieredLayer) else _nbytes(keys) * used)
         if isinstance(layer, TieredLayer) and layer.mode == "topn":
             assert layer.mass is not None
             policy = layer.shared.policy

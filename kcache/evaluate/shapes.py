@@ -18,7 +18,7 @@ from kcache.errors import InputError
 from kcache.evaluate.fidelity import Case
 from kcache.forward import step_logits
 from kcache.policy import Policy
-from kcache.sizes import TierSizes, least_resident, tail_unit
+from kcache.sizes import TierSizes, least_resident
 
 if TYPE_CHECKING:
     from kcache.loading import LoadedModel
@@ -104,8 +104,11 @@ class _Tensors:
 
     def overhead(self, policy: Policy, length: int) -> float:
         """Bytes on the device beside K at ``length`` rows, as a share of a full KV cache."""
-        sizes = TierSizes(self.layers, self.k_row, self.v_row, *tail_unit(policy, self.v_row, self.dim, self.heads))
-        beside = sizes.device(length, least_resident(policy, self.layers)) - self.layers * self.k_row * length
+        sizes = TierSizes.of(
+            policy, self.layers, self.k_row, self.v_row, self.dim, self.v_row // (self.heads * self.dim)
+        )
+        resident = least_resident(policy, self.layers)
+        beside = sizes.device(length, resident) - sizes.k(length, resident)
         return beside / (self.layers * (self.k_row + self.v_row) * length)
 
 

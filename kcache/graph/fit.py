@@ -57,7 +57,7 @@ def not_now(cache: KCache, end: int) -> str | None:
 
 
 def _of_step(layer: TieredLayer, end: int) -> str | None:
-    keys, values, tail = layer.buffers()
+    keys, values, tail, *_ = layer.buffers()
     if layer.length != end - 1:
         return "a forward was interrupted"
     if end > min(keys.shape[2], values.shape[2]):

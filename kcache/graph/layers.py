@@ -94,11 +94,11 @@ class CapturedTiered(_Captured):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write a row of K and of V ``[B, Hkv, 1, D]``, and what the tail keeps of it, where the device says."""
-        keys, values, tail = self.layer.buffers()
-        inputs = self.inputs
+        held, inputs = self.layer.buffers(), self.inputs
         append(
-            _row(key_states), _row(value_states), keys, values, inputs.length, offset=-1,
-            lowrank=None if tail is None else tail.state(), mask=inputs.valid,
+            _row(key_states), _row(value_states), held.keys, held.values, inputs.length, offset=-1,
+            lowrank=None if held.tail is None else held.tail.state(), mask=inputs.valid, key_scales=held.key_scales,
+            value_scales=held.value_scales,
         )  # fmt: skip
         return key_states, with_handle(value_states, self)
 
@@ -116,14 +116,15 @@ class CapturedTiered(_Captured):
 
     def fingerprint(self) -> tuple[object, ...]:
         """What a recording depends on."""
-        keys, values, tail = self.layer.buffers()
-        held = [keys, values]
-        if tail is not None:
-            state = tail.state()
-            held += [state.base, state.basis, state.coefficients]
-        if self.layer.hot is not None:
-            held.append(self.layer.hot.hits)
-        return (self.layer.offloaded, *((tensor.data_ptr(), tuple(tensor.shape)) for tensor in held))
+        layer, held = self.layer, self.layer.buffers()
+        tensors = [held.keys, held.values, held.key_scales, held.value_scales]
+        if held.tail is not None:
+            state = held.tail.state()
+            tensors += [state.base, state.basis, state.coefficients]
+        if layer.hot is not None:
+            tensors.append(layer.hot.hits)
+        places = ((tensor.data_ptr(), tuple(tensor.shape)) for tensor in tensors if tensor is not None)
+        return (layer.offloaded, *places)
 
     def advance(self, event: torch.cuda.Event | None) -> None:
         """Take in a step that was replayed; ``event`` ends it."""

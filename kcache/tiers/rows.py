@@ -65,6 +65,29 @@ class RowBuffer:
         """Bytes of one row ``[D]``."""
         return 0 if self.data is None else self.data.shape[3] * self.data.element_size()
 
+    @property
+    def full_row_bytes(self) -> int:
+        """Bytes of one row in the type it came in."""
+        return self.row_bytes
+
+    def put(self, rows: torch.Tensor, start: int) -> None:
+        """Store rows ``[B, H, T, D]`` from number ``start`` on."""
+        self.take(rows, start, lambda part, place: place.copy_(part))
+
+    def take(self, rows: torch.Tensor, start: int, send: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
+        """Like :meth:`put`, with the copy left to ``send(rows, their place)``."""
+        end = start + rows.shape[2]
+        self.reserve(rows, end)
+        send(rows, self.view(end)[:, :, start:])
+
+    def widen(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        """Rows from here in the type they came in: as they are."""
+        return rows
+
+    def get(self, length: int) -> torch.Tensor:
+        """The first ``length`` rows, without a copy."""
+        return self.view(length)
+
     def view(self, length: int) -> torch.Tensor:
         """The first ``length`` rows, ``[B, H, length, D]`` (or ``[B, H, D, length]``), without a copy."""
         if self.data is None:

@@ -16,6 +16,7 @@ import torch
 from kcache.backends.base import HotStore
 from kcache.lowrank import LowRankTail
 from kcache.policy import Policy
+from kcache.tiers.bytes import ByteRows
 from kcache.tiers.link import Link
 from kcache.tiers.rows import RowBuffer
 from kcache.tiers.validity import Validity
@@ -52,7 +53,7 @@ class ValueStore:
         self.length = 0
         self.bytes_h2d = self.bytes_d2h = 0
         self.resident: RowBuffer | None = RowBuffer(device, resident_room or room)
-        self.host: RowBuffer | None = None
+        self.host: RowBuffer | ByteRows | None = None
         self.tail: LowRankTail | None = None
         self.hot: HotStore | None = None
         self.link = Link(device)
@@ -78,34 +79,43 @@ class ValueStore:
             self.spill()
         if self.host is None:
             assert self.resident is not None
-            self.resident.reserve(rows, end)
-            self.resident.view(end)[:, :, self.length :].copy_(rows)
+            self.resident.put(rows, self.length)
         else:
-            self._send(rows, end)
+            self._send(rows, self.length)
         self.length = end
 
     def spill(self) -> None:
         """Move what the device holds to the host tier; the device memory is given back."""
         young = self.resident
-        host = RowBuffer(torch.device("cpu"), self._room, self.device if self.device.type == "cuda" else None)
+        host = self._host_rows()
         if young is not None and young.data is not None and self.length:
             host.reserve(young.data, self.length)  # may be refused; nothing has been lost then
         self.host, self.resident = host, None
         if self._policy.tail == "lowrank":
             self.tail = LowRankTail(self._policy.tail_rank, self.device, self._room)
         if young is not None and young.data is not None and self.length:
-            self._send(young.view(self.length), self.length, start=0)
+            self._send(young.view(self.length), 0)
             if self._validity.length >= self.length:
                 self.settle()
             self.release()
 
-    def _send(self, rows: torch.Tensor, end: int, start: int | None = None) -> None:
+    def _host_rows(self) -> RowBuffer | ByteRows:
+        cpu, reader = torch.device("cpu"), self.device if self.device.type == "cuda" else None
+        if self._policy.v_bits == 8:
+            return ByteRows(cpu, self.device, self._room, reader)
+        return RowBuffer(cpu, self._room, reader)
+
+    def _send(self, rows: torch.Tensor, start: int) -> None:
+        """Start the copy of rows to the host tier, as rows ``start`` and following."""
         assert self.host is not None
-        if end > self.host.capacity:
+        if start + rows.shape[2] > self.host.capacity:
             self.finish_sending()
-        self.host.reserve(rows, end)
-        self._sent = self.link.to_host(rows, self.host.view(end)[:, :, self.length if start is None else start :])
-        self.bytes_d2h += rows.numel() * rows.element_size()
+
+        def send(part: torch.Tensor, place: torch.Tensor) -> None:
+            self._sent = self.link.to_host(part, place)
+            self.bytes_d2h += part.numel() * part.element_size()
+
+        self.host.take(rows, start, send)
         if self.tail is not None:
             self._untailed = rows
 
@@ -143,11 +153,10 @@ class ValueStore:
         assert self.host is not None
         rows = self.host.view(end)[:, :, start:]
         self.bytes_h2d += rows.numel() * rows.element_size()
-        if self.device.type == "cpu":
-            return rows
-        rows, arrived = self.link.to_device(rows, end - start)
-        self.link.wait(arrived)
-        return rows
+        if self.device.type != "cpu":
+            rows, arrived = self.link.to_device(rows, end - start)
+            self.link.wait(arrived)
+        return self.host.widen(rows, start)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -157,10 +166,16 @@ class ValueStore:
             assert self.resident is not None
             return self.resident.view(self.length)
         self.finish_sending()
-        return self.host.view(self.length)
+        return self.host.get(self.length)
+
+    def everything(self) -> torch.Tensor:
+        """All rows on the device."""
+        rows, arrived = self.fetch(self.length, self.length)
+        self.link.wait(arrived)
+        return rows if self.host is None else self.host.widen(rows, 0)
 
     def fetch(self, length: int, room: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """The first ``length`` rows on the device, in a tensor of ``room`` rows; the event ends the copy."""
+        """The first ``length`` rows on the device, as they are kept, in a tensor of ``room`` rows; the copy's end."""
         if self.host is None:
             assert self.resident is not None
             return self.resident.view(room), None
@@ -188,6 +203,8 @@ class ValueStore:
             ahead = self.fetch(past, self.length)
         rows, arrived = ahead
         self.link.wait(arrived)
+        if isinstance(self.host, ByteRows):
+            return torch.cat([self.host.widen(rows[:, :, :past], 0), chunk], 2)
         if self.device.type != "cpu":
             rows[:, :, past:].copy_(chunk)
         return rows
@@ -249,8 +266,9 @@ class ValueStore:
 
     @property
     def overhead_bytes(self) -> int:
-        """Bytes the tail and hot rows take on the device."""
-        return self.hot_bytes + (0 if self.tail is None else self.tail.nbytes)
+        """Bytes on the device of the tail, of hot rows, and of the scales of rows in 8 bits."""
+        scales = self.host.scale_bytes if isinstance(self.host, ByteRows) else 0
+        return self.hot_bytes + scales + (0 if self.tail is None else self.tail.nbytes)
 
     @property
     def hot_bytes(self) -> int:

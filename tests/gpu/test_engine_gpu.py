@@ -102,7 +102,14 @@ def test_half_precision_is_as_near_the_truth_as_stock(backend: str, dtype: torch
 
 
 @pytest.mark.parametrize(
-    "policy", [Policy(dense_below=0), Policy.paper(dense_below=0), Policy(dense_below=0, tail="none")]
+    "policy",
+    [
+        Policy(dense_below=0),
+        Policy.paper(dense_below=0),
+        Policy(dense_below=0, tail="none"),
+        Policy(dense_below=0, hot_rows=0),
+        Policy(dense_below=0, k_bits=8, v_bits=8),
+    ],
 )
 def test_fast_backend_equals_reference_below_full_topn(policy: Policy) -> None:
     """N = L/8: both must pick alike and weigh alike, so the logits agree."""

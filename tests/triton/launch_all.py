@@ -24,6 +24,7 @@ def launch_all(
     sinks: bool = False,
     padded: bool = False,
     hot: int = 0,
+    bits: int = 16,
     tuning: Tuning | None = None,
 ) -> None:
     """Run append, one TopN step and one dense step."""
@@ -39,11 +40,15 @@ def launch_all(
     length = torch.full((1,), capacity, dtype=torch.int32)
     heads = kv_heads if select == "group" else kv_heads * group
     sink = torch.zeros(kv_heads * group) if sinks else None
+    scales = None
+    if bits == 8:
+        keys, scales = keys.to(torch.int8), torch.empty(batch, kv_heads, capacity)
     above = spread == "need"
-    append(new, new, keys, keys, length, offset=-1, lowrank=lowrank, mask=mask)
+    append(new, new, keys, keys, length, offset=-1, lowrank=lowrank, mask=mask, key_scales=scales, value_scales=scales)
     triton_decode(
         query, keys, keys, length, scaling=dim**-0.5, lowrank=lowrank if tail == "lowrank" else None, mask=mask,
-        softcap=softcap, sinks=sink, hot=HotRows(batch, heads, hot, dim, dtype, cpu) if hot else None,
+        softcap=softcap, sinks=sink, hot=HotRows(batch, heads, hot, dim, keys.dtype, cpu) if hot else None,
+        key_scales=scales, value_scales=scales,
         threshold=torch.empty(batch) if above else None,
         tally=torch.empty(batch, dtype=torch.int64) if above else None,
         workspace=Workspace(
@@ -51,6 +56,7 @@ def launch_all(
             tuning=tuning,
         ),
     )  # fmt: skip
+    keys = keys.to(dtype)
     dense_decode(
         query, keys, keys, length, scaling=dim**-0.5, mask=mask, softcap=softcap, sinks=sink,
         workspace=DenseWorkspace(batch, kv_heads, group, dim, dim, capacity, cpu, tuning=tuning),

@@ -8,6 +8,7 @@ import torch
 
 from kcache.lowrank import LowRank, LowRankTail
 from kcache.spread import MOST
+from kcache.tiers.bytes import quantise
 
 
 @dataclass
@@ -27,6 +28,8 @@ class Problem:
     sinks: torch.Tensor | None = None
     lowrank: LowRank | None = None
     threshold: torch.Tensor | None = None
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
 
     @property
     def group(self) -> int:
@@ -63,6 +66,8 @@ def make_problem(
     sharpness: float = 2.0,
     seed: int = 0,
     threshold: float | None = None,
+    k_bits: int = 16,
+    v_bits: int = 16,
 ) -> Problem:
     """Draw a problem. Rows past the length are NaN: nothing may read them.
 
@@ -98,9 +103,26 @@ def make_problem(
     )
     if tail == "lowrank":
         problem.lowrank = fit_tail(problem, rank)
+    if k_bits == 8:
+        problem.keys, problem.key_scales = in_bytes(problem.keys, length)
+    if v_bits == 8:
+        problem.values, problem.value_scales = in_bytes(problem.values, length)
     if threshold is not None:
         problem.threshold = draw_threshold(problem, threshold)
     return problem
+
+
+def in_bytes(rows: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and scales in 8 bits; past the length rows are full of 77 and scales NaN."""
+    whole, scales = quantise(rows.nan_to_num(0.0))
+    whole[:, :, length:], scales[:, :, length:] = 77, float("nan")
+    return whole, scales.squeeze(3)
+
+
+def wide(rows: torch.Tensor, scales: torch.Tensor | None, length: int) -> torch.Tensor:
+    """The first ``length`` rows ``[B, Hkv, length, D]`` in fp64, whatever they are kept in."""
+    rows = rows[:, :, :length].double()
+    return rows if scales is None else rows * scales[:, :, :length, None].double().to(rows.device)
 
 
 def fit_tail(problem: Problem, rank: int | None = None) -> LowRank:
@@ -145,7 +167,7 @@ def valid_rows(problem: Problem) -> torch.Tensor:
 
 def probabilities(problem: Problem) -> torch.Tensor:
     """``[B, Hkv, G, length]`` fp64."""
-    keys = problem.keys[:, :, : problem.length].double()
+    keys = wide(problem.keys, problem.key_scales, problem.length)
     query = problem.query.double().unflatten(1, (keys.shape[1], -1))
     scores = torch.einsum("bhgd,bhld->bhgl", query, keys) * problem.scaling
     if problem.softcap is not None:
@@ -160,7 +182,7 @@ def probabilities(problem: Problem) -> torch.Tensor:
 def expected(problem: Problem, picks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out [B, Hq, Dv], mass [B, Hkv, G])`` in fp64, given the picks ``[B, Hkv, n]`` or ``[B, Hkv, G, n]``."""
     probs = probabilities(problem)
-    values = problem.values[:, :, : problem.length].double().to(probs.device)
+    values = wide(problem.values, problem.value_scales, problem.length).to(probs.device)
     valid = valid_rows(problem)
     values = torch.where(valid[:, None, :, None], values, 0.0)
     picks = picks.long().to(probs.device)

@@ -7,6 +7,7 @@ import torch
 
 from kcache.backends.triton import append
 from kcache.lowrank import LowRankTail
+from kcache.tiers.bytes import ByteRows, quantise
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -52,6 +53,28 @@ def test_triton_append_writes_rows_and_their_tail(
     loose = 1e-5 if dtype == torch.float32 else 0.03
     got, want = state.coefficients[..., :last], slow.state().coefficients[..., :last]
     torch.testing.assert_close(got, want, rtol=loose, atol=loose)
+
+
+def test_triton_append_in_8_bits(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    new_keys, new_values = torch.randn(2, 3, 64, generator=generator), torch.randn(2, 3, 48, generator=generator)
+    new_values[1, 2] = 0
+    kept = ByteRows(device, device), ByteRows(torch.device("cpu"), device)
+    for rows, new in zip(kept, (new_keys, new_values), strict=True):
+        rows.put(torch.zeros(2, 3, 6, new.shape[2], device=device), 0)
+    keys, values = (rows.data for rows in kept)
+    values = values.pin_memory() if device.type == "cuda" else values
+    append(
+        new_keys.to(device), new_values.to(device), keys, values,
+        torch.tensor([5], dtype=torch.int32, device=device), key_scales=kept[0].scales, value_scales=kept[1].scales,
+    )  # fmt: skip
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    for new, whole, rows in ((new_keys, keys, kept[0]), (new_values, values, kept[1])):
+        want, scales = quantise(new)
+        assert torch.equal(whole[:, :, 5].cpu(), want)
+        torch.testing.assert_close(rows.scales[:, :, 5].cpu(), scales.squeeze(2), rtol=1e-6, atol=0)
+        assert whole[:, :, :5].count_nonzero() == 0
 
 
 def test_triton_append_without_tail_and_in_bf16(device: torch.device) -> None:

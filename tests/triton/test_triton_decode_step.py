@@ -34,6 +34,7 @@ def run(problem: Problem, workspace: Workspace, length: int | torch.Tensor | Non
         problem.query, problem.keys, problem.values, problem.length if length is None else length,
         scaling=problem.scaling, workspace=workspace, lowrank=problem.lowrank, mask=problem.mask,
         softcap=problem.softcap, sinks=problem.sinks, threshold=problem.threshold, out=out,
+        key_scales=problem.key_scales, value_scales=problem.value_scales,
     )  # fmt: skip
 
 
@@ -96,6 +97,10 @@ CASES: dict[str, dict[str, Any]] = {
     "above, one pick": {"threshold": 0.05, "topn": 1},
     "above, first step": {"threshold": 0.5, "length": 1, "topn": 4},
     "above, a chunk exactly": {"threshold": 0.3, "length": 64, "capacity": 64, "topn": 2},
+    "K in 8 bits": {"k_bits": 8, "padded": True},
+    "V in 8 bits": {"v_bits": 8, "padded": True, "threshold": 0.1},
+    "8 bits": {"k_bits": 8, "v_bits": 8, "threshold": 0.1, "dtype": torch.bfloat16, "dim": 128, "group": 4},
+    "8 bits, fp16, per head": {"k_bits": 8, "v_bits": 8, "dtype": torch.float16, "select": "head", "softcap": 3.0},
     "above, large capacity": {"threshold": 0.1, "length": 130, "capacity": 600},
 }
 

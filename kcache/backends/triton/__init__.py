@@ -9,8 +9,9 @@ interpreter (``TRITON_INTERPRET=1``).
 from __future__ import annotations
 
 from kcache.backends.triton.append import append
+from kcache.backends.triton.decode import dense_decode
 from kcache.backends.triton.hot import HotRows
-from kcache.backends.triton.step import dense_decode, triton_decode
+from kcache.backends.triton.step import triton_decode
 from kcache.backends.triton.workspace import DenseWorkspace, Tuning, Workspace, unsupported
 
 __all__ = ["DenseWorkspace", "HotRows", "Tuning", "Workspace", "append", "dense_decode", "triton_decode", "unsupported"]

@@ -16,13 +16,29 @@ from kcache.backends.triton.common import on_device, power_of_two
 from kcache.lowrank import LowRank
 
 
+@triton.jit
+def store_row(row, rows_ptr, scale_ptr, live, AS_BYTES: tl.constexpr):
+    """Store a row ``[D]``, as whole numbers with a scale if ``AS_BYTES``."""
+    if AS_BYTES:
+        wide = row.to(tl.float32)
+        scale = tl.max(tl.abs(wide), 0) / 127.0
+        steps = wide / tl.where(scale > 0.0, scale, 1.0)
+        nearest = (steps + 12582912.0) - 12582912.0  # the nearest whole number, an even one in the middle
+        tl.store(rows_ptr, nearest.to(tl.int8), mask=live)
+        tl.store(scale_ptr, scale)
+    else:
+        tl.store(rows_ptr, row, mask=live)
+
+
 @triton.jit(do_not_specialize=["offset", "stride_mb"])
 def append_kernel(
-    new_keys, new_values, keys, values, basis, coefficients, mask, length_ptr, offset,
+    new_keys, new_values, keys, values, key_scales, value_scales, basis, coefficients, mask, length_ptr, offset,
     stride_nkb, stride_nkh, stride_nvb, stride_nvh, stride_kb, stride_kh, stride_kl,
-    stride_vb, stride_vh, stride_vl, stride_cb, stride_ch, stride_cr, stride_mb,
+    stride_vb, stride_vh, stride_vl, stride_ksb, stride_ksh, stride_vsb, stride_vsh,
+    stride_cb, stride_ch, stride_cr, stride_mb,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    RANK: tl.constexpr, RP: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_MASK: tl.constexpr,
+    RANK: tl.constexpr, RP: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_MASK: tl.constexpr, K8: tl.constexpr,
+    V8: tl.constexpr,
 ):  # fmt: skip
     """One program per row of work."""
     row = tl.program_id(0)
@@ -31,10 +47,12 @@ def append_kernel(
     pos = (tl.load(length_ptr) + offset).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
     key = tl.load(new_keys + batch * stride_nkb + head * stride_nkh + dims, mask=dims < D, other=0.0)
-    tl.store(keys + batch * stride_kb + head * stride_kh + pos * stride_kl + dims, key, mask=dims < D)
+    k_ptr = keys + batch * stride_kb + head * stride_kh + pos * stride_kl
+    store_row(key, k_ptr + dims, key_scales + batch * stride_ksb + head * stride_ksh + pos, dims < D, K8)
     vdims = tl.arange(0, BLOCK_DV)
     value = tl.load(new_values + batch * stride_nvb + head * stride_nvh + vdims, mask=vdims < DV, other=0.0)
-    tl.store(values + batch * stride_vb + head * stride_vh + pos * stride_vl + vdims, value, mask=vdims < DV)
+    v_ptr = values + batch * stride_vb + head * stride_vh + pos * stride_vl
+    store_row(value, v_ptr + vdims, value_scales + batch * stride_vsb + head * stride_vsh + pos, vdims < DV, V8)
     if HAS_TAIL:
         directions = tl.arange(0, RP)
         real = directions < RANK
@@ -58,6 +76,8 @@ def append(
     offset: int = 0,
     lowrank: LowRank | None = None,
     mask: torch.Tensor | None = None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> None:
     """Write one token's K and V at position ``length + offset``, and the tail's coefficients of it.
 
@@ -75,6 +95,8 @@ def append(
         The tail, its coefficients with room for the token.
     mask : Tensor ``[B, capacity]`` bool or None
         True where a row is valid, the new token's included; the coefficients of others are 0.
+    key_scales, value_scales : Tensor ``[B, Hkv, capacity]`` fp32 on the device, or None
+        Where ``keys`` or ``values`` are int8: the row is stored in 8 bits, and its scale here.
     """
     batch, heads, dim = new_keys.shape
     dim_v = new_values.shape[-1]
@@ -82,12 +104,16 @@ def append(
     coefficients = new_values if lowrank is None else lowrank.coefficients
     rank = 1 if lowrank is None else basis.shape[2]
     valid = mask if mask is not None else length.view(1, -1)
+    k_scales = new_keys if key_scales is None else key_scales
+    v_scales = new_keys if value_scales is None else value_scales
     with on_device(new_keys.device):
         append_kernel[(batch * heads,)](
-            new_keys, new_values, keys, values, basis, coefficients, valid, length, offset,
+            new_keys, new_values, keys, values, k_scales, v_scales, basis, coefficients, valid, length, offset,
             new_keys.stride(0), new_keys.stride(1), new_values.stride(0), new_values.stride(1),
             keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
+            k_scales.stride(0), k_scales.stride(1), v_scales.stride(0), v_scales.stride(1),
             coefficients.stride(0), coefficients.stride(1), coefficients.stride(2), valid.stride(0),
             HEADS=heads, D=dim, DV=dim_v, BLOCK_D=power_of_two(dim), BLOCK_DV=power_of_two(dim_v),
-            RANK=rank, RP=power_of_two(rank), HAS_TAIL=lowrank is not None, HAS_MASK=mask is not None, num_warps=1,
+            RANK=rank, RP=power_of_two(rank), HAS_TAIL=lowrank is not None, HAS_MASK=mask is not None,
+            K8=key_scales is not None, V8=value_scales is not None, num_warps=1,
         )  # fmt: skip

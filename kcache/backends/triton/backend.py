@@ -10,8 +10,9 @@ import torch
 from kcache.backends.base import DecodeResult, DecodeStep
 from kcache.backends.reference import ReferenceBackend
 from kcache.backends.triton.common import interpreted
+from kcache.backends.triton.decode import dense_decode
 from kcache.backends.triton.hot import HotRows
-from kcache.backends.triton.step import dense_decode, triton_decode
+from kcache.backends.triton.step import triton_decode
 from kcache.backends.triton.workspace import DenseWorkspace, Tuning, Workspace, unsupported
 from kcache.errors import GraphError, PolicyError
 from kcache.policy import Spread
@@ -55,6 +56,7 @@ class TritonBackend:
             step.query, step.keys, step.values, _length(step), scaling=step.scaling, workspace=workspace,
             lowrank=step.lowrank, mask=step.mask, softcap=step.softcap, sinks=step.sinks, threshold=step.threshold,
             tally=step.tally, hot=step.hot if isinstance(step.hot, HotRows) else None,
+            key_scales=step.key_scales, value_scales=step.value_scales,
         )  # fmt: skip
         # The workspace's picks and mass are overwritten by the next layer.
         return DecodeResult(out, picks[..., : step.length].clone(), mass.clone())

@@ -63,6 +63,11 @@ def choose_splits(rows: int, tiles: int, slots: int, least_tiles: int = 4, most:
     return best
 
 
+def reduction_step(width: int, parts: int) -> int:
+    """Partial sums of ``width`` numbers to load at once: few round trips, without spilling."""
+    return min(power_of_two(parts), max(1, 8192 // width))
+
+
 @triton.jit
 def dot(a, b, UPCAST: tl.constexpr):
     """``a @ b`` in fp32. The interpreter has no bf16 product, hence ``UPCAST``; fp32 never uses tf32."""
@@ -94,3 +99,9 @@ def weighted_rows(weights, rows, UPCAST: tl.constexpr):
         result = tl.dot(middle, rows, result)
         result = tl.dot(high, rows, result)
     return result
+
+
+@triton.jit
+def whole_rows(rows, dtype: tl.constexpr):
+    """Whole numbers as floats. By way of fp32, since the interpreter takes the bits of an int8 for those of a bf16."""
+    return rows.to(tl.float32).to(dtype)

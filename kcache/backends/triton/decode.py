@@ -9,11 +9,13 @@ Shapes: R = B * Hkv rows of work, G query heads of each, S pieces, D and Dv head
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-from kcache.backends.triton.common import LOG2E, LOWEST, dot
+from kcache.backends.triton.common import LOG2E, LOWEST, dot, on_device, power_of_two, reduction_step
 from kcache.backends.triton.score import log2_score
+from kcache.backends.triton.workspace import DenseWorkspace
 
 
 @triton.jit
@@ -130,3 +132,47 @@ def decode_kernel(
             G, G2, SP, DV, BLOCK_DV, STEP, HAS_SINKS,
         )  # fmt: skip
         tl.store(counters + row, 0)
+
+
+def dense_decode(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    length: int | torch.Tensor,
+    *,
+    scaling: float,
+    workspace: DenseWorkspace,
+    mask: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Dense attention of one new token over ``length`` rows; parameters as for ``triton_decode``.
+
+    Returns
+    -------
+    Tensor ``[B, Hq, Dv]``
+        In the query's dtype. A sequence with every row masked gives zeros.
+    """
+    ws, tune = workspace, workspace.tuning
+    batch, kv_heads, _, dim = keys.shape
+    group, dim_v = query.shape[1] // kv_heads, values.shape[-1]
+    if out is None:
+        out = query.new_empty(batch, query.shape[1], dim_v)
+    lengths = ws.length_tensor(length)
+    valid = lengths.view(1, -1) if mask is None else mask
+    group2, block_v = power_of_two(group), power_of_two(dim_v)
+    with on_device(query.device):
+        decode_kernel[(batch * kv_heads * ws.splits,)](
+            query, keys, values, valid, lengths if sinks is None else sinks,
+            ws.part_max, ws.part_sum, ws.partial, ws.counters, out, lengths,
+            query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
+            values.stride(0), values.stride(1), values.stride(2), valid.stride(0),
+            out.stride(0), out.stride(1), scaling, softcap or 1.0, ws.splits,
+            HEADS=kv_heads, G=group, G2=group2, GP=16, SP=power_of_two(ws.splits), D=dim, BLOCK_D=power_of_two(dim),
+            DV=dim_v, BLOCK_DV=block_v, BLOCK_L=ws.block, STAGES=tune.dense_stages,
+            STEP=reduction_step(group2 * block_v, ws.splits), HAS_MASK=mask is not None,
+            HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None, UPCAST=ws.upcast,
+            num_warps=tune.dense_warps, num_stages=tune.dense_stages,
+        )  # fmt: skip
+    return out

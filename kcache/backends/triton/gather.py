@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kcache.backends.triton.common import weighted_rows
+from kcache.backends.triton.common import weighted_rows, whole_rows
 
 
 @triton.jit
@@ -32,9 +32,9 @@ def probabilities(scores, lse, row, pos, live, capacity, G: tl.constexpr, GP: tl
 
 @triton.jit
 def picked_rows(
-    values, weights, pick, live, hot_store, hot_slots, hot_inserts, row, at, batch, head,
-    stride_vb, stride_vh, stride_vl,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, HOT_ROWS: tl.constexpr, UPCAST: tl.constexpr,
+    values, scales, weights, pick, live, hot_store, hot_slots, hot_inserts, row, at, batch, head,
+    stride_vb, stride_vh, stride_vl, stride_sb, stride_sh,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, HOT_ROWS: tl.constexpr, HAS_SCALES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """``sum_i weight_i * v_i`` over this program's picks, ``[GP, BLOCK_D]``."""
     dims = tl.arange(0, BLOCK_D)
@@ -49,16 +49,23 @@ def picked_rows(
         h_base = hot_store + row.to(tl.int64) * HOT_ROWS * D
         hit = live & (slot >= 0)
         missed = live & (slot < 0)
-        rows = tl.load(v_ptrs, mask=missed[:, None] & columns, other=0.0, cache_modifier=".cg")
+        rows = tl.load(v_ptrs, mask=missed[:, None] & columns, other=0, cache_modifier=".cg")
         near_ptrs = h_base + tl.maximum(slot, 0)[:, None] * D + dims[None, :]
-        near = tl.load(near_ptrs, mask=hit[:, None] & columns, other=0.0)
+        near = tl.load(near_ptrs, mask=hit[:, None] & columns, other=0)
         keep_ptrs = h_base + tl.maximum(insert, 0)[:, None] * D + dims[None, :]
         tl.store(keep_ptrs, rows, mask=(missed & (insert >= 0))[:, None] & columns)
         rows = tl.where(hit[:, None], near, rows)
-        rows = tl.where(weighed[:, None], rows, 0.0)
+        rows = tl.where(weighed[:, None], rows, 0)
     else:
-        rows = tl.load(v_ptrs, mask=(live & weighed)[:, None] & columns, other=0.0, cache_modifier=".cg")
-    return weighted_rows(weights, rows, UPCAST)
+        rows = tl.load(v_ptrs, mask=(live & weighed)[:, None] & columns, other=0, cache_modifier=".cg")
+    if HAS_SCALES:
+        f_ptrs = scales + batch * stride_sb + head.to(tl.int64) * stride_sh + tl.maximum(pick, 0)
+        scale = tl.load(f_ptrs, mask=live & weighed, other=0.0)
+        # Whole numbers up to 127 are exact in bf16, whose exponents hold any product of weight and scale.
+        result = weighted_rows(weights * scale[None, :], whole_rows(rows, tl.bfloat16), UPCAST)
+    else:
+        result = weighted_rows(weights, rows, UPCAST)
+    return result
 
 
 @triton.jit
@@ -154,15 +161,15 @@ def finish_row(
 
 @triton.jit(do_not_specialize=["rows_of_work", "tail_splits"])
 def gather_kernel(
-    values, scores, lse, coefficients, base, basis, picks, counts, partial, shares, held, counters, out, mass,
+    values, scales, scores, lse, coefficients, base, basis, picks, counts, partial, shares, held, counters, out, mass,
     length_ptr, hot_store, hot_slots, hot_inserts,
-    stride_vb, stride_vh, stride_vl, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
+    stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
     capacity, rows_of_work, tail_splits,
     HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     RANK: tl.constexpr, RP: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
     STEP: tl.constexpr, HAS_TAIL: tl.constexpr, RENORMALISE: tl.constexpr, HOT_ROWS: tl.constexpr,
-    ALIGNED: tl.constexpr, UPCAST: tl.constexpr,
+    ALIGNED: tl.constexpr, HAS_SCALES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Programs for picks come first: the link is the slower road, so its loads must be under way first."""
     pid = tl.program_id(0)
@@ -196,8 +203,8 @@ def gather_kernel(
             live = pick >= 0
             weights = probabilities(scores, lse, row, tl.maximum(pick, 0), live, capacity, G, GP)
             result = picked_rows(
-                values, weights, pick, live, hot_store, hot_slots, hot_inserts, row, at, batch, kv_head,
-                stride_vb, stride_vh, stride_vl, D, BLOCK_D, HOT_ROWS, UPCAST,
+                values, scales, weights, pick, live, hot_store, hot_slots, hot_inserts, row, at, batch, kv_head,
+                stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, D, BLOCK_D, HOT_ROWS, HAS_SCALES, UPCAST,
             )  # fmt: skip
             dims = tl.arange(0, BLOCK_D)
             p_ptrs = partial + ((row * PARTS + part) * G + heads)[:, None] * D + dims[None, :]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kcache.backends.triton.common import LOG2E, LOWEST, dot
+from kcache.backends.triton.common import LOG2E, LOWEST, dot, whole_rows
 
 
 @triton.jit
@@ -28,11 +28,12 @@ def log2_score(product, scaling, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["splits", "stride_mb"])
 def score_kernel(
-    query, keys, mask, scores, part_max, part_sum, length_ptr,
-    stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_mb, capacity, scaling, softcap, splits,
+    query, keys, scales, mask, scores, part_max, part_sum, length_ptr,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_sb, stride_sh, stride_mb,
+    capacity, scaling, softcap, splits,
     HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SCALES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program: one piece of the length of one row. Pieces are equal whatever the length, so no program idles."""
     pid = tl.program_id(0)
@@ -49,8 +50,9 @@ def score_kernel(
     dims = tl.arange(0, BLOCK_D)
     lanes = tl.arange(0, BLOCK_L)
     q_ptrs = query + batch * stride_qb + (head * G + heads)[None, :] * stride_qh + dims[:, None]
-    q = tl.load(q_ptrs, mask=(heads < G)[None, :] & (dims < D)[:, None], other=0.0).to(keys.dtype.element_ty)
+    q = tl.load(q_ptrs, mask=(heads < G)[None, :] & (dims < D)[:, None], other=0.0)
     k_base = keys + batch * stride_kb + (head // REPEAT).to(tl.int64) * stride_kh
+    f_base = scales + batch * stride_sb + (head // REPEAT).to(tl.int64) * stride_sh
     s_base = scores + row.to(tl.int64) * G * capacity
     m_base = mask + batch * stride_mb
 
@@ -64,8 +66,15 @@ def score_kernel(
         else:
             seen = inside[:, None] & (dims < D)[None, :]
         k_ptrs = k_base + pos[:, None] * stride_kl + dims[None, :]
-        k = tl.load(k_ptrs, mask=seen, other=0.0, eviction_policy="evict_first")
-        score = log2_score(dot(k, q, UPCAST), scaling, softcap, HAS_SOFTCAP)
+        if HAS_SCALES:
+            # Whole numbers up to 127 are exact in any of the query's types.
+            k = whole_rows(tl.load(k_ptrs, mask=seen, other=0, eviction_policy="evict_first"), q.dtype)
+            scale = tl.load(f_base + pos, mask=inside, other=0.0)
+            product = dot(k, q, UPCAST) * scale[:, None]
+        else:
+            k = tl.load(k_ptrs, mask=seen, other=0.0, eviction_policy="evict_first")
+            product = dot(k, q.to(k.dtype), UPCAST)
+        score = log2_score(product, scaling, softcap, HAS_SOFTCAP)
         if HAS_MASK:
             allowed = tl.load(m_base + pos, mask=inside, other=0) != 0
             score = tl.where(allowed[:, None], score, float("-inf"))

@@ -1,4 +1,4 @@
-"""The Triton decode steps: score, select, fetch and combine for one tiered layer, and dense attention for one.
+"""The Triton decode step of a tiered layer: score, select, fetch and combine.
 
 Nothing is allocated and nothing waits for the host, so a step can be captured in a CUDA graph with the length as a
 device tensor. With more than one slice of the batch, select and fetch of a slice run on a side stream while K of the
@@ -13,13 +13,12 @@ from itertools import pairwise
 import torch
 
 from kcache.backends.triton.above import above_kernel, list_kernel
-from kcache.backends.triton.common import on_device, power_of_two
-from kcache.backends.triton.decode import decode_kernel
+from kcache.backends.triton.common import on_device, power_of_two, reduction_step
 from kcache.backends.triton.gather import gather_kernel
 from kcache.backends.triton.hot import HotRows
 from kcache.backends.triton.score import score_kernel, weight_kernel
 from kcache.backends.triton.select import select_kernel
-from kcache.backends.triton.workspace import DenseWorkspace, Workspace
+from kcache.backends.triton.workspace import Workspace
 from kcache.lowrank import LowRank
 
 _HOT_TILE = 128
@@ -41,6 +40,8 @@ class StepInputs:
     sinks: torch.Tensor | None = None
     threshold: torch.Tensor | None = None
     tally: torch.Tensor | None = None
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
 
     def of(self, first: int, last: int) -> StepInputs:
         """The sequences ``first:last``."""
@@ -54,7 +55,7 @@ class StepInputs:
         return StepInputs(
             self.query[first:last], self.keys[first:last], self.values[first:last], self.length, self.scaling,
             self.out[first:last], tail, part(self.mask), self.softcap, self.sinks, part(self.threshold),
-            part(self.tally),
+            part(self.tally), part(self.key_scales), part(self.value_scales),
         )  # fmt: skip
 
 
@@ -83,14 +84,16 @@ class SliceStep:
         """Stream K once; leave scores and partial sums of exponentials in the workspace."""
         ws, tune, rows, given = self.ws, self.ws.tuning, self.rows, self.inputs
         mask = given.length.view(1, -1) if given.mask is None else given.mask
+        scales = given.query if given.key_scales is None else given.key_scales
         score_kernel[(self.count * ws.score_splits,)](
-            given.query, given.keys, mask, ws.scores[rows], ws.part_max[rows], ws.part_sum[rows], given.length,
+            given.query, given.keys, scales, mask, ws.scores[rows], ws.part_max[rows], ws.part_sum[rows], given.length,
             given.query.stride(0), given.query.stride(1),
-            given.keys.stride(0), given.keys.stride(1), given.keys.stride(2), mask.stride(0),
+            given.keys.stride(0), given.keys.stride(1), given.keys.stride(2),
+            scales.stride(0), scales.stride(1), mask.stride(0),
             ws.stride, given.scaling, given.softcap or 1.0, ws.score_splits,
             HEADS=ws.heads, REPEAT=ws.repeat, G=ws.group, GP=16, D=ws.dim, BLOCK_D=power_of_two(ws.dim),
             BLOCK_L=ws.score_block, STAGES=tune.score_stages, HAS_MASK=given.mask is not None,
-            HAS_SOFTCAP=given.softcap is not None, UPCAST=ws.upcast,
+            HAS_SOFTCAP=given.softcap is not None, HAS_SCALES=given.key_scales is not None, UPCAST=ws.upcast,
             num_warps=tune.score_warps, num_stages=tune.score_stages,
         )  # fmt: skip
 
@@ -148,13 +151,15 @@ class SliceStep:
         ws, tune, rows, given = self.ws, self.ws.tuning, self.rows, self.inputs
         unused = LowRank(ws.lse, ws.lse, ws.lse.view(1, 1, *ws.lse.shape))
         tail = unused if given.lowrank is None else given.lowrank
+        scales = given.query if given.value_scales is None else given.value_scales
         group2, block_d, directions = power_of_two(ws.group), power_of_two(ws.dim_v), ws.shares.shape[3]
         gather_kernel[(self.count * (ws.pick_splits + ws.tail_splits),)](
-            given.values, ws.scores[rows], ws.lse[rows], tail.coefficients, tail.base, tail.basis, ws.picks[rows],
-            ws.counts[rows], ws.partial[rows], ws.shares[rows], ws.held[rows], ws.counters[rows], given.out,
-            ws.mass[rows], given.length,
+            given.values, scales, ws.scores[rows], ws.lse[rows], tail.coefficients, tail.base, tail.basis,
+            ws.picks[rows], ws.counts[rows], ws.partial[rows], ws.shares[rows], ws.held[rows], ws.counters[rows],
+            given.out, ws.mass[rows], given.length,
             given.query if self.hot_store is None else self.hot_store, ws.hot_slots[rows], ws.hot_inserts[rows],
             given.values.stride(0), given.values.stride(1), given.values.stride(2),
+            scales.stride(0), scales.stride(1),
             tail.coefficients.stride(0), tail.coefficients.stride(1), tail.coefficients.stride(2),
             given.out.stride(0), given.out.stride(1), ws.stride, self.count, ws.tail_splits,
             HEADS=ws.heads, REPEAT=ws.repeat, G=ws.group, G2=group2, GP=16, WIDTH=ws.width, ROWS=ws.gather_rows,
@@ -163,18 +168,13 @@ class SliceStep:
             STAGES=tune.tail_stages, STEP=reduction_step(group2 * block_d, ws.pick_splits + ws.tail_splits),
             HAS_TAIL=ws.rank > 0, RENORMALISE=ws.tail == "renormalise",
             HOT_ROWS=0 if self.hot is None else self.hot.rows, ALIGNED=is_aligned(tail.coefficients),
-            UPCAST=ws.upcast, num_warps=tune.gather_warps,
+            HAS_SCALES=given.value_scales is not None, UPCAST=ws.upcast, num_warps=tune.gather_warps,
         )  # fmt: skip
 
 
 def is_aligned(coefficients: torch.Tensor) -> bool:
     """Whether the rows ``[B, Hkv, r, capacity]`` of coefficients begin at, and have room for, multiples of 16."""
     return coefficients.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in coefficients.stride()[:3])
-
-
-def reduction_step(width: int, parts: int) -> int:
-    """Partial sums of ``width`` numbers to load at once: few round trips, without spilling."""
-    return min(power_of_two(parts), max(1, 8192 // width))
 
 
 def triton_decode(
@@ -191,6 +191,8 @@ def triton_decode(
     sinks: torch.Tensor | None = None,
     threshold: torch.Tensor | None = None,
     tally: torch.Tensor | None = None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
     hot: HotRows | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -215,6 +217,8 @@ def triton_decode(
     threshold : Tensor ``[B]`` fp32, needed by a workspace with ``spread="need"``
     tally : Tensor ``[B]`` int64 or None
         With a threshold, the rows picked for each sequence are added to it.
+    key_scales, value_scales : Tensor ``[B, Hkv, capacity]`` fp32 on the device, or None
+        What rows of int8 ``keys`` and ``values`` are multiplied by.
     hot : HotRows or None
     out : Tensor ``[B, Hq, Dv]`` or None
         Written and returned; by default a new tensor in the query's dtype.
@@ -236,8 +240,9 @@ def triton_decode(
     if out is None:
         out = query.new_empty(query.shape[0], query.shape[1], ws.dim_v)
     inputs = StepInputs(
-        query, keys, values, ws.length_tensor(length), scaling, out, lowrank, mask, softcap, sinks, threshold, tally
-    )
+        query, keys, values, ws.length_tensor(length), scaling, out, lowrank, mask, softcap, sinks, threshold, tally,
+        key_scales, value_scales,
+    )  # fmt: skip
     bounds = [round(ws.batch * piece / ws.slices) for piece in range(ws.slices + 1)]
     steps = [SliceStep(ws, first, last, inputs, hot) for first, last in pairwise(bounds) if last > first]
     with on_device(query.device):
@@ -257,47 +262,3 @@ def triton_decode(
     per_head = (ws.batch, ws.kv_heads, ws.query_group, ws.width)
     picks = ws.picks.view(ws.batch, ws.kv_heads, ws.width) if ws.select == "group" else ws.picks.view(per_head)
     return out, picks, ws.mass.view(ws.batch, ws.kv_heads, ws.query_group)
-
-
-def dense_decode(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    length: int | torch.Tensor,
-    *,
-    scaling: float,
-    workspace: DenseWorkspace,
-    mask: torch.Tensor | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Dense attention of one new token over ``length`` rows; parameters as for :func:`triton_decode`.
-
-    Returns
-    -------
-    Tensor ``[B, Hq, Dv]``
-        In the query's dtype. A sequence with every row masked gives zeros.
-    """
-    ws, tune = workspace, workspace.tuning
-    batch, kv_heads, _, dim = keys.shape
-    group, dim_v = query.shape[1] // kv_heads, values.shape[-1]
-    if out is None:
-        out = query.new_empty(batch, query.shape[1], dim_v)
-    lengths = ws.length_tensor(length)
-    valid = lengths.view(1, -1) if mask is None else mask
-    group2, block_v = power_of_two(group), power_of_two(dim_v)
-    with on_device(query.device):
-        decode_kernel[(batch * kv_heads * ws.splits,)](
-            query, keys, values, valid, lengths if sinks is None else sinks,
-            ws.part_max, ws.part_sum, ws.partial, ws.counters, out, lengths,
-            query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
-            values.stride(0), values.stride(1), values.stride(2), valid.stride(0),
-            out.stride(0), out.stride(1), scaling, softcap or 1.0, ws.splits,
-            HEADS=kv_heads, G=group, G2=group2, GP=16, SP=power_of_two(ws.splits), D=dim, BLOCK_D=power_of_two(dim),
-            DV=dim_v, BLOCK_DV=block_v, BLOCK_L=ws.block, STAGES=tune.dense_stages,
-            STEP=reduction_step(group2 * block_v, ws.splits), HAS_MASK=mask is not None,
-            HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None, UPCAST=ws.upcast,
-            num_warps=tune.dense_warps, num_stages=tune.dense_stages,
-        )  # fmt: skip
-    return out

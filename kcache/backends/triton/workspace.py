@@ -243,7 +243,7 @@ class Workspace(DeviceLength):
 
 
 class DenseWorkspace(DeviceLength):
-    """Scratch of :func:`~kcache.backends.triton.step.dense_decode`; parameters as for :class:`Workspace`."""
+    """Scratch of :func:`~kcache.backends.triton.decode.dense_decode`; parameters as for :class:`Workspace`."""
 
     def __init__(
         self,
