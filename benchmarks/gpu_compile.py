@@ -51,9 +51,12 @@ def launch_all(job: Job, batch: int, processors: int) -> None:
         torch.empty(batch, kv_heads, dim), torch.empty(batch, kv_heads, rank, dim),
         torch.empty(batch, kv_heads, rank, -(-room // 16) * 16, **half),
     )  # fmt: skip
-    append(token, token, keys, values, length, offset=-1, lowrank=tail)
+    scales = torch.empty(batch, kv_heads, room) if job.policy.k_bits == 8 else None
+    keys = keys if scales is None else torch.empty(keys.shape, dtype=torch.int8)
+    append(token, token, keys, values, length, offset=-1, lowrank=tail, key_scales=scales)
     tally = torch.zeros(batch, dtype=torch.int64)
-    step = replace(step, lowrank=tail, threshold=torch.empty(batch), tally=tally)
+    above = torch.empty(batch)
+    step = replace(step, keys=keys, lowrank=tail, threshold=above, tally=tally, key_scales=scales)
     hot = backend.keep_hot(step)
     with replayed(Trace(FILE, job.ctx, torch.device("cpu"))) if job.traced else nullcontext():
         backend.decode(replace(step, hot=hot))

@@ -79,7 +79,6 @@ def all_jobs() -> list[Job]:
     large, paper = "llama-3.1-8b", "llama-2-7b"
     at_budget = {"budget": 40 * GIB}
     on_card = {"budget": 80 * GIB, "whole_card": True}
-    eight = _with_fields(_HOLD, k_bits=8)
     tiered = [
         Job("batch8_32k/kcache", large, "kcache", 32768, 8, traced=True, seconds=25),
         Job("equal_hbm_32k/kcache", large, "kcache", 32768, traced=True, seconds=25, **at_budget),
@@ -89,7 +88,7 @@ def all_jobs() -> list[Job]:
         replace(job, name=job.name.replace("/kcache", "/no-hits"), traced=False, policy=_HOLD.replace(hot_rows=0))
         for job in tiered
     ]
-    jobs = [
+    return [
         Job("batch8_32k/dense", large, "dense", 32768, 8, seconds=20),
         tiered[0],
         Job("equal_hbm_32k/dense", large, "dense", 32768, **at_budget),
@@ -99,6 +98,7 @@ def all_jobs() -> list[Job]:
         Job("batch8_32k/hf-dynamic", large, "hf-dynamic", 32768, 8),
         Job("batch1_32k/kcache", large, "kcache", 32768, 1, traced=True),
         Job("batch1_32k/hf-offloaded", large, "hf-offloaded", 32768, 1),
+        Job("equal_hbm_32k/k8", large, "kcache", 32768, policy=_HOLD.replace(k_bits=8), traced=True, **at_budget),
         cold[0],
         Job("llama2_7b_15k/dense", paper, "dense", 15360, seconds=25, **on_card),
         tiered[2],
@@ -107,15 +107,6 @@ def all_jobs() -> list[Job]:
         Job("prefill_32k/kcache", large, "prefill", 32768, 1),
         cold[1],
     ]
-    if eight is not None:
-        jobs.insert(10, Job("equal_hbm_32k/k8", large, "kcache", 32768, policy=eight, traced=True, **at_budget))
-    return jobs
-
-
-def _with_fields(policy: Policy, **changes: Any) -> Policy | None:
-    """The policy with some fields changed; None where this kcache does not have them."""
-    known = policy.__dataclass_fields__
-    return policy.replace(**changes) if set(changes) <= set(known) else None
 
 
 def spec_of(job: Job) -> Spec:

@@ -20,7 +20,7 @@ from kcache.cache import KCache
 from kcache.errors import InputError
 from kcache.forward import prefill, step_logits
 from kcache.policy import Policy
-from kcache.sizes import tail_unit
+from kcache.sizes import TierSizes
 from kcache.telemetry import Stats
 
 
@@ -161,17 +161,16 @@ class Tiered(Engine):
         if self.policy.offload != "all":
             return super().need(shapes, room, batch)
         stay = max(self.policy.dense_layers, self.policy.resident_layers or 0)
-        device = sum(shape.k_bytes(room, batch) for shape in shapes)
-        host = 0
+        device = host = 0
         for index, shape in enumerate(shapes):
-            v_bytes = shape.v_bytes(room, batch)
             if index < stay or shape.window is not None:
-                device += v_bytes
-            else:
-                host += v_bytes
-                heads, on_cuda = batch * shape.heads, shape.device.type == "cuda"
-                per_row, fixed = tail_unit(self.policy, shape.v_bytes(1, batch), shape.v_dim, heads, on_cuda)
-                device += per_row * room + fixed
+                device += shape.k_bytes(room, batch) + shape.v_bytes(room, batch)
+                continue
+            rows = shape.k_bytes(1, batch), shape.v_bytes(1, batch)
+            hot = shape.device.type == "cuda"
+            sizes = TierSizes.of(self.policy, 1, *rows, shape.v_dim, shape.dtype.itemsize, hot)
+            device += sizes.device(room, 0)
+            host += sizes.host(room, 0)
         return device, host
 
     def stats(self, cache: Cache) -> Stats:

@@ -129,6 +129,13 @@ def test_triton_other_tails_and_selections(llama: PreTrainedModel, tail: Any, se
     assert twins.graph.replayed == 4 - PROOFS
 
 
+def test_triton_rows_in_8_bits(llama: PreTrainedModel) -> None:
+    twins = Twins(llama, OFFLOADED.replace(k_bits=8, v_bits=8), RecordedTape, max_length=40)
+    twins.prefill(tokens(1, 1, 20))
+    twins.decode(4)
+    assert twins.graph.replayed == 4 - PROOFS
+
+
 def test_triton_v_that_leaves_the_device_does_so_between_recordings(llama: PreTrainedModel) -> None:
     twins = Twins(llama, OFFLOADED.replace(dense_below=24), RecordedTape, max_length=64)
     twins.prefill(tokens(1, 1, 18))
