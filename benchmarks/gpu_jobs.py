@@ -99,12 +99,12 @@ def all_jobs() -> list[Job]:
         Job("batch1_32k/kcache", large, "kcache", 32768, 1, traced=True),
         Job("batch1_32k/hf-offloaded", large, "hf-offloaded", 32768, 1),
         Job("equal_hbm_32k/k8", large, "kcache", 32768, policy=_HOLD.replace(k_bits=8), traced=True, **at_budget),
-        cold[0],
+        Job("prefill_32k/dense", large, "prefill", 32768, 1, policy=_HOLD.replace(offload="none")),
+        Job("prefill_32k/kcache", large, "prefill", 32768, 1),
         Job("llama2_7b_15k/dense", paper, "dense", 15360, seconds=25, **on_card),
         tiered[2],
         cold[2],
-        Job("prefill_32k/dense", large, "prefill", 32768, 1, policy=_HOLD.replace(offload="none")),
-        Job("prefill_32k/kcache", large, "prefill", 32768, 1),
+        cold[0],
         cold[1],
     ]
 
