@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The rows and the plots of docs/fidelity.md, on the demo model: about a minute for each place of a text and as much
-# again for every eight policies, on two quiet cores. Arguments are further texts, each measured apart from the
-# reference prose. Started again it goes on where it was; FRESH=1 measures everything anew. KCACHE is the command to run.
+# The rows, tables and plots of docs/fidelity.md, on the demo model: about fifteen minutes a text on one quiet core, and
+# half an hour for the rest. Arguments are further texts, each measured apart from the reference prose; the first of
+# them is the one that the ablation and the profile are made on. Started again it goes on where it was; FRESH=1 measures
+# everything anew. KCACHE is the command to run, GEMMA a folder with a second model, DATA one with gsm8k/ and bbh/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -10,18 +11,35 @@ kcache=${KCACHE:-kcache}
 mkdir -p "$out"
 [ -z "${FRESH:-}" ] || rm -f "$out"/*.jsonl
 
-ablation=()
-for file in benchmarks/ablation/*.toml; do
-	ablation+=(--policy "$file")
-done
 for text in "" "$@"; do
 	name=$(basename "${text:-reference}" .txt)
 	$kcache eval fidelity ${text:+--text "$text"} --topn 32,64,128,256 --policy default --policy paper \
 		--resume --output "$out/$name.jsonl" --plot "docs/images/fidelity-$name.svg"
-	$kcache eval fidelity ${text:+--text "$text"} --topn 64,128 --policy default "${ablation[@]}" \
-		--resume --output "$out/$name-ablation.jsonl"
 done
-# The profile of the demo model is found on the first of the texts.
-[ $# = 0 ] || $kcache tune smollm2 --text "$1" --ctx 7680 --steps 64 --places 2 --profile kcache/profiles/smollm2.toml \
-	--overwrite --resume --output "$out/tune-$(basename "$1" .txt).jsonl"
+
+# What each part of the policy buys, there and on another model.
+text=${1:-}
+name=$(basename "${text:-reference}" .txt)
+ablation=()
+for file in benchmarks/ablation/*.toml; do
+	ablation+=(--policy "$file")
+done
+$kcache eval fidelity ${text:+--text "$text"} --places 2 --topn 64,128 --policy default "${ablation[@]}" \
+	--resume --output "$out/$name-ablation.jsonl"
+if [ -n "${GEMMA:-}" ]; then
+	$kcache eval fidelity "$GEMMA" ${text:+--text "$text"} --steps 128 --places 2 --topn 64,128 \
+		--policy default --policy paper "${ablation[@]}" --resume --output "$out/gemma3-270m.jsonl"
+	$kcache eval fidelity "$GEMMA" ${text:+--text "$text"} --ctx 16k --steps 64 --places 2 --topn 64,128 \
+		--policy default --policy paper --resume --output "$out/gemma3-270m-16k.jsonl"
+fi
+
+$kcache eval needle --kind passkey,multikey,common-words,variable-tracking --topn 64,128 \
+	--resume --output "$out/needles.jsonl" --plot docs/images/needles.svg
+if [ -n "${DATA:-}" ]; then
+	$kcache eval tasks --tasks gsm8k --data "$DATA" --limit 60 --topn 64,128 --resume --output "$out/gsm8k.jsonl"
+	$kcache eval tasks --tasks bbh:date_understanding,bbh:snarks,bbh:navigate --data "$DATA" --limit 40 --topn 64,128 \
+		--resume --output "$out/bbh.jsonl"
+fi
+[ -z "$text" ] || $kcache tune smollm2 --text "$text" --ctx 7680 --steps 64 --places 2 \
+	--profile kcache/profiles/smollm2.toml --overwrite --resume --output "$out/tune-$name.jsonl"
 ${PYTHON:-python3} benchmarks/page.py

@@ -3,9 +3,9 @@
     python benchmarks/page.py
 
 A table stands between ``<!-- rows FILE -->`` (one file, as ``kcache bench`` prints it), ``<!-- runs FILE ... -->``
-(the same cases in several runs, kcache's speed over each other engine), ``<!-- fidelity FILE ... -->`` or ``<!-- tune
-FILE ... -->`` (as ``kcache eval fidelity`` and ``kcache tune`` print them) and ``<!-- end -->``. Files that are not
-there leave their table as it is. ``<!-- llama FILE -->`` is what ``benchmarks/beside_llama.py --json`` wrote.
+(the same cases in several runs, kcache's speed over each other engine), ``<!-- fidelity FILE ... -->``, ``needle``,
+``tasks`` or ``tune`` (as those commands print them), ``<!-- llama FILE -->`` (what ``benchmarks/beside_llama.py --json``
+wrote) and ``<!-- end -->``. Files that are not there leave their table as it is.
 """
 
 from __future__ import annotations
@@ -15,15 +15,22 @@ import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kcache_cli.bench.same import COMMAND, NAMES
 from kcache_cli.bench.table import markdown
-from kcache_cli.evaluate import fidelity_table, tune_table
+from kcache_cli.evaluate import fidelity_table, needle_table, tasks_table, tune_table
 from kcache_cli.rows.formats import Row
 from kcache_cli.rows.store import read_rows
 
 DOCS = Path(__file__).parent.parent / "docs"
-BLOCK = re.compile(r"(<!-- (rows|runs|llama|fidelity|tune) ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLES: dict[str, Any] = {
+    "fidelity": fidelity_table,
+    "needle": needle_table,
+    "tasks": tasks_table,
+    "tune": tune_table,
+}
+BLOCK = re.compile(r"(<!-- (rows|runs|llama|fidelity|needle|tasks|tune) ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def runs_table(runs: Sequence[Sequence[Row]]) -> str:
@@ -75,8 +82,8 @@ def fill(text: str, folder: Path) -> str:
             return match[0]
         if match[2] == "llama":
             body = llama_table(json.loads(paths[0].read_text(encoding="utf-8")))
-        elif match[2] in ("fidelity", "tune"):
-            page = tune_table if match[2] == "tune" else fidelity_table
+        elif match[2] in TABLES:
+            page = TABLES[match[2]]
             body = page.markdown([row for path in paths for row in read_rows(path, "rows", page.COMMAND, page.NAMES)])
         else:
             files = [read_rows(path, "rows", COMMAND, NAMES) for path in paths]

@@ -17,9 +17,7 @@ from kcache_cli.watching import WatchOptions, watching
 if TYPE_CHECKING:
     from kcache.evaluate.retrieval import Case, Spec
 
-_COMMAND = "kcache eval needle"
 _SAME = ("kind", "ctx", "depth", "sample", "engine", "topn", "model", "dtype", "device", "text", "seed", "policy")
-_NAMES = {"kind", "depth", "sample"}
 
 
 def _asked(*names: str, **more: Any) -> Any:
@@ -93,7 +91,7 @@ def needle(
     from kcache.evaluate.retrieval import Spec, run_cases
     from kcache_cli.console import download_bar
     from kcache_cli.engine import engine_of
-    from kcache_cli.evaluate.needle_table import draw, markdown
+    from kcache_cli.evaluate.needle_table import COMMAND, NAMES, draw, markdown
     from kcache_cli.evaluate.prose import read_prose
     from kcache_cli.evaluate.report import finish, warn_if_exact
     from kcache_cli.rows.chart import check_plot
@@ -118,7 +116,7 @@ def needle(
     check_plot(chart)
     watch_options.check()
     form = choose_format(results.form, target)
-    there = rows_to_resume(results.resume, target, form, _COMMAND, _NAMES)
+    there = rows_to_resume(results.resume, target, form, COMMAND, NAMES)
 
     engine = engine_of(context)
     with download_bar(f"loading {model.name}") as progress:

@@ -11,6 +11,8 @@ from kcache_cli.rows.chart import save
 from kcache_cli.rows.formats import Column, Row, table, versions, where
 from kcache_cli.text import one_line
 
+COMMAND = "kcache eval needle"
+NAMES = {"kind", "depth", "sample"}
 _MOST_MISSES = 20
 _Contender = tuple[str, int | None]
 

@@ -16,8 +16,6 @@ from kcache_cli.options import ModelOptions, PolicyOptions, Without, with_option
 from kcache_cli.rows.formats import Row
 from kcache_cli.watching import WatchOptions, watching
 
-_COMMAND = "kcache eval tasks"
-_NAMES = {"task", "doc", "digest", "scores"}
 _WITHOUT_LM_EVAL = "kcache eval tasks needs lm-eval, which is not installed: pip install 'kcache-llm[eval]'"
 
 
@@ -100,7 +98,7 @@ def tasks(
     from kcache_cli.console import download_bar
     from kcache_cli.engine import engine_of
     from kcache_cli.evaluate.report import finish, warn_if_exact
-    from kcache_cli.evaluate.tasks_table import markdown
+    from kcache_cli.evaluate.tasks_table import COMMAND, NAMES, markdown
     from kcache_cli.rows.progress import steps_bar
     from kcache_cli.rows.store import Store, choose_format, rows_to_resume
     from kcache_cli.settings import fill, load_settings
@@ -111,7 +109,7 @@ def tasks(
     names = [name.strip() for name in tasks.split(",")]
     target = results.target
     form = choose_format(results.form, target)
-    there = rows_to_resume(results.resume, target, form, _COMMAND, _NAMES)
+    there = rows_to_resume(results.resume, target, form, COMMAND, NAMES)
     watch_options.check()
     engine = engine_of(context)
 

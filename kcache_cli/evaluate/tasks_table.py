@@ -9,6 +9,9 @@ from dataclasses import asdict
 from kcache_cli.rows.formats import Column, Row, number, table, versions, where
 from kcache_cli.text import one_line
 
+COMMAND = "kcache eval tasks"
+NAMES = {"task", "doc", "digest", "scores"}
+
 
 def _score(row: Row) -> str:
     error = "" if math.isnan(row["stderr"]) else f" ± {row['stderr']:.3f}"  # one question has none
