@@ -4,7 +4,7 @@
 
 A table stands between ``<!-- rows FILE -->`` (one file, as ``kcache bench`` prints it), ``<!-- runs FILE ... -->``
 (the same cases in several runs, kcache's speed over each other engine), ``<!-- fidelity FILE ... -->``, ``needle``,
-``tasks`` or ``tune`` (as those commands print them), ``<!-- llama FILE -->`` (what ``benchmarks/beside_llama.py --json``
+``tasks`` or ``tune`` (as those commands print them), ``<!-- llama FILE -->`` (what ``benchmarks/beside_llama.py``
 wrote) and ``<!-- end -->``. Files that are not there leave their table as it is.
 """
 
