@@ -52,7 +52,7 @@ format: $(STAMP)
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu tests/triton/test_triton_device.py
 	PYTHONPATH=. $(PYTHON) benchmarks/first_look.py --output docs/benchmarks/first_look.json
-	PYTHONPATH=. $(PYTHON) -m benchmarks.kernels --json docs/benchmarks/kernels.json $(ARGS)
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 bench: $(STAMP)
 	KCACHE=$(BIN)/kcache PYTHON=$(BIN)/python benchmarks/cpu.sh

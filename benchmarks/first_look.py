@@ -31,6 +31,12 @@ def _gather(host, index, out, rows, D: tl.constexpr, ROWS: tl.constexpr):
     tl.store(out + at[:, None] * D + columns[None, :], data, mask=inside[:, None])
 
 
+@triton.jit
+def _put(source, host, position, D: tl.constexpr):
+    columns = tl.arange(0, D)
+    tl.store(host + tl.load(position) * D + columns, tl.load(source + columns))
+
+
 def timed(call: Callable[[], object], repeats: int = 20) -> float:
     """Median milliseconds of ``call`` on the device."""
     for _ in range(3):
@@ -106,6 +112,37 @@ def sorts(facts: dict[str, object]) -> None:
         facts[f"topk128_64x{length}_us"] = timed(lambda scores=scores: scores.topk(128)) * 1e3
 
 
+def graphs(facts: dict[str, object]) -> None:
+    """Small operators launched one by one and replayed as a graph, and a kernel in it that writes to host memory."""
+    weights = [torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(32)]
+    x = torch.randn(8, 4096, device="cuda", dtype=torch.bfloat16)
+    host, _ = registered((64, 4096), torch.bfloat16)
+    position = torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    def step() -> torch.Tensor:
+        y = x
+        for weight in weights:
+            y = torch.nn.functional.rms_norm(y @ weight, (4096,))
+        _put[(1,)](y, host, position, D=4096, num_warps=4)
+        return y
+
+    facts["step_of_64_operators_us"] = timed(step) * 1e3
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    began = time.perf_counter()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        out = step()
+    facts["capture_ms"] = (time.perf_counter() - began) * 1e3
+    facts["replay_of_64_operators_us"] = timed(graph.replay) * 1e3
+    for row in (3, 40):
+        x.normal_()
+        position.fill_(row)
+        graph.replay()
+        torch.cuda.synchronize()
+        if not torch.equal(host[row], out[0].cpu()) or not torch.equal(out, step()):
+            raise RuntimeError("a replay gave something else than the step")
+    torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+
+
 def main() -> None:
     """Run every look; one that fails is reported and the rest goes on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,7 +155,7 @@ def main() -> None:
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
-    for look in (copies, gathers, sorts):
+    for look in (copies, gathers, sorts, graphs):
         try:
             look(facts)
         except Exception as error:

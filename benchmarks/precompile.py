@@ -6,6 +6,7 @@ that compiles every kernel for sm_90, and benchmarks, which compile their varian
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,12 +36,17 @@ class StandInDriver:
 
 
 @contextmanager
-def compile_only(capability: int = 90) -> Iterator[list[tuple[str, Any]]]:
-    """Let kernel launches compile only; gives the list of (name, compiled kernel) that fills as they happen."""
+def compile_only(capability: int = 90, shard: int = 0, shards: int = 1) -> Iterator[list[tuple[str, Any]]]:
+    """Let kernel launches compile only; gives the list of (name, compiled kernel) that fills as they happen.
+
+    Of several ``shards`` each compiles every so many-th launch and passes over the others.
+    """
     compiled: list[tuple[str, Any]] = []
-    launch = JITFunction.run
+    launch, numbers = JITFunction.run, itertools.count()
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if next(numbers) % shards != shard:
+            return None
         kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
         compiled.append((self.fn.__name__, kernel))
         return kernel

@@ -132,7 +132,7 @@ class Steps:
 
         import kcache
         from kcache.bench.context import reference_prose
-        from kcache.generation import prefill
+        from kcache.forward import prefill
 
         if options.threads:
             torch.set_num_threads(options.threads)
@@ -148,7 +148,7 @@ class Steps:
         """Run ``count`` steps; the cache is cut back afterwards."""
         import torch
 
-        from kcache.generation import step_logits
+        from kcache.forward import step_logits
 
         token, clock = self._first, watch_clock()
         began = engine = watch = 0.0

@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from kcache import dense
 from kcache.errors import CacheStateError, UnsupportedModelError
-from kcache.layer import AttentionCall
+from kcache.handles import AttentionCall
 
 NAME = "kcache"
 _EAGER = "kcache_eager"

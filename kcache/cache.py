@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ from kcache.attention import is_ours, text_config
 from kcache.backends import Backend, choose_backend
 from kcache.devices import input_device
 from kcache.errors import CacheStateError, InputError
+from kcache.graph.tape import tape_for
 from kcache.hybrid import HybridTieredLayer
 from kcache.layer import TieredLayer
 from kcache.parallel import ranks_of
@@ -34,6 +35,9 @@ from kcache.stepwise import Look, no_look
 from kcache.support import context_length
 from kcache.telemetry import Stats, StepSnapshot
 from kcache.tiers.validity import Validity
+
+if TYPE_CHECKING:
+    from kcache.graph.decoder import GraphDecoder
 
 
 class Shared:
@@ -53,11 +57,13 @@ class Shared:
         self._config = weakref.ref(text_config(model))
         self._modules = frozenset(id(module) for module in model.modules())
         self._backends: dict[torch.device, Backend] = {}
+        self.make_tape = tape_for(input_device(model)) if policy.graph == "auto" else None
+        self._graph: GraphDecoder | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
-        """The copied cache makes backends of its own: theirs is scratch memory."""
+        """The copied cache makes backends and recordings of its own: theirs are scratch memory."""
         memo[id(self)] = twin = object.__new__(Shared)
-        state = {**vars(self), "_backends": {}}
+        state = {**vars(self), "_backends": {}, "_graph": None}
         twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in state.items()})
         return twin
 
@@ -106,6 +112,26 @@ class Shared:
         if device not in self._backends:
             self._backends[device] = choose_backend(self.policy.backend, device)
         return self._backends[device]
+
+    @property
+    def graph(self) -> GraphDecoder | None:
+        """Who decodes by replaying recorded steps; None where nothing records them, or the policy does without."""
+        if self._graph is None and self.make_tape is not None:
+            from kcache.graph.decoder import GraphDecoder  # needs Triton
+
+            self._graph = GraphDecoder(self.make_tape)
+        return self._graph
+
+    @property
+    def step_state(self) -> list[torch.Tensor]:
+        """What a decode step changes in place, beside the rows it adds: taken twice, it would count twice."""
+        hits = [layer.hot.hits for layer in self.residency.layers if layer.hot is not None]
+        return hits if self.spread is None else [*hits, *self.spread.state]
+
+    @property
+    def scratch(self) -> tuple[object, ...]:
+        """Scratch memory that decode steps now run in."""
+        return tuple(item for backend in self._backends.values() for item in getattr(backend, "scratch", ()))
 
     def is_resident(self, layer: TieredLayer) -> bool:
         """Whether the layer's V stays on the device."""

@@ -43,6 +43,10 @@ class CacheStateError(KCacheError, RuntimeError):
     """A cache was used in a way that cannot give a right answer (a second model, a wrong batch size, ...)."""
 
 
+class GraphError(KCacheError):
+    """A decode step cannot be recorded; decoding then goes on without, and nobody outside sees this."""
+
+
 class FormatError(InputError):
     """What came over a socket or out of a recording is not what was expected there; the message says where."""
 

@@ -6,21 +6,18 @@ on until all have, so nothing held for the others has to move; in a cache that w
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from kcache.attention import attach
 from kcache.cache import KCache
+from kcache.decoding import decode
 from kcache.errors import CacheStateError, InputError
-from kcache.parallel import ranks_of
+from kcache.forward import prefill
 from kcache.policy import Policy
 from kcache.prompts import Prompt, check_length, encode
 from kcache.sampling import Sampler, Sampling
@@ -188,54 +185,6 @@ def stream(
                 return
 
 
-def decode(
-    model: PreTrainedModel,
-    cache: Cache,
-    logits: torch.Tensor,
-    sampler: Sampler,
-    history: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    ended: Sequence[bool] = (),
-    pad_id: int = 0,
-) -> Iterator[list[int]]:
-    """Decode without end: yields the token of each sequence, and runs the model on them when asked for more.
-
-    This is the loop that chat and generate run and that the benchmark times: the time between two tokens is the
-    inter-token latency.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Attached, if the cache is a :class:`~kcache.KCache`.
-    cache : Cache
-        Any transformers cache that holds the past.
-    logits : Tensor ``[B, vocabulary]``
-        Of the past's last position.
-    sampler : Sampler
-    history : Tensor ``[B, T]``
-        The tokens so far, for samplers that read them.
-    mask : Tensor ``[B, T]`` or None
-        Which positions of the past are real.
-    ended : sequence of bool, optional
-        Sequences to feed padding from now on; the caller keeps it up to date.
-    pad_id : int
-    """
-    ranks = ranks_of(model)
-    while True:
-        tokens = ranks.first(sampler.pick(logits, history))
-        yield tokens.tolist()
-        if sampler.needs_history:
-            history = torch.cat([history, tokens[:, None]], 1)
-        if any(ended):
-            going = ~torch.tensor(ended, device=tokens.device)
-            tokens = torch.where(going, tokens, pad_id)
-            mask = tokens.new_ones(len(tokens), cache.get_seq_length()) if mask is None else mask
-            mask = torch.cat([mask, going[:, None].to(mask.dtype)], 1)
-        elif mask is not None:
-            mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
-        logits = step_logits(model, cache, tokens[:, None], mask)
-
-
 def _event(
     index: int, sequence: _Sequence, token: int, ended: bool, last: bool, elapsed_ms: float, ttft_ms: float
 ) -> TokenEvent:
@@ -252,42 +201,6 @@ def _event(
     return TokenEvent(
         index, token, text, reason, sequence.prompt_tokens, sequence.completion_tokens, elapsed_ms, ttft_ms
     )
-
-
-def prefill(
-    model: PreTrainedModel, cache: KCache, ids: torch.Tensor, mask: torch.Tensor | None
-) -> Iterator[tuple[torch.Tensor, list[int]]]:
-    """Run the prompt through the model in even chunks; yields the last logits and the ids taken in (first row)."""
-    past = cache.get_seq_length()
-    pieces = -(-ids.shape[1] // cache.policy.prefill_chunk)
-    with cache.exact():
-        for piece in ids.tensor_split(pieces, dim=1):
-            past += piece.shape[1]
-            logits = step_logits(model, cache, piece, None if mask is None else mask[:, :past])
-            yield logits, piece[0].tolist()
-
-
-@lru_cache
-def _forward_parameters(kind: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
-
-
-@torch.no_grad()
-def step_logits(
-    model: PreTrainedModel, cache: Cache, ids: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """One forward over ``ids`` ``[B, T]``; returns the last position's logits ``[B, vocabulary]``."""
-    accepted = _forward_parameters(cast(Any, type(model)))
-    extra: dict[str, object] = {}
-    if mask is not None:
-        extra["attention_mask"] = mask
-        if "position_ids" in accepted:
-            extra["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    if "logits_to_keep" in accepted:
-        extra["logits_to_keep"] = 1
-    output = model(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
-    logits: torch.Tensor = output.logits[:, -1]
-    return logits
 
 
 def _pad(

@@ -7,15 +7,17 @@ which answers a prefill chunk exactly and a single new token with the TopN decod
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kcache import dense
-from kcache.backends.base import DecodeStep
+from kcache.backends.base import DecodeResult, DecodeStep, HotStore
 from kcache.errors import CacheStateError
+from kcache.handles import AttentionCall, Chunk, with_handle
+from kcache.lowrank import LowRankTail
 from kcache.sizes import SCALE_BYTES
 from kcache.stepwise import Block
 from kcache.telemetry import LayerKind, Stats, StepMode
@@ -28,36 +30,14 @@ if TYPE_CHECKING:
     from kcache.cache import Shared
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """What ``update`` hands to the attention function, as an attribute of the V tensor: which rows of which layer."""
+class Buffers(NamedTuple):
+    """Where a layer's rows are: K and V ``[B, Hkv, capacity, D]``, the tail, and scales of rows in 8 bits."""
 
-    layer: TieredLayer
-    end: int
-
-    def attend(self, module: torch.nn.Module, call: AttentionCall) -> torch.Tensor:
-        """Answer the attention function's call; returns ``[B, Hq, Q, Dv]``."""
-        self.layer.shared.check_owner(module)
-        if self.end != self.layer.length:
-            raise CacheStateError(
-                f"layer {self.layer.index} of this cache was changed between update and attention "
-                f"({self.layer.length} rows, expected {self.end}); use one cache per forward"
-            )
-        self.layer.shared.check_whole(self.layer, self.end - call.key.shape[2])
-        return self.layer.attend(call)
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionCall:
-    """The arguments of one call of the attention function: q ``[B, Hq, Q, D]``, this chunk's K and V, the mask."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    mask: torch.Tensor | None
-    scaling: float
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
+    keys: torch.Tensor
+    values: torch.Tensor
+    tail: LowRankTail | None
+    key_scales: torch.Tensor | None
+    value_scales: torch.Tensor | None
 
 
 class TieredLayer(CacheLayerMixin):
@@ -147,7 +127,7 @@ class TieredLayer(CacheLayerMixin):
         key_states, value_states = key_states.detach(), value_states.detach()
         end = self.length + key_states.shape[2]
         if self.shared.replays(self, key_states):
-            return key_states, _with_handle(value_states, Block(self, self.length))
+            return key_states, with_handle(value_states, Block(self, self.length))
         self.shared.plan_residency(self, key_states, value_states, end)
         self._v.append(value_states, self.length, self.shared.residency.leaves(self, end))
         self._store_keys(key_states)
@@ -155,7 +135,7 @@ class TieredLayer(CacheLayerMixin):
         self.steps += key_states.shape[2] == 1 and not self.shared.force_exact
         if not self.shared.attached:
             return self._k.get(end), self._v.everything()
-        return key_states, _with_handle(value_states, Chunk(self, end))
+        return key_states, with_handle(value_states, Chunk(self, end))
 
     def _store_keys(self, rows: torch.Tensor) -> None:
         """Keep K of new rows, in 8 bits once V has left if the policy says so."""
@@ -195,6 +175,11 @@ class TieredLayer(CacheLayerMixin):
         if self._v is not None:
             self.shared.validity.record(self.length, None)
             self._v.settle()
+
+    def ready_for_kernels(self) -> None:
+        """Let the device read V only after what is under way has arrived; the host does not wait."""
+        if self._v is not None:
+            self._v.ready_for_kernels()
 
     def prefetch_values(self, chunk: int) -> None:
         """Start bringing V to the device for the exact pass over ``chunk`` new rows that is about to come."""
@@ -249,7 +234,7 @@ class TieredLayer(CacheLayerMixin):
         self.mode = "dense" if count == 1 else "prefill"
         self.picks = self.mass = None
         if count == 1 and self._v.resident is not None and _is_row_mask(mask):
-            step = self._step(call, mask, self._v.resident)
+            step = self.step_of(call, _rows_of(mask))
             if self.shared.probing and self.kind == "tiered":
                 self.picks, self.mass = would_pick(step)
             return self.shared.backend(self.device).dense(step).unsqueeze(2)
@@ -269,42 +254,89 @@ class TieredLayer(CacheLayerMixin):
     def _decode(self, call: AttentionCall, mask: torch.Tensor | None) -> torch.Tensor:
         """The TopN decode step: score, select, fetch, combine."""
         assert self._v is not None and self._v.host is not None
-        backend = self.shared.backend(self.device)
-        if backend.reads_host_by_kernel:
-            self._v.ready_for_kernels()
+        if self.shared.backend(self.device).reads_host_by_kernel:
+            self.ready_for_kernels()
         else:
             self._v.finish_sending()
-        step = self._step(call, mask, self._v.host)
-        spread, policy = self.shared.spread, self.shared.policy
-        if spread is not None and policy.topn < self.length:
-            heads = step.keys.shape[1] if policy.select == "group" else step.query.shape[1]
-            threshold, tally = spread.begin(self.index, heads, len(step.query), self.device)
-            step = replace(step, threshold=threshold, tally=tally)
-        if self._v.hot is None:
-            self._v.hot = backend.keep_hot(step)
-        result = backend.decode(replace(step, hot=self._v.hot))
+        result = self.decode_step(self.step_of(call, _rows_of(mask)))
         self.mode, self.picks, self.mass = "topn", result.picks, result.mass
-        if step.tally is None:
-            self._even_rows += result.picks.numel()
+        self._count(result.picks)
         return result.out.unsqueeze(2)
 
-    def _step(self, call: AttentionCall, mask: torch.Tensor | None, values: RowBuffer | ByteRows) -> DecodeStep:
-        assert self._k is not None and self._k.data is not None and values.data is not None and self._v is not None
-        tail = self._v.tail
+    def step_of(self, call: AttentionCall, mask: torch.Tensor | None) -> DecodeStep:
+        """What a backend is given for a call with one query; ``mask`` ``[B, at least L]`` bool."""
+        held = self.buffers()
         return DecodeStep(
             query=call.query[:, :, 0].detach(),
-            keys=self._k.data,
-            values=values.data,
+            keys=held.keys,
+            values=held.values,
             length=self.length,
             scaling=call.scaling,
             policy=self.shared.policy,
-            lowrank=None if tail is None else tail.state(),
-            mask=None if mask is None else mask[:, 0, 0].expand(call.query.shape[0], -1),
+            lowrank=None if held.tail is None else held.tail.state(),
+            mask=None if mask is None else mask.expand(call.query.shape[0], -1),
             softcap=call.softcap,
             sinks=call.sinks,
-            key_scales=self._k.scales if isinstance(self._k, ByteRows) else None,
-            value_scales=values.scales if isinstance(values, ByteRows) else None,
+            key_scales=held.key_scales,
+            value_scales=held.value_scales,
         )
+
+    def decode_step(self, step: DecodeStep) -> DecodeResult:
+        """Score, select, fetch and combine; under a threshold, with what it has come to."""
+        assert self._v is not None
+        spread, policy = self.shared.spread, self.shared.policy
+        if spread is not None and self.follows_threshold(step.length):
+            heads = step.keys.shape[1] if policy.select == "group" else step.query.shape[1]
+            threshold, tally = spread.begin(self.index, heads, len(step.query), self.device)
+            step = replace(step, threshold=threshold, tally=tally)
+        backend = self.shared.backend(self.device)
+        if self._v.hot is None:
+            self._v.hot = backend.keep_hot(step)
+        return backend.decode(replace(step, hot=self._v.hot))
+
+    def follows_threshold(self, length: int) -> bool:
+        """Whether a step over ``length`` rows picks by a threshold: where there is one, and something to choose."""
+        return self.shared.spread is not None and self.shared.policy.topn < length
+
+    @property
+    def hot(self) -> HotStore | None:
+        """The store of hot rows, once a TopN step has made one."""
+        return None if self._v is None else self._v.hot
+
+    def forget_unseen(self) -> None:
+        """Let nothing remain of rows that a step wrote past the end and that were never taken in."""
+        if self._v is not None:
+            self._v.crop(self.length)
+
+    def buffers(self) -> Buffers:
+        """The whole buffers, V in whichever tier holds it; valid until the layer grows."""
+        assert self._k is not None and self._k.data is not None and self._v is not None
+        held = self._v.host or self._v.resident
+        assert held is not None and held.data is not None
+        return Buffers(
+            self._k.data,
+            held.data,
+            self._v.tail,
+            self._k.scales if isinstance(self._k, ByteRows) else None,
+            held.scales if isinstance(held, ByteRows) else None,
+        )
+
+    def stepped_on_device(
+        self, picks: torch.Tensor | None, mass: torch.Tensor | None, event: torch.cuda.Event | None
+    ) -> None:
+        """Take in a decode step that a recording has run: K and V are stored, ``event`` ends it."""
+        assert self._v is not None
+        self.length += 1
+        self.steps += 1
+        self._v.stored_by_kernel(event)
+        self.mode, self.picks, self.mass = "dense" if picks is None else "topn", picks, mass
+        if picks is not None:
+            self._count(picks)
+
+    def _count(self, picks: torch.Tensor) -> None:
+        """Count the rows of a step that picked the same number everywhere; others are tallied on the device."""
+        if not self.follows_threshold(self.length):
+            self._even_rows += picks[..., 0].numel() * min(picks.shape[-1], self.length)
 
     # -- telemetry -------------------------------------------------------------------------------------------------
 
@@ -355,11 +387,9 @@ class TieredLayer(CacheLayerMixin):
         )
 
 
-def _with_handle(values: torch.Tensor, handle: Chunk | Block) -> torch.Tensor:
-    """V under a tensor of its own that carries what the attention function looks for."""
-    values = values.view(values.shape)
-    values._kcache = handle  # type: ignore[attr-defined]
-    return values
+def _rows_of(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A row mask ``[B, 1, 1, L]`` as ``[B, L]``."""
+    return None if mask is None else mask[:, 0, 0]
 
 
 def _is_row_mask(mask: torch.Tensor | None) -> bool:

@@ -132,8 +132,12 @@ class LowRankTail:
         basis = _leading(torch.matmul(centred.transpose(2, 3), centred), rank_of(self._rank, rows.shape[3]))
         mean = mean.squeeze(2)
         along = torch.matmul(basis, mean.unsqueeze(3))
-        self._basis = basis
-        self._base = mean - torch.matmul(along.transpose(2, 3), basis).squeeze(2)
+        base = mean - torch.matmul(along.transpose(2, 3), basis).squeeze(2)
+        if self._basis is None or self._base is None or self._basis.shape != basis.shape:
+            self._basis, self._base = basis, base
+        else:  # where they were, so that a step recorded before goes on
+            self._basis.copy_(basis)
+            self._base.copy_(base)
 
     def crop(self, length: int) -> None:
         """Cut back to ``length`` rows; base and basis stay until more rows follow than they would be right for."""

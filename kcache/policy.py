@@ -18,6 +18,7 @@ Spread = Literal["need", "even"]
 Bits = Literal[16, 8]
 Offload = Literal["auto", "all", "none"]
 BackendName = Literal["auto", "reference", "cpu", "triton"]
+Graph = Literal["auto", "off"]
 
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -114,6 +115,9 @@ class Policy:
         Longest piece of a prompt run through the model in one forward by kcache's own generation loops.
     backend : {"auto", "reference", "cpu", "triton"}
         Who computes a decode step; ``"auto"`` takes the fastest that the layer's device can run.
+    graph : {"auto", "off"}
+        On CUDA, record a whole decode step once and replay it for every token (:mod:`kcache.graph`), where the model
+        can; ``"off"`` runs the model anew for each.
     """
 
     topn: int = 128
@@ -131,6 +135,7 @@ class Policy:
     resident_layers: int | None = None
     prefill_chunk: int = 4096
     backend: BackendName = "auto"
+    graph: Graph = "auto"
 
     def __post_init__(self) -> None:
         _check_int("topn", self.topn, 1, "it is the number of V rows fetched per KV head and step; try 64 or 128")
@@ -150,6 +155,7 @@ class Policy:
                 raise PolicyError(f"{name} must be 16 or 8, got {getattr(self, name)!r}; 16 keeps rows as they are")
         _check_choice("offload", self.offload, get_args(Offload))
         _check_choice("backend", self.backend, get_args(BackendName))
+        _check_choice("graph", self.graph, get_args(Graph))
         if self.kv_budget is not None:
             object.__setattr__(self, "kv_budget", parse_bytes(self.kv_budget))
         if self.offload == "none" and self.resident_layers is not None:

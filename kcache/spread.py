@@ -62,6 +62,16 @@ class Spread:
                 self._tallies[layer] = torch.zeros(batch, dtype=torch.int64, device=device)
         return self._threshold.to(device), self._tallies[layer]
 
+    def begun(self, layer: int) -> bool:
+        """Whether a layer's next step finds all that :meth:`begin` would otherwise make."""
+        return self._heads > 0 and layer in self._tallies
+
+    @property
+    def state(self) -> list[torch.Tensor]:
+        """What a step changes in place."""
+        held = (self._threshold, self._closed, *self._tallies.values())
+        return [tensor for tensor in held if tensor is not None]
+
     def fetched(self, layer: int) -> int:
         """Rows that a layer picked since the cache was made or reset; waits for the device."""
         tally = self._tallies.get(layer)

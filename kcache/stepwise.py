@@ -21,7 +21,8 @@ import torch
 from kcache.errors import CacheStateError
 
 if TYPE_CHECKING:
-    from kcache.layer import AttentionCall, TieredLayer
+    from kcache.handles import AttentionCall
+    from kcache.layer import TieredLayer
 
 Look = Callable[["TieredLayer", "AttentionCall", torch.Tensor], None]
 """Shown each step of each replaying layer: the layer as the step left it, its call, the result ``[1, Hq, 1, Dv]``."""

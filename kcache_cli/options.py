@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from kcache.errors import InputError, PolicyError
-from kcache.policy import BackendName, Offload, Policy, parse_tokens
+from kcache.policy import BackendName, Graph, Offload, Policy, parse_tokens
 from kcache_cli.completion import complete_model, complete_policy
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
@@ -139,6 +139,10 @@ class PolicyOptions:
     backend: Annotated[BackendName | None, _policy("--backend", help="Who computes a decode step.", default="auto")] = (
         None
     )
+    graph: Annotated[
+        Graph | None,
+        _policy("--graph", help="On CUDA, record a decode step and replay it; off runs each anew.", default="auto"),
+    ] = None
     ctx: Annotated[
         int | None,
         _policy(

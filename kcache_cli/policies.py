@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kcache_cli.settings import Settings
 
 NAMES = ("default", "paper")
-FIELDS = ("topn", "offload", "kv_budget", "resident_layers", "dense_layers", "backend")
+FIELDS = ("topn", "offload", "kv_budget", "resident_layers", "dense_layers", "backend", "graph")
 
 
 def build_policy(options: PolicyOptions, settings: Settings) -> Policy:

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kcache.errors import InputError
-from kcache.policy import BackendName, Offload, parse_tokens
+from kcache.policy import BackendName, Graph, Offload, parse_tokens
 from kcache_cli import paths
 from kcache_cli.options import DtypeName
 
@@ -47,6 +47,7 @@ class Settings(BaseSettings):
     resident_layers: int | None = Field(None, ge=0, description="first layers whose V stays on the device")
     dense_layers: int | None = Field(None, ge=0, description="first layers that always attend exactly")
     backend: BackendName | None = Field(None, description="auto, reference, cpu, triton")
+    graph: Graph | None = Field(None, description="auto, off")
     ctx: Annotated[int, BeforeValidator(parse_tokens)] | None = Field(
         None, description="context to plan memory for, in tokens"
     )

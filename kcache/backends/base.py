@@ -71,6 +71,8 @@ class DecodeStep:
         On the device: what a row of whole numbers is to be multiplied by.
     hot : HotStore or None
         What :meth:`Backend.keep_hot` made for this layer: picks found there need not be fetched.
+    device_length : Tensor ``[1]`` int32 or None
+        The length, where only the device knows it: ``length`` is then the most it may be. For kernels alone.
     """
 
     query: torch.Tensor
@@ -86,6 +88,7 @@ class DecodeStep:
     threshold: torch.Tensor | None = None
     tally: torch.Tensor | None = None
     hot: HotStore | None = None
+    device_length: torch.Tensor | None = None
     key_scales: torch.Tensor | None = None
     value_scales: torch.Tensor | None = None
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kcache.errors import UnsupportedModelError
-from kcache.generation import step_logits
+from kcache.forward import step_logits
 
 if TYPE_CHECKING:
     from kcache.loading import LoadedModel

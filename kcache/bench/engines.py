@@ -1,6 +1,6 @@
 """Who is timed: KCache, our own exact attention, and the caches that come with transformers.
 
-An engine makes a cache and says how the model runs with it. All of them decode in :func:`kcache.generation.decode`,
+An engine makes a cache and says how the model runs with it. All of them decode in :func:`kcache.decoding.decode`,
 the loop of chat and generate, so that nothing but the cache differs.
 """
 
@@ -18,9 +18,9 @@ from kcache.attention import attach
 from kcache.bench.context import LayerShape, held_bytes
 from kcache.cache import KCache
 from kcache.errors import InputError
-from kcache.generation import prefill, step_logits
+from kcache.forward import prefill, step_logits
 from kcache.policy import Policy
-from kcache.sizes import tail_unit
+from kcache.sizes import TierSizes
 from kcache.telemetry import Stats
 
 
@@ -161,15 +161,16 @@ class Tiered(Engine):
         if self.policy.offload != "all":
             return super().need(shapes, room, batch)
         stay = max(self.policy.dense_layers, self.policy.resident_layers or 0)
-        device = sum(shape.k_bytes(room, batch) for shape in shapes)
-        host = 0
+        device = host = 0
         for index, shape in enumerate(shapes):
-            v_bytes = shape.v_bytes(room, batch)
             if index < stay or shape.window is not None:
-                device += v_bytes
-            else:
-                host += v_bytes
-                device += tail_unit(self.policy, v_bytes, shape.v_dim)[0]
+                device += shape.k_bytes(room, batch) + shape.v_bytes(room, batch)
+                continue
+            rows = shape.k_bytes(1, batch), shape.v_bytes(1, batch)
+            hot = shape.device.type == "cuda"
+            sizes = TierSizes.of(self.policy, 1, *rows, shape.v_dim, shape.dtype.itemsize, hot)
+            device += sizes.device(room, 0)
+            host += sizes.host(room, 0)
         return device, host
 
     def stats(self, cache: Cache) -> Stats:

@@ -107,6 +107,7 @@ def _with_times(row: Row, measured: Measured, machine: Bandwidths) -> Row:
     return replace(
         row,
         mode=measured.mode,
+        graph=measured.graph,
         turns=len(medians),
         steps_timed=len(times),
         decode_ms_p50=median,

@@ -30,6 +30,8 @@ class Row:
         Whether the context is longer than the model's, so that only the speed means anything.
     mode : {"topn", "dense"} or None
         How kcache's layers attended: ``"dense"`` where the context was too short for TopN, or V stayed.
+    graph : str or None
+        ``"replayed"`` when kcache's steps were replayed from a recording, or why not; None where nothing records them.
     context_from : {"random", "text"}
         Whether the context was filled in, or prefilled from a text.
     repeats, steps : int
@@ -78,6 +80,7 @@ class Row:
     reason: str | None = None
     speed_only: bool = False
     mode: str | None = None
+    graph: str | None = None
     context_from: str = "random"
     repeats: int = 0
     steps: int = 0

@@ -1,6 +1,6 @@
 """One engine in one case: its cache, the decode loop that runs on it, and the times of its steps.
 
-The loop is :func:`kcache.generation.decode`, kept alive from turn to turn; a step is the time from one token to the
+The loop is :func:`kcache.decoding.decode`, kept alive from turn to turn; a step is the time from one token to the
 next, sampling and the wait for the device included.
 """
 
@@ -20,7 +20,9 @@ from kcache.bench.context import LayerShape, fill, real_ids
 from kcache.bench.engines import Engine
 from kcache.bench.floor import Traffic, traffic_of
 from kcache.bench.peak import PeakMemory
-from kcache.generation import decode, step_logits
+from kcache.cache import KCache
+from kcache.decoding import decode
+from kcache.forward import step_logits
 from kcache.layer import TieredLayer
 from kcache.sampling import Sampler, Sampling
 from kcache.telemetry import Stats
@@ -63,6 +65,7 @@ class Measured:
     hot_hits: int = 0
     traffic: Traffic | None = None
     mode: str | None = None
+    graph: str | None = None
 
 
 class Runner:
@@ -137,6 +140,9 @@ class Runner:
         measured.traffic = traffic_of(self._lm.model, self._cache, measured.link_bytes)
         modes = {layer.mode for layer in self._cache.layers if isinstance(layer, TieredLayer)}
         measured.mode = "topn" if "topn" in modes else "dense" if modes else None
+        graph = self._cache.shared.graph if isinstance(self._cache, KCache) else None
+        if graph is not None:
+            measured.graph = "replayed" if graph.replayed else graph.reason or "no step was replayed"
 
     def _filled(self) -> Iterator[list[int]]:
         """Put random rows into the cache and begin to decode."""

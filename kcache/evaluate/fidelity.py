@@ -20,7 +20,7 @@ from kcache.evaluate.figures import Figures
 from kcache.evaluate.forks import Prefix
 from kcache.evaluate.layers import LayerLook
 from kcache.evaluate.places import Place
-from kcache.generation import step_logits
+from kcache.forward import step_logits
 from kcache.policy import Policy
 from kcache.snapshots import total
 from kcache.stepwise import Look, no_look

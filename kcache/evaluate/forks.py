@@ -14,7 +14,8 @@ import torch
 
 from kcache.attention import attach
 from kcache.cache import KCache
-from kcache.generation import decode, prefill, step_logits
+from kcache.decoding import decode
+from kcache.forward import prefill, step_logits
 from kcache.policy import Policy
 from kcache.sampling import Sampler, Sampling
 from kcache.text import Detokenizer

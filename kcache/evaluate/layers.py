@@ -7,7 +7,8 @@ from collections import Counter, defaultdict
 import torch
 
 from kcache import dense
-from kcache.layer import AttentionCall, TieredLayer
+from kcache.handles import AttentionCall
+from kcache.layer import TieredLayer
 
 _EVERY = 8
 """The error is looked at in one of so many steps: exact attention beside each would double the time."""

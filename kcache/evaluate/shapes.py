@@ -16,7 +16,7 @@ from kcache.attention import attach
 from kcache.cache import KCache
 from kcache.errors import InputError
 from kcache.evaluate.fidelity import Case
-from kcache.generation import step_logits
+from kcache.forward import step_logits
 from kcache.policy import Policy
 from kcache.sizes import TierSizes, least_resident
 

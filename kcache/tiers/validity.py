@@ -40,6 +40,15 @@ class Validity:
         self.bitmap = torch.cat([self.bitmap, fresh], dim=1)
         self.length = end
 
+    def grow(self, end: int, bitmap: torch.Tensor | None) -> None:
+        """Note the rows up to ``end``, which are real, or said to be by ``bitmap`` ``[B, at least end]``.
+
+        The bitmap is not copied: what it says of those rows must stay so.
+        """
+        self.length = end
+        if bitmap is not None:
+            self.bitmap = bitmap[:, :end]
+
     def rows(self, start: int, end: int, device: torch.device) -> torch.Tensor | None:
         """The bitmap of rows ``start:end`` on ``device``, ``[B, end - start]``, or None when all are valid."""
         if self.bitmap is None:

@@ -119,6 +119,17 @@ class ValueStore:
         if self.tail is not None:
             self._untailed = rows
 
+    def stored_by_kernel(self, event: torch.cuda.Event | None) -> None:
+        """Note a row that a kernel has written, here and in the tail; ``event`` ends the kernel."""
+        self.length += 1
+        if self.host is None:
+            return
+        assert self.host.data is not None
+        self._sent, self._untailed = event, None
+        self.bytes_d2h += self.host.data.shape[0] * self.host.heads * self.host.row_bytes
+        if self.tail is not None:
+            self.tail.length += 1
+
     def settle(self) -> None:
         """Take the rows that are new into the tail, now that it is known which of them are valid.
 

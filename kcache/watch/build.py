@@ -13,7 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from kcache.watch.capture import Arriving, Captured
+from kcache.arriving import Arriving
+from kcache.watch.capture import Captured
 from kcache.watch.codec import Message
 from kcache.watch.columns import NO_SHARE, PARTS, PHASES, ROLES, STATS
 from kcache.watch.frame import MOST_BUCKETS, Memory, Phase, SequenceFrame, Speed, bucket_tokens

@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from kcache.arriving import Arriving
 from kcache.cache import KCache
 from kcache.layer import TieredLayer
 from kcache.snapshots import layer_snapshot
@@ -31,31 +31,7 @@ QUEUE = 256
 """Frames that may wait for the publisher; then the oldest give way."""
 _FORWARDS = 65_536
 NEVER = math.inf
-
-
-class Arriving:
-    """A small tensor on its way to the host.
-
-    Parameters
-    ----------
-    tensor : Tensor
-        Not changed by anybody from now on.
-    """
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._host = tensor.detach()
-        if tensor.device.type == "cuda":
-            self._host = tensor.detach().to("cpu", non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(tensor.device))
-
-    def numpy(self) -> np.ndarray:
-        """The values; waits until they are there."""
-        if self._event is not None:
-            self._event.synchronize()
-        array: np.ndarray = self._host.numpy()
-        return array
+_WATCHERS = "_kcache_watchers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +137,15 @@ class Capture:
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
+        self._others = vars(model).setdefault(_WATCHERS, [])
+        self._others.append(self)
 
     def stop(self) -> None:
         """Take the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
+        if self in self._others:
+            self._others.remove(self)
 
     @property
     def cache(self) -> KCache | None:
@@ -184,19 +164,34 @@ class Capture:
             return None
 
     def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = self._ours(kwargs)
-        if cache is None:
-            return
+        cache = self._ours(kwargs.get("past_key_values"))
         ids = kwargs.get("input_ids", args[0] if args else None)
         given = ids if ids is not None else kwargs.get("inputs_embeds")
-        if given is None:
-            return
+        if cache is not None and given is not None:
+            self._begins(cache, ids, given, kwargs.get("attention_mask"))
+
+    def _after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = self._ours(kwargs.get("past_key_values"))
+        if cache is not None:
+            self._ends(cache)
+
+    def step_begins(self, cache: KCache, ids: torch.Tensor) -> None:
+        """Note a decode step that runs without a forward; ``ids`` ``[B, 1]``."""
+        if self._ours(cache) is not None:
+            self._begins(cache, ids, ids, None)
+
+    def step_ends(self, cache: KCache) -> None:
+        """Note that it has been taken in."""
+        if self._ours(cache) is not None:
+            self._ends(cache)
+
+    def _begins(self, cache: KCache, ids: torch.Tensor | None, given: torch.Tensor, mask: torch.Tensor | None) -> None:
         past, (batch, count) = cache.get_seq_length(), given.shape[:2]
         if self.cache is not cache or past == 0:
             self._cache, self._latest, self._earlier = weakref.ref(cache), None, None
             self.run += 1
         prompt = count > 1 or cache.shared.force_exact
-        mask = kwargs.get("attention_mask") if prompt and batch > 1 else None
+        mask = mask if prompt and batch > 1 else None
         now = time.perf_counter()
         self.running, self._began_s, self._prompt, self._taking = True, now, prompt, now >= self.due_s
         cache.shared.probing = self.probe and self._taking
@@ -215,9 +210,8 @@ class Capture:
         if prompt and self.due_s < NEVER:
             self._wake()
 
-    def _after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache = self._ours(kwargs)
-        if cache is None or cache is not self.cache:
+    def _ends(self, cache: KCache) -> None:
+        if cache is not self.cache:
             return
         now = self.ended_s = time.perf_counter()
         self.running = cache.shared.probing = False
@@ -239,14 +233,18 @@ class Capture:
         self.took_s = time.perf_counter() - now
         self._wake()
 
-    def _ours(self, kwargs: dict[str, Any]) -> KCache | None:
-        """The cache of a forward we watch."""
-        cache = kwargs.get("past_key_values")
+    def _ours(self, cache: Any) -> KCache | None:
+        """The cache of a forward, if we watch it."""
         if not isinstance(cache, KCache) or (self._only is not None and self._only() is not cache):
             return None
         if self._on_cuda and torch.cuda.is_current_stream_capturing():
             return None
         return cache
+
+
+def watchers_of(model: PreTrainedModel) -> list[Capture]:
+    """Who watches a model."""
+    return list(vars(model).get(_WATCHERS, ()))
 
 
 def _picks(cache: KCache, run: int) -> Picks | None:

@@ -23,6 +23,7 @@ _EXAMPLES: dict[str, object] = {
     "resident_layers": 2,
     "dense_layers": 2,
     "backend": "auto",
+    "graph": "auto",
     "ctx": 8192,
     "batch_size": 8,
     "theme": "kcache-light",

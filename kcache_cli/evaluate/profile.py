@@ -15,7 +15,7 @@ from kcache_cli.text import one_line
 if TYPE_CHECKING:
     from kcache.policy import Policy
 
-_OF_A_MACHINE = ("offload", "kv_budget", "resident_layers", "prefill_chunk", "backend")
+_OF_A_MACHINE = ("offload", "kv_budget", "resident_layers", "prefill_chunk", "backend", "graph")
 """Fields a profile leaves to whoever uses it."""
 
 

@@ -9,7 +9,7 @@ from kcache.attention import attach
 from kcache.bench.context import fill, layer_shapes
 from kcache.bench.engines import make_engine
 from kcache.bench.floor import Traffic, floor_of, traffic_of
-from kcache.generation import step_logits
+from kcache.forward import step_logits
 from kcache.policy import Policy
 from tests.bench.machines import machine
 from tests.models import make

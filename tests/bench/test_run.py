@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import kcache.bench.run as run_module
 import kcache.bench.runner as runner_module
-from kcache import generation
+from kcache import decoding, generation
 from kcache.attention import is_attached
 from kcache.bench.cases import Case, Spec, make_cases
 from kcache.bench.engines import Engine, HfDynamic, Tiered, make_engine
@@ -229,16 +229,16 @@ def test_what_is_timed_is_the_loop_of_generation(
     lm: LoadedModel, monkeypatch: pytest.MonkeyPatch, name: str, real_prefill: bool
 ) -> None:
     """Every forward of an engine's turns goes through the function that chat and generate decode with."""
-    assert runner_module.decode is generation.decode
+    assert runner_module.decode is generation.decode is decoding.decode
     seen: list[tuple[str, int]] = []
-    step = generation.step_logits
+    step = decoding.step_logits
 
     def counted(model: Any, cache: Any, ids: torch.Tensor, mask: Any = None) -> torch.Tensor:
         if ids.shape[1] == 1:
             seen.append((type(cache).__name__, int(cache.get_seq_length())))
         return step(model, cache, ids, mask)
 
-    monkeypatch.setattr(generation, "step_logits", counted)
+    monkeypatch.setattr(decoding, "step_logits", counted)
     spec = replace(SPEC, engines=(name,), topns=(4,), real_prefill=real_prefill)
     (row,) = rows_of(lm, spec)
     assert row.status == "ok"
@@ -264,14 +264,14 @@ def test_chat_and_generate_run_that_loop(lm: LoadedModel, monkeypatch: pytest.Mo
 
 
 def test_the_time_of_a_step_is_in_the_figures(lm: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = generation.step_logits
+    step = decoding.step_logits
 
     def slow(model: Any, cache: Any, ids: torch.Tensor, mask: Any = None) -> torch.Tensor:
         if isinstance(cache, DynamicCache) and not isinstance(cache, KCache):
             time.sleep(0.05)
         return step(model, cache, ids, mask)
 
-    monkeypatch.setattr(generation, "step_logits", slow)
+    monkeypatch.setattr(decoding, "step_logits", slow)
     ours, theirs = rows_of(lm, replace(SPEC, engines=("kcache", "hf-dynamic"), topns=(4,)))
     assert theirs.decode_ms_p50 and theirs.decode_ms_p50 >= 50
     assert ours.ratio and ours.ratio > 1.5

@@ -32,9 +32,10 @@ def test_paper_with_changes(run: Run) -> None:
 
 
 def test_flags(run: Run) -> None:
-    args = "--topn 7 --offload all --kv-budget 20GiB --resident-layers 3 --dense-layers 1 --backend reference"
+    args = "--topn 7 --offload all --kv-budget 20GiB --resident-layers 3 --dense-layers 1 --backend reference "
+    args += "--graph off"
     assert policy_of(run, *args.split()) == Policy(
-        topn=7, offload="all", kv_budget="20GiB", resident_layers=3, dense_layers=1, backend="reference"
+        topn=7, offload="all", kv_budget="20GiB", resident_layers=3, dense_layers=1, backend="reference", graph="off"
     )
 
 

@@ -17,7 +17,7 @@ from kcache.evaluate.figures import Figures, summary
 from kcache.evaluate.haystack import Prose
 from kcache.evaluate.places import find_places
 from kcache.evaluate.sweep import Spec, make_row, run, turns_of
-from kcache.generation import prefill, step_logits
+from kcache.forward import prefill, step_logits
 from kcache.loading import LoadedModel
 from tests.bench.machines import tiny
 from tests.models import make

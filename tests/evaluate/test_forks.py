@@ -10,7 +10,7 @@ import torch
 from kcache.attention import attach
 from kcache.cache import KCache
 from kcache.evaluate.forks import Contender, Prefix, contenders
-from kcache.generation import prefill, step_logits
+from kcache.forward import prefill, step_logits
 from kcache.loading import LoadedModel
 from kcache.policy import Policy
 from tests.bench.machines import tiny

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from kcache import KCache, Policy, attach
 from kcache.errors import CacheStateError
-from kcache.layer import AttentionCall, TieredLayer
+from kcache.handles import AttentionCall
+from kcache.layer import TieredLayer
 from tests.models import left_padding, tokens
 
 Tiny = Callable[..., PreTrainedModel]

@@ -7,8 +7,9 @@ from collections import deque
 import numpy as np
 import torch
 
+from kcache.arriving import Arriving
 from kcache.watch.build import build
-from kcache.watch.capture import Arriving, Captured, Forward, Picks
+from kcache.watch.capture import Captured, Forward, Picks
 from kcache.watch.codec import Message
 from kcache.watch.columns import STATS
 from kcache.watch.frame import Memory

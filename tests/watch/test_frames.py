@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kcache.arriving import Arriving
 from kcache.errors import FormatError
 from kcache.telemetry import Stats
 from kcache.watch.build import build
-from kcache.watch.capture import Arriving, Captured, Picks
+from kcache.watch.capture import Captured, Picks
 from kcache.watch.codec import pack, unpack
 from kcache.watch.columns import STATS, read_frame
 from kcache.watch.frame import Frame, Memory, bucket_tokens, since, zoom

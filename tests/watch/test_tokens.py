@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kcache.arriving import Arriving
 from kcache.errors import FormatError
-from kcache.watch.capture import Arriving, Forward
+from kcache.watch.capture import Forward
 from kcache.watch.frame import Mark, SequenceFrame
 from kcache.watch.tokens import Pieces, Tokens
 from kcache.watch.transcript import TextCursor, Transcript, text_message

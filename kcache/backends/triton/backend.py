@@ -14,7 +14,7 @@ from kcache.backends.triton.decode import dense_decode
 from kcache.backends.triton.hot import HotRows
 from kcache.backends.triton.step import triton_decode
 from kcache.backends.triton.workspace import DenseWorkspace, Tuning, Workspace, unsupported
-from kcache.errors import PolicyError
+from kcache.errors import GraphError, PolicyError
 from kcache.policy import Spread
 
 
@@ -51,9 +51,9 @@ class TritonBackend:
         """Run score, select, fetch and combine for one layer."""
         workspace = self.workspace(step)
         if workspace is None:
-            return self._reference.decode(step)
+            return self._reference.decode(_on_host(step))
         out, picks, mass = triton_decode(
-            step.query, step.keys, step.values, step.length, scaling=step.scaling, workspace=workspace,
+            step.query, step.keys, step.values, _length(step), scaling=step.scaling, workspace=workspace,
             lowrank=step.lowrank, mask=step.mask, softcap=step.softcap, sinks=step.sinks, threshold=step.threshold,
             tally=step.tally, hot=step.hot if isinstance(step.hot, HotRows) else None,
             key_scales=step.key_scales, value_scales=step.value_scales,
@@ -74,7 +74,7 @@ class TritonBackend:
         batch, kv_heads, capacity, dim = step.keys.shape
         group, dim_v, device = step.query.shape[1] // kv_heads, step.values.shape[-1], step.query.device
         if unsupported(64, group, dim, dim_v, 1) is not None:
-            return self._reference.dense(step)
+            return self._reference.dense(_on_host(step))
         shape = (batch, kv_heads, group, dim, dim_v, device)
         workspace = self._dense.get(shape)
         if workspace is None or workspace.capacity < capacity:
@@ -82,9 +82,14 @@ class TritonBackend:
                 workspace = DenseWorkspace(batch, kv_heads, group, dim, dim_v, capacity, device, tuning=self.tuning)
             self._dense = {key: kept for key, kept in self._dense.items() if key[0] == batch} | {shape: workspace}
         return dense_decode(
-            step.query, step.keys, step.values, step.length, scaling=step.scaling, workspace=workspace,
+            step.query, step.keys, step.values, _length(step), scaling=step.scaling, workspace=workspace,
             mask=step.mask, softcap=step.softcap, sinks=step.sinks,
         )  # fmt: skip
+
+    @property
+    def scratch(self) -> tuple[Workspace | DenseWorkspace, ...]:
+        """The scratch memory there is now; a recorded step holds on to what it was recorded with."""
+        return (*self._workspaces.values(), *self._dense.values())
 
     def workspace(self, step: DecodeStep) -> Workspace | None:
         """The scratch memory for a step's shape, made on first use; None where the kernels do not apply."""
@@ -107,3 +112,14 @@ class TritonBackend:
             )  # fmt: skip
         self._workspaces = {key: kept for key, kept in self._workspaces.items() if key[0] == batch} | {shape: made}
         return made
+
+
+def _on_host(step: DecodeStep) -> DecodeStep:
+    """A step for torch operators, which need to know its length."""
+    if step.device_length is not None:
+        raise GraphError("the kernels do not take these sizes, and torch operators need the length on the host")
+    return step
+
+
+def _length(step: DecodeStep) -> int | torch.Tensor:
+    return step.length if step.device_length is None else step.device_length

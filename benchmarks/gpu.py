@@ -1,0 +1,131 @@
+"""The GPU benchmark: decode and prefill at real shapes, KCache beside exact attention and beside transformers.
+
+    python3 -m benchmarks.gpu [--output FILE] [--budget-s 240] [--only TEXT]
+
+Weights and caches are random and made on the device; nothing is fetched. Jobs run in order of worth and the record is
+written after each, so whatever ends the run leaves what was measured. A job there is no time for is marked left out,
+one that does not fit is a row with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_compile import precompile
+from benchmarks.gpu_jobs import Job, all_jobs, measure
+from benchmarks.gpu_models import Models
+from benchmarks.gpu_report import job_line, ratio_lines, record
+from kcache.bench.env import environment
+from kcache.bench.report import Problem
+from kcache.machine import measure as measure_machine
+
+
+class Bench:
+    """A run: what was measured so far, and the file it is written to.
+
+    Parameters
+    ----------
+    run : callable
+        Runs a job and returns its figures.
+    env : dict
+    output : Path or None
+    budget_s : float
+    clock, say : callable
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Job], dict[str, Any]],
+        env: dict[str, Any],
+        output: Path | None,
+        budget_s: float,
+        clock: Callable[[], float] = time.perf_counter,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.figures: dict[str, dict[str, Any]] = {}
+        self.left_out: dict[str, str] = {}
+        self._run, self._env, self._output, self._budget_s = run, env, output, budget_s
+        self._clock, self._say = clock, say
+        self._began = clock()
+
+    def go(self, jobs: Iterable[Job]) -> dict[str, Any]:
+        """Run the jobs there is time for; returns the record."""
+        for job in jobs:
+            left = self._budget_s - (self._clock() - self._began)
+            if left < job.seconds:
+                self.left_out[job.name] = f"{left:.0f} s were left, it takes {job.seconds:.0f}"
+                self._say(f"{job.name:26} left out: {self.left_out[job.name]}")
+                continue
+            began = self._clock()
+            try:
+                figures = self._run(job)
+            except (RuntimeError, ValueError, MemoryError) as error:
+                problem = Problem.of(error)
+                figures = {"status": problem.status, "reason": problem.reason, "ctx": job.ctx, "batch": job.batch}
+            self.figures[job.name] = {**figures, "took_s": round(self._clock() - began, 1)}
+            self._say(job_line(job.name, self.figures[job.name]))
+            self._write()
+        return self._write()
+
+    def _write(self) -> dict[str, Any]:
+        found = record(self._env, self.figures, self.left_out, self._clock() - self._began)
+        if self._output is not None:
+            self._output.parent.mkdir(parents=True, exist_ok=True)
+            self._output.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return found
+
+
+def commit() -> str | None:
+    """The commit this runs from; None outside a repository."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/h200.json"))
+    parser.add_argument("--budget-s", type=float, default=240.0, help="begin no job that would end after so long")
+    parser.add_argument("--only", default="", help="jobs whose name holds this text")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device here: these figures can only be taken on one")
+    device = torch.device("cuda", torch.cuda.current_device())
+    machine = measure_machine(device)
+    models = Models(device)
+
+    def run(job: Job) -> dict[str, Any]:
+        lm = models.get(job.shape)
+        try:
+            return measure(job, lm, machine, machine.device_bytes)
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    compile_s = precompile(machine.device_bytes, torch.cuda.get_device_properties(device).multi_processor_count)
+    env = {**environment(machine), "commit": commit(), "compile_s": round(compile_s, 1)}
+    print(
+        f"{machine.name}: memory {machine.memory_gb_s:.0f} GB/s, rows over the link {machine.gather_gb_s:.1f} GB/s; "
+        f"kernels compiled in {compile_s:.0f} s"
+    )
+    bench = Bench(run, env, options.output, options.budget_s)
+    bench.go(job for job in all_jobs() if options.only in job.name)
+    print("\n".join(["", *ratio_lines(bench.figures, bench.left_out), "", f"written to {options.output}"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Compile the kernels of the GPU benchmark in parallel processes before its clock starts, by the host code it runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_jobs import Job, all_jobs, batch_of, spec_of
+from benchmarks.gpu_models import SHAPES, make_model
+from benchmarks.pick_trace import FILE, Trace, replayed
+from benchmarks.precompile import compile_only
+from kcache.backends.base import DecodeStep
+from kcache.backends.triton import Tuning, append
+from kcache.backends.triton.backend import TritonBackend
+from kcache.backends.triton.workspace import _WORTH_SLICING
+from kcache.bench.context import LayerShape
+from kcache.bench.engines import make_engine
+from kcache.lowrank import LowRank
+from kcache.sizes import rank_of
+
+SHARDS = 12
+
+
+def launch_all(job: Job, batch: int, processors: int) -> None:
+    """Launch what a decode step of a job launches, on tensors of its sizes that nobody fills, on the CPU."""
+    sizes = SHAPES[job.shape]
+    heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    dim, room = sizes["hidden_size"] // heads, job.ctx + spec_of(job).new_tokens
+    half: Any = {"dtype": torch.bfloat16}
+    keys, values = torch.empty(batch, kv_heads, room, dim, **half), torch.empty(batch, kv_heads, room, dim, **half)
+    token = torch.empty(batch, kv_heads, dim, **half)
+    length = torch.ones(1, dtype=torch.int32)
+    slices = 2 if batch >= 2 and keys.nbytes >= _WORTH_SLICING else 1
+    backend = TritonBackend(torch.device("cuda"), Tuning(processors=processors, slices=slices))
+    step = DecodeStep(
+        torch.empty(batch, heads, dim, **half), keys, values, room, dim**-0.5, job.policy, device_length=length
+    )
+    backend.dense(step)
+    append(token, token, keys, values, length, offset=-1)
+    if job.engine != "kcache" or job.policy.offload != "all":
+        return
+    rank = rank_of(job.policy.tail_rank, dim)
+    tail = LowRank(
+        torch.empty(batch, kv_heads, dim), torch.empty(batch, kv_heads, rank, dim),
+        torch.empty(batch, kv_heads, rank, -(-room // 16) * 16, **half),
+    )  # fmt: skip
+    scales = torch.empty(batch, kv_heads, room) if job.policy.k_bits == 8 else None
+    keys = keys if scales is None else torch.empty(keys.shape, dtype=torch.int8)
+    append(token, token, keys, values, length, offset=-1, lowrank=tail, key_scales=scales)
+    tally = torch.zeros(batch, dtype=torch.int64)
+    above = torch.empty(batch)
+    step = replace(step, keys=keys, lowrank=tail, threshold=above, tally=tally, key_scales=scales)
+    hot = backend.keep_hot(step)
+    with replayed(Trace(FILE, job.ctx, torch.device("cpu"))) if job.traced else nullcontext():
+        backend.decode(replace(step, hot=hot))
+
+
+def compile_shard(shard: int, device_bytes: int, processors: int) -> None:
+    """Compile one shard's share of all launches into Triton's cache."""
+    done: set[tuple[object, ...]] = set()
+    with compile_only(shard=shard, shards=SHARDS):
+        for job in all_jobs():
+            if job.engine not in ("kcache", "dense"):
+                continue
+            sizes = SHAPES[job.shape]
+            shapes = [LayerShape(sizes["num_key_value_heads"], 128, 128, torch.bfloat16, torch.device("cuda"))] * 32
+            weights = make_model(job.shape, torch.device("meta")).model
+            held = sum(parameter.numel() * 2 for parameter in weights.parameters())
+            batch = batch_of(job, make_engine(job.engine, job.policy), shapes, device_bytes, held)
+            key = (job.shape, job.engine, job.ctx, batch, job.policy, job.traced)
+            if batch and key not in done:
+                done.add(key)
+                launch_all(job, batch, processors)
+
+
+def precompile(device_bytes: int, processors: int) -> float:
+    """Run all shards; a shard that fails only means that its kernels compile later. Returns seconds."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "benchmarks.gpu_compile", str(device_bytes), str(processors)]
+    unseen = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen([*command, str(shard)], stderr=subprocess.DEVNULL, env=unseen) for shard in range(SHARDS)
+    ]
+    failed = sum(process.wait() != 0 for process in running)
+    if failed:
+        print(f"{failed} of {SHARDS} compile shards failed", flush=True)
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    compile_shard(int(sys.argv[3]), int(sys.argv[1]), int(sys.argv[2]))

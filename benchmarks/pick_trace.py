@@ -1,0 +1,164 @@
+"""Picks recorded on real text, and their replay: random weights have no locality and say nothing of hot rows.
+
+    python3 -m benchmarks.pick_trace [--output FILE]     records with the demo model, under the default policy
+
+A trace holds which rows each layer and KV head picked in a few dozen successive steps. Replayed, a step selects as
+ever, and then the picks of the trace take the place of its own: as many rows on average, found in the store of hot rows
+as often as real ones are. A row of work reads the trace at its own clock, which is on the device, so a recorded step
+goes on from step to step.
+
+Shapes: T steps, S streams (layers times heads), W picks at most, filled up with -1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from kcache.backends.triton import step as steps
+from kcache.backends.triton.common import power_of_two
+from kcache.backends.triton.hot import HotRows, hot_lookup
+from kcache.backends.triton.step import SliceStep
+
+FILE = Path(__file__).parent / "picks_smollm2.npz"
+CONTEXT = 7680
+
+
+class Trace:
+    """A recorded trace, ready to be replayed in contexts of ``length`` rows.
+
+    Attributes
+    ----------
+    picks : Tensor ``[T, S, W]`` int32
+        Positions stretched to the length: what matters is which are the same from step to step.
+    """
+
+    def __init__(self, file: Path, length: int, device: torch.device) -> None:
+        with np.load(file) as stored:
+            counts, flat = stored["counts"], stored["positions"].astype(np.int64)
+            recorded = int(stored["length"])
+        if length < recorded:
+            raise ValueError(f"the trace was recorded in {recorded} rows, and cannot be replayed in {length}")
+        picks = np.full((*counts.shape, int(counts.max())), -1, np.int32)
+        picks[np.arange(picks.shape[2]) < counts[..., None]] = flat * length // recorded
+        self.picks = torch.from_numpy(picks).to(device)
+        self._layers: weakref.WeakKeyDictionary[HotRows, int] = weakref.WeakKeyDictionary()
+
+    @property
+    def rows(self) -> float:
+        """Picks of a row of work in a step, on average."""
+        return float((self.picks >= 0).sum()) / (self.picks.shape[0] * self.picks.shape[1])
+
+    def layer(self, hot: HotRows) -> int:
+        """The number of the layer that a store belongs to: in the order in which they first fetch."""
+        return self._layers.setdefault(hot, len(self._layers))
+
+
+@triton.jit
+def replay_kernel(
+    trace, picks, counts, tally, tags, stamps, clock, claims, slots, inserts, hits, first_stream, first_row,
+    STEPS: tl.constexpr, STREAMS: tl.constexpr, TRACED: tl.constexpr, WIDTH: tl.constexpr, WP: tl.constexpr,
+    HEADS: tl.constexpr, HAS_TALLY: tl.constexpr, HOT_TILE: tl.constexpr, HOT_SETS: tl.constexpr,
+    HOT_WAYS: tl.constexpr,
+):  # fmt: skip
+    """One program per row of work: its picks are those of its stream in the step that its clock is at."""
+    row = tl.program_id(0)
+    at = tl.load(clock + row) % STEPS
+    stream = (first_stream + first_row + row) % STREAMS
+    lane = tl.arange(0, WP)
+    pick = tl.load(trace + (at * STREAMS + stream).to(tl.int64) * TRACED + lane, mask=lane < TRACED, other=-1)
+    pick = tl.where(lane < WIDTH, pick, -1)
+    kept = tl.sum((pick >= 0).to(tl.int32), 0)
+    tl.store(picks + row * WIDTH + lane, pick, mask=lane < WIDTH)
+    if HAS_TALLY:
+        tl.atomic_add(tally + row // HEADS, (kept - tl.load(counts + row)).to(tl.int64))
+    tl.debug_barrier()
+    tl.store(counts + row, kept)
+    hot_lookup(picks, tags, stamps, clock, claims, slots, inserts, hits, row, kept, WIDTH, HOT_TILE, HOT_SETS, HOT_WAYS)
+
+
+@contextmanager
+def replayed(trace: Trace) -> Iterator[None]:
+    """Inside this block, decode steps with hot rows fetch what the trace says."""
+
+    class TracedStep(SliceStep):
+        """A slice whose own picks give way to the trace's."""
+
+        def __init__(self, ws: Any, first: int, last: int, *rest: Any) -> None:
+            super().__init__(ws, first, last, *rest)
+            self._first_row = first * ws.heads
+
+        def select(self) -> None:
+            hot, self.hot = self.hot, None
+            super().select()
+            self.hot = hot
+            if hot is not None:
+                self._replay(hot)
+
+        def _replay(self, hot: HotRows) -> None:
+            ws, rows, tally = self.ws, self.rows, self.inputs.tally
+            count, streams, traced = trace.picks.shape
+            replay_kernel[(self.count,)](
+                trace.picks, ws.picks[rows], ws.counts[rows], ws.counts if tally is None else tally, hot.tags[rows],
+                hot.stamps[rows], hot.clock[rows], hot.claims[rows], ws.hot_slots[rows], ws.hot_inserts[rows],
+                hot.hits.view(-1)[rows], trace.layer(hot) * ws.batch * ws.heads, self._first_row,
+                STEPS=count, STREAMS=streams, TRACED=traced, WIDTH=ws.width,
+                WP=power_of_two(max(ws.width, traced)), HEADS=ws.heads, HAS_TALLY=tally is not None,
+                HOT_TILE=min(128, power_of_two(ws.width)), HOT_SETS=hot.sets, HOT_WAYS=hot.ways, num_warps=8,
+            )  # fmt: skip
+
+    before = steps.SliceStep
+    steps.SliceStep = TracedStep  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        steps.SliceStep = before  # type: ignore[misc]
+
+
+def record(count: int = 48) -> dict[str, Any]:
+    """Record a trace: the demo model reads the reference prose, and then its next tokens one by one."""
+    import kcache
+    from kcache.attention import attach
+    from kcache.bench.context import real_ids
+    from kcache.cache import KCache
+    from kcache.forward import prefill, step_logits
+
+    lm = kcache.load("smollm2")
+    ids = real_ids(lm, CONTEXT + count + 8, 1)
+    cache = KCache(lm.model, kcache.Policy(offload="all"), max_length=ids.shape[1])
+    taken: list[list[np.ndarray]] = []
+    with attach(lm.model):
+        for _ in prefill(lm.model, cache, ids[:, :CONTEXT], None):
+            pass
+        for step in range(count + 8):
+            step_logits(lm.model, cache, ids[:, CONTEXT + step : CONTEXT + step + 1])
+            found = [layer.picks for layer in cache.snapshot().layers if layer.picks is not None]
+            taken.append([np.sort(head[head >= 0]) for picks in found for head in picks.reshape(-1, picks.shape[-1])])
+    taken = taken[8:]  # the threshold has settled by then
+    counts = np.array([[len(head) for head in step] for step in taken], np.uint16)
+    positions = np.concatenate([head for step in taken for head in step]).astype(np.uint16)
+    return {"counts": counts, "positions": positions, "length": np.int64(ids.shape[1]), "topn": np.int64(128)}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=FILE)
+    options = parser.parse_args()
+    trace = record()
+    np.savez_compressed(options.output, **trace)
+    counts = trace["counts"]
+    print(f"{counts.shape[0]} steps of {counts.shape[1]} heads, {counts.mean():.1f} rows each: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""One forward of a model with a cache: a prompt in chunks, or a step, for its last position's logits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from kcache.cache import KCache
+
+
+def prefill(
+    model: PreTrainedModel, cache: KCache, ids: torch.Tensor, mask: torch.Tensor | None
+) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    """Run the prompt through the model in even chunks; yields the last logits and the ids taken in (first row)."""
+    past = cache.get_seq_length()
+    pieces = -(-ids.shape[1] // cache.policy.prefill_chunk)
+    with cache.exact():
+        for piece in ids.tensor_split(pieces, dim=1):
+            past += piece.shape[1]
+            logits = step_logits(model, cache, piece, None if mask is None else mask[:, :past])
+            yield logits, piece[0].tolist()
+
+
+@lru_cache
+def _parameters(kind: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
+    """Names of what a model's forward takes."""
+    return _parameters(cast(Any, type(model)))
+
+
+@torch.no_grad()
+def step_logits(
+    model: PreTrainedModel, cache: Cache, ids: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One forward over ``ids`` ``[B, T]``; returns the last position's logits ``[B, vocabulary]``."""
+    accepted = forward_parameters(model)
+    extra: dict[str, object] = {}
+    if mask is not None:
+        extra["attention_mask"] = mask
+        if "position_ids" in accepted:
+            extra["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    if "logits_to_keep" in accepted:
+        extra["logits_to_keep"] = 1
+    output = model(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
+    logits: torch.Tensor = output.logits[:, -1]
+    return logits

@@ -1,0 +1,5 @@
+"""A whole decode step as one CUDA graph: captured once, replayed for every token.
+
+``tape`` records and replays, ``step`` is what is recorded, ``layers`` what the model finds in place of its cache,
+``fit`` says which models and caches can do it, ``decoder`` decides from token to token.
+"""

@@ -1,0 +1,193 @@
+"""The arithmetic of the GPU benchmark: ratios, ceilings, batches that fit, what is left out, and the record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu import Bench, commit, main
+from benchmarks.gpu_jobs import GIB, Job, all_jobs, batch_of, largest_batch, measure, measure_prefill, spec_of
+from benchmarks.gpu_models import SHAPES, make_model
+from benchmarks.gpu_report import RATIOS, ceiling_of, ratio_lines, record, value_of
+from kcache.bench.context import LayerShape
+from kcache.bench.engines import make_engine
+from tests.bench.machines import machine, tiny
+
+KEYS = {
+    "batch8_32k_vs_dense", "equal_hbm_32k_vs_dense", "equal_hbm_32k_k8_vs_dense", "batch1_128k_fits_vs_dense",
+    "batch8_32k_vs_hf_dynamic", "batch1_32k_vs_hf_offloaded", "batch8_32k_floor_multiple", "llama2_7b_15k_vs_dense",
+    "prefill_32k_time_vs_dense",
+}  # fmt: skip
+
+
+def row(batch: int = 8, ms: float = 10.0, floor_ms: float = 8.0, **more: Any) -> dict[str, Any]:
+    return {
+        "status": "ok", "batch": batch, "decode_ms_p50": ms, "decode_ms_low": ms - 1, "decode_ms_high": ms + 1,
+        "decode_tok_s": batch * 1e3 / ms, "floor_ms": floor_ms, "floor_multiple": ms / floor_ms, "link_share": 0.25,
+        "hit_rate": None, **more,
+    }  # fmt: skip
+
+
+def prompt(ms: float, peak: int) -> dict[str, Any]:
+    return {
+        "status": "ok", "ctx": 32768, "batch": 1, "prefill_ms_p50": ms, "prefill_ms_low": ms, "prefill_ms_high": ms,
+        "peak_memory_bytes": peak,
+    }  # fmt: skip
+
+
+def figures_of(job: Job) -> dict[str, Any]:
+    """Batch 8 dense: 800 tok/s, floor 8 ms; everybody else twice as fast with a floor of 5 ms."""
+    if job.engine == "prefill":
+        return prompt(1000 if job.name.endswith("dense") else 1050, 4 * GIB)
+    return row() if job.name.endswith("dense") else row(ms=5.0, floor_ms=5.0)
+
+
+class Clock:
+    """Goes on by what each job takes."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def bench(budget_s: float = 1e6, output: Path | None = None, failing: str = "") -> tuple[Bench, list[str]]:
+    clock, said = Clock(), list[str]()
+
+    def run(job: Job) -> dict[str, Any]:
+        clock.now_s += job.seconds
+        if failing and failing in job.name:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return figures_of(job)
+
+    return Bench(run, {"device": "Test"}, output, budget_s, clock, said.append), said
+
+
+def test_every_key_that_is_asked_for_has_its_jobs() -> None:
+    assert {ratio.key for ratio in RATIOS} >= KEYS
+    names = {job.name for job in all_jobs()}
+    assert all({ratio.of, ratio.over} <= names for ratio in RATIOS)
+    assert {job.shape for job in all_jobs()} == set(SHAPES)
+    assert len({job.name for job in all_jobs()}) == len(all_jobs())
+
+
+def test_ratios_and_their_ceilings() -> None:
+    figures = {job.name: figures_of(job) for job in all_jobs()}
+    by_key = {ratio.key: ratio for ratio in RATIOS}
+    assert value_of(by_key["batch8_32k_vs_dense"], figures) == pytest.approx(2.0)
+    assert ceiling_of(by_key["batch8_32k_vs_dense"], figures) == pytest.approx(1.6)
+    assert value_of(by_key["batch8_32k_floor_multiple"], figures) == pytest.approx(1.0)
+    assert value_of(by_key["prefill_32k_time_vs_dense"], figures) == pytest.approx(1.05)
+    assert value_of(by_key["prefill_32k_peak_vs_dense"], figures) == pytest.approx(1.0)
+    figures["equal_hbm_32k/dense"] = row(batch=10, ms=12.5, floor_ms=10.0)
+    figures["equal_hbm_32k/kcache"] = row(batch=17, ms=12.5, floor_ms=8.5)
+    assert value_of(by_key["equal_hbm_32k_vs_dense"], figures) == pytest.approx(1.7)
+    assert ceiling_of(by_key["equal_hbm_32k_vs_dense"], figures) == pytest.approx(2.0)
+
+
+def test_verdicts() -> None:
+    run, _ = bench()
+    run.go(all_jobs())
+    lines = {line.split()[0]: line for line in ratio_lines(run.figures, run.left_out)}
+    assert lines["batch8_32k_vs_dense"].endswith("met")
+    assert lines["batch1_32k_vs_hf_offloaded"].endswith("missed")
+    assert "1.000" in lines["batch1_32k_vs_hf_offloaded"]
+    assert lines["prefill_32k_time_vs_dense"].endswith("met")
+
+
+def test_the_record_is_written_after_each_job(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "h200.json"
+    run, _ = bench(output=file)
+    jobs = all_jobs()
+    run.go(jobs[:2])
+    written = json.loads(file.read_text())
+    assert [one["name"] for one in written["measurements"]] == [job.name for job in jobs[:2]]
+    assert set(written["ratios"]) == {"batch8_32k_vs_dense", "batch8_32k_floor_multiple"}
+    assert written["ratios"]["batch8_32k_vs_dense"] == 2.0
+    assert written["env"] == {"device": "Test"}
+    run.go(jobs[2:])
+    assert set(json.loads(file.read_text())["ratios"]) >= KEYS
+
+
+def test_jobs_without_time_are_left_out_and_shorter_ones_still_run() -> None:
+    run, said = bench(budget_s=50)
+    run.go([Job("a/x", "llama-2-7b", "dense", 64, 1, seconds=30), Job("b/x", "llama-2-7b", "dense", 64, 1, seconds=30),
+            Job("c/x", "llama-2-7b", "dense", 64, 1, seconds=15)])  # fmt: skip
+    assert list(run.figures) == ["a/x", "c/x"]
+    assert run.left_out == {"b/x": "20 s were left, it takes 30"}
+    assert any("left out" in line for line in said)
+    assert record({}, run.figures, run.left_out, 1.0)["left_out"] == run.left_out
+
+
+def test_a_job_that_runs_out_of_memory_is_a_row_with_the_reason() -> None:
+    run, said = bench(failing="batch8_32k/kcache")
+    found = run.go(all_jobs()[:3])
+    failed = next(one for one in found["measurements"] if one["name"] == "batch8_32k/kcache")
+    assert failed["status"] == "does not fit"
+    assert "Tried to allocate" in failed["reason"]
+    assert "batch8_32k_vs_dense" not in found["ratios"]
+    assert any("does not fit" in line for line in said)
+
+
+def test_the_largest_batch_that_fits_both_tiers() -> None:
+    assert largest_batch(lambda batch: (3 * batch, batch), 10, 100) == 3
+    assert largest_batch(lambda batch: (batch, 3 * batch), 10, 7) == 2
+    assert largest_batch(lambda batch: (20 * batch, 0), 10, 7) == 0
+
+
+def test_batches_of_an_equal_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama-3.1-8B at 32k: K is half of the cache, and a KCache keeps that and an eighth of V beside it."""
+    shapes = [LayerShape(8, 128, 128, torch.bfloat16, torch.device("cpu"))] * 32
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Ram", (), {"available": 10**15})())
+    jobs = {job.name: job for job in all_jobs()}
+    found = {
+        name: batch_of(jobs[f"equal_hbm_32k/{name}"], make_engine(name, jobs[f"equal_hbm_32k/{name}"].policy), shapes,
+                       141 * GIB, 16 * GIB)
+        for name in ("dense", "kcache")
+    } | {
+        "k8": batch_of(jobs["equal_hbm_32k/k8"], make_engine("kcache", jobs["equal_hbm_32k/k8"].policy), shapes,
+                       141 * GIB, 16 * GIB)
+    }  # fmt: skip
+    assert found == {"dense": 9, "kcache": 17, "k8": 29}
+
+
+def test_the_models_have_the_sizes_of_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"llama-3.1-8b": 8.03e9, "llama-2-7b": 6.74e9}
+    for shape, size in sizes.items():
+        model = make_model(shape, torch.device("meta")).model
+        assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(size, rel=0.01)
+
+
+def test_jobs_run_on_a_tiny_model() -> None:
+    """The way a job takes through the benchmark of kcache, on the CPU."""
+    lm = tiny()
+    spec = spec_of(all_jobs()[0])
+    assert spec.warmup + spec.steps > 12
+    for engine in ("dense", "kcache", "hf-dynamic"):
+        job = Job(f"case/{engine}", "tiny", engine, 48, 2, policy=replace(all_jobs()[1].policy, topn=4, dense_below=0))
+        found = measure(job, lm, machine(), GIB, replace(spec_of(job), repeats=2, steps=2))
+        assert found["status"] == "ok", found["reason"]
+        assert found["batch"] == 2
+        assert found["decode_ms_p50"] > 0
+    found = measure_prefill(Job("case/prefill", "tiny", "prefill", 48, 1), lm, repeats=1)
+    assert found["prefill_ms_p50"] > 0
+    found = measure(Job("case/none", "tiny", "dense", 48, budget=1), lm, machine(), GIB)
+    assert found["status"] == "does not fit"
+
+
+def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    with pytest.raises(SystemExit, match="no CUDA device here"):
+        main()
+
+
+def test_the_commit_is_known_in_a_repository() -> None:
+    found = commit()
+    assert found is None or len(found) == 40

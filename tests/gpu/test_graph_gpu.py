@@ -1,0 +1,212 @@
+"""Decode steps replayed as CUDA graphs: the logits of steps taken one by one, at real lengths and in real dtypes.
+
+Freed memory is overwritten with NaN between steps, so a graph that reads what it does not own shows.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from kcache.attention import attach
+from kcache.decoding import decode
+from kcache.graph.decoder import PROOFS, GraphDecoder
+from kcache.graph.tape import CudaTape
+from kcache.policy import Policy
+from tests.gpu.test_engine_gpu import big, churn, ids_of
+from tests.graph.samplers import Forced
+from tests.graph.twins import Twins
+from tests.models import left_padding, make, tokens
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+pytest.importorskip("triton")
+
+OFFLOADED = Policy(topn=64, dense_below=0, dense_layers=0, resident_layers=0, offload="all")
+MIXED = OFFLOADED.replace(dense_layers=2, resident_layers=None)
+CLOSE = 2e-3  # fp32 products on tensor cores, and other splits
+LOOSE = 3e-2  # 16-bit
+
+
+def twins_of(model: PreTrainedModel, policy: Policy, **more: object) -> Twins:
+    close = CLOSE if model.dtype == torch.float32 else LOOSE
+    return Twins(model, policy, close=close, between=churn, exact=False, **more)  # type: ignore[arg-type]
+
+
+def replays(twins: Twins, least: int) -> None:
+    assert twins.graph.reason is None
+    assert twins.graph.replayed >= least
+
+
+@pytest.mark.parametrize("policy", [MIXED, MIXED.replace(spread="even"), Policy(offload="none"), Policy.paper(64)],
+                         ids=["need", "even", "dense", "paper"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_long_contexts_in_every_dtype(policy: Policy, dtype: torch.dtype) -> None:
+    twins = twins_of(big(dtype), policy.replace(offload=policy.offload if policy.offload == "none" else "all"),
+                     max_length=6000)  # fmt: skip
+    twins.prefill(ids_of(1, 2, 5000))
+    twins.decode(24)
+    replays(twins, 24 - PROOFS - 1)
+
+
+@pytest.mark.parametrize("policy", [MIXED, OFFLOADED.replace(spread="even")], ids=["need", "even"])
+def test_padded_batches_turns_and_sequences_that_end_apart(policy: Policy) -> None:
+    twins = twins_of(big(), policy, max_length=4000)
+    twins.prefill(ids_of(1, 3, 2500), left_padding([2500, 1300, 2100]).cuda())
+    twins.decode(12, end=lambda step, ended: ended.__setitem__(1, step >= 5))
+    for cache in (twins.plain, twins.taped):
+        cache.crop(-4)
+    assert twins.mask is not None
+    twins.mask = twins.mask[:, :-4]
+    twins.prefill(ids_of(2, 3, 40), left_padding([40, 40, 11]).cuda())
+    twins.decode(12)
+    replays(twins, 12)
+
+
+def test_growth_past_the_buffers() -> None:
+    twins = twins_of(big(), MIXED)
+    twins.prefill(ids_of(1, 2, 2040))
+    before = twins.taped.tiered_layers[0].buffers()[0].shape[2]
+    twins.decode(before - 2040 + 12)
+    assert twins.graph.recorded >= 2
+    replays(twins, 8)
+
+
+@pytest.mark.parametrize("kind", ["ministral", "gemma2", "gemma3"])
+def test_windows_and_soft_caps(kind: str) -> None:
+    sizes = {"hidden_size": 256, "num_attention_heads": 8, "head_dim": 64, "sliding_window": 128}
+    model = make(kind, attention="eager" if kind == "gemma2" else "sdpa", **sizes).cuda()
+    twins = twins_of(model, OFFLOADED, max_length=900)
+    twins.prefill(ids_of(1, 2, 600), left_padding([600, 450]).cuda())
+    twins.decode(20)
+    replays(twins, 8)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mha", "mqa", "qwen3", "phi3"])
+def test_other_families(kind: str) -> None:
+    model = make(kind, hidden_size=256, num_attention_heads=8, head_dim=64).cuda()
+    twins = twins_of(model, OFFLOADED, max_length=900)
+    twins.prefill(ids_of(1, 1, 700))
+    twins.decode(10)
+    replays(twins, 4)
+
+
+def test_two_caches_replay_in_turn() -> None:
+    model = big()
+    pairs = [twins_of(model, MIXED, max_length=900) for _ in range(2)]
+    for number, twins in enumerate(pairs):
+        twins.prefill(ids_of(number, 2, 500 + 100 * number))
+    for turn in range(3):
+        for twins in pairs:
+            twins.decode(6, seed=turn)
+    for twins in pairs:
+        assert twins.graph.recorded == 1
+        replays(twins, 10)
+
+
+def test_long_generation() -> None:
+    """Thousands of replays keep to what steps taken one by one would say, at the end as in the beginning."""
+    twins = twins_of(big(torch.bfloat16, num_hidden_layers=2), OFFLOADED.replace(spread="even"), max_length=6000)
+    twins.prefill(ids_of(1, 2, 1500))
+    forced = tokens(3, 4097, 2).cuda()
+    for cache in (twins.plain, twins.taped):
+        steps = decode(twins.model, cache, twins.logits, Forced(forced), forced[:1].T)
+        with attach(twins.model):
+            for _ in range(4097):
+                next(steps)
+            steps.close()  # type: ignore[attr-defined]
+    twins.decode(4)
+    replays(twins, 4000)
+
+
+def test_a_replayed_step_does_not_wait_for_the_device() -> None:
+    model = big(torch.bfloat16)
+    twins = twins_of(model, MIXED, max_length=900)
+    twins.prefill(ids_of(1, 2, 600))
+    twins.decode(PROOFS + 3)
+    graph, token = twins.graph, ids_of(2, 2, 1)[:, 0]
+    with attach(model):
+        graph.begin(model, twins.taped)
+        assert graph.launch(token) is not None
+        graph.commit()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(4):
+                assert graph.launch(token) is not None
+                graph.commit()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph.leave()
+
+
+def test_reading_a_token_does_not_wait_for_the_step_that_follows() -> None:
+    """The device is kept busy behind the choice of a token: the token is there long before that ends."""
+    model = big(torch.bfloat16)
+    twins = twins_of(model, MIXED, max_length=900)
+    twins.prefill(ids_of(1, 1, 600))
+    cache = twins.taped
+    replay = GraphDecoder.launch
+    busy: list[torch.cuda.Event] = []
+
+    def slow(self: GraphDecoder, *values: object) -> torch.Tensor | None:
+        result = replay(self, *values)  # type: ignore[arg-type]
+        if len(busy) == 6:
+            torch.cuda._sleep(2_000_000_000)
+        busy.append(torch.cuda.current_stream().record_event())
+        return result
+
+    forced = tokens(3, 12, 1).cuda()
+    steps = decode(model, cache, twins.logits, Forced(forced), forced[:1].T)
+    with pytest.MonkeyPatch.context() as patch, attach(model):
+        patch.setattr(GraphDecoder, "launch", slow)
+        for _ in range(7):
+            next(steps)
+        assert not busy[-1].query(), "the token was read only after the device had gone on"
+        steps.close()  # type: ignore[attr-defined]
+    torch.cuda.synchronize()
+
+
+def test_a_cache_that_is_gone_gives_its_graph_back() -> None:
+    model = big(torch.bfloat16)
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    base = torch.cuda.memory_allocated()
+    twins = twins_of(model, MIXED, max_length=4000)
+    twins.prefill(ids_of(1, 2, 3000))
+    twins.decode(8)
+    replays(twins, 4)
+    del twins
+    gc.collect()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() - base <= 2**25
+
+
+def test_a_graph_that_cannot_be_captured_is_done_without() -> None:
+    """A step that asks the device for a value fails while it is captured; decoding goes on, and so does the device."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = big(rope_parameters=rope)
+    twins = twins_of(model, MIXED, max_length=900)
+    cache, plain = twins.taped, twins.plain
+    assert cache.shared.make_tape is CudaTape
+    twins.prefill(ids_of(1, 1, 600))
+    forced = tokens(3, 6, 1).cuda()
+    seen = []
+    for each in (plain, cache):
+        sampler = Forced(forced)
+        steps = decode(model, each, twins.logits, sampler, forced[:1].T)
+        with attach(model):
+            for _ in range(6):
+                next(steps)
+            steps.close()  # type: ignore[attr-defined]
+        seen.append(sampler.seen)
+    assert cache.shared.graph is not None
+    assert cache.shared.graph.reason is not None
+    for want, got in zip(*seen, strict=True):
+        torch.testing.assert_close(got, want, atol=CLOSE * float(want.abs().max()), rtol=0)
