@@ -90,10 +90,10 @@ class Policy:
     tail_rank : int or None
         Directions per KV head of the low-rank tail; ``None`` is a sixteenth of the head size, which costs a sixteenth
         of V in device memory.
-    hot_rows : int
+    hot_rows : int or None
         Recently fetched V rows that a CUDA device keeps per KV head and offloaded layer, so that most picks need not
-        cross the link again; 0 for none. Rounded up to a power of two, at least 8. Where both tiers are RAM, and with
-        ``select="head"``, nothing is kept.
+        cross the link again; 0 for none, ``None`` for four times ``topn``. Rounded up to a power of two, at least 8.
+        Where both tiers are RAM, and with ``select="head"``, nothing is kept.
     k_bits : {16, 8}
         With 8, K of offloaded layers is kept as whole numbers with a scale for each row, in half the device memory, and
         scored from them. Scores are then no longer exact: neither is a later piece of a prompt, which attends to what
@@ -127,7 +127,7 @@ class Policy:
     select: Select = "group"
     tail: Tail = "lowrank"
     tail_rank: int | None = None
-    hot_rows: int = 256
+    hot_rows: int | None = None
     k_bits: Bits = 16
     v_bits: Bits = 16
     offload: Offload = "auto"
@@ -141,7 +141,8 @@ class Policy:
         _check_int("topn", self.topn, 1, "it is the number of V rows fetched per KV head and step; try 64 or 128")
         _check_int("dense_layers", self.dense_layers, 0, "0 tiers every layer")
         _check_int("dense_below", self.dense_below, 0, "0 uses TopN at every length")
-        _check_int("hot_rows", self.hot_rows, 0, "it is the number of V rows kept per KV head; 0 keeps none")
+        if self.hot_rows is not None:
+            _check_int("hot_rows", self.hot_rows, 0, "it is the number of V rows kept per KV head; 0 keeps none")
         _check_int("prefill_chunk", self.prefill_chunk, 1, "4096 is a good value")
         if self.tail_rank is not None:
             _check_int("tail_rank", self.tail_rank, 1, "leave it out for a sixteenth of the head size")

@@ -103,6 +103,13 @@ def tail_unit(policy: Policy, v_row: int, dim: int, heads: int = 0) -> tuple[int
     return v_row * rank // dim, heads * (rank + 1) * dim * 4 if rank else 0
 
 
+def hot_rows_of(policy: Policy) -> int:
+    """Hot rows that a policy asks for per KV head: four times what a step fetches, unless it says; see docs/log.md."""
+    if policy.select == "head":
+        return 0
+    return 4 * policy.topn if policy.hot_rows is None else policy.hot_rows
+
+
 def hot_capacity(rows: int) -> int:
     """Rows in a store of hot rows: a power of two, and at least one set."""
     return max(HOT_WAYS, 1 << max(0, rows - 1).bit_length())
@@ -110,9 +117,10 @@ def hot_capacity(rows: int) -> int:
 
 def hot_bytes(policy: Policy, v_row: int, heads: int) -> int:
     """Bytes of one layer's hot rows, for so many heads in all sequences: V, position, age; claims, clock and hits."""
-    if not policy.hot_rows or policy.select == "head":
+    wanted = hot_rows_of(policy)
+    if not wanted:
         return 0
-    rows = hot_capacity(policy.hot_rows)
+    rows = hot_capacity(wanted)
     return rows * (v_row + 8 * heads) + heads * (rows // HOT_WAYS * 4 + 12)
 
 

@@ -12,6 +12,7 @@ from kcache.backends.triton.backend import TritonBackend
 from kcache.cache import KCache
 from kcache.forward import forward_parameters
 from kcache.layer import TieredLayer
+from kcache.sizes import hot_rows_of
 
 
 def never(model: PreTrainedModel, cache: KCache) -> str | None:
@@ -72,7 +73,7 @@ def _of_step(layer: TieredLayer, end: int) -> str | None:
             return "every row is picked"
         if shared.spread is None or not shared.spread.begun(layer.index):
             return "there is no threshold yet"
-    if layer.hot is None and shared.policy.hot_rows and shared.policy.select == "group":
+    if layer.hot is None and hot_rows_of(shared.policy):
         return "there are no hot rows yet"
     if tail is not None and (tail.begins_at(end) == 0 or tail.length != end - 1):
         return "the directions of V have to be fitted"

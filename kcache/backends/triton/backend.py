@@ -16,6 +16,7 @@ from kcache.backends.triton.step import triton_decode
 from kcache.backends.triton.workspace import DenseWorkspace, Tuning, Workspace, unsupported
 from kcache.errors import GraphError, PolicyError
 from kcache.policy import Spread
+from kcache.sizes import hot_rows_of
 
 
 class TritonBackend:
@@ -62,11 +63,11 @@ class TritonBackend:
         return DecodeResult(out, picks[..., : step.length].clone(), mass.clone())
 
     def keep_hot(self, step: DecodeStep) -> HotRows | None:
-        """A store of ``policy.hot_rows`` for the layer of this step."""
-        policy, (batch, heads, capacity, dim_v) = step.policy, step.values.shape
-        if not policy.hot_rows or policy.select == "head" or self.workspace(step) is None:
+        """A store of as many rows as the policy asks for, for the layer of this step."""
+        wanted, (batch, heads, capacity, dim_v) = hot_rows_of(step.policy), step.values.shape
+        if not wanted or self.workspace(step) is None:
             return None
-        rows = min(policy.hot_rows, capacity)
+        rows = min(wanted, capacity)
         return HotRows(batch, heads, rows, dim_v, step.values.dtype, step.query.device)
 
     def dense(self, step: DecodeStep) -> torch.Tensor:
