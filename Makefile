@@ -12,6 +12,7 @@ STAMP  := $(VENV)/.installed
 .PHONY: help venv chat test lint format gpu bench docs support clean
 
 help:
+	@echo 'make venv    build .venv and install kcache in it'
 	@echo 'make chat    talk to the demo model            (ARGS="--topn 64", MODEL=owner/name)'
 	@echo 'make test    lint, types, tests                (ARGS="-m \"not slow\"")'
 	@echo 'make lint    ruff and mypy only'

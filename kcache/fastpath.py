@@ -52,8 +52,8 @@ def findings(machine: Machine, host: Host, slot: PciSlot | None = None, load: fl
                 "unset OMP_NUM_THREADS, or set it to the number of cores",
             )
         )
-    busy = _load() if load is None else load
-    if busy > host.cores * 0.75:
+    busy = current_load() if load is None else load
+    if is_busy(busy, host.cores):
         found.append(
             Finding(
                 "note", f"the machine is busy (load {busy:.1f} on {host.cores} cores)", "measure again when it is not"
@@ -143,7 +143,13 @@ def _of_locked_memory(host: Host, why: str) -> list[Finding]:
     return [Finding("note", f"the locked-memory limit is {limit}: {why}", way_out)]
 
 
-def _load() -> float:
+def is_busy(load: float, cores: int) -> bool:
+    """Whether so high a load average says that measurements will be of other work, too."""
+    return load > cores * 0.75
+
+
+def current_load() -> float:
+    """The system's load average over a minute; 0 where it has none."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):

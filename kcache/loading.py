@@ -202,6 +202,8 @@ def load_config(
         As in :func:`load`.
     """
     file = Path(name).expanduser()
+    if file.suffix == ".json" and not file.exists():
+        raise ModelNotFoundError(f"{name}: no such file; give a config.json, a model's folder or a hub id")
     is_config = file.suffix == ".json" and file.is_file() and revision is None and gguf_file is None
     source = (
         Source(str(file), "local", file) if is_config else find_source(name, revision=revision, gguf_file=gguf_file)

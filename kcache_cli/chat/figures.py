@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from kcache import Session
 
 
+_AHEAD = 1.12
+"""Both tiers together hold at most this much of a full KV cache, unless room was made for tokens to come."""
+
+
 @dataclass(frozen=True)
 class Figures:
     """Counts, times and bytes after one answer."""
@@ -64,8 +68,9 @@ class Figures:
         tokens = f"prompt {self.prompt_tokens:,}{new} · answer {self.completion_tokens:,} tokens"
         times = f"TTFT {_seconds(self.ttft_ms)} · {self.tok_s:.1f} tok/s"
         device = "device tier (RAM)" if host_only else "device"
-        ahead = " allocated ahead" if self.device_kv_bytes > self.full_kv_bytes else ""
-        tiers = f"{device} {size(self.device_kv_bytes)}{ahead} · host tier {size(self.host_kv_bytes)}"
+        ahead = self.device_kv_bytes + self.host_kv_bytes > _AHEAD * self.full_kv_bytes
+        tiers = f"{device} {size(self.device_kv_bytes)} · host tier {size(self.host_kv_bytes)}"
+        tiers += ", with room for more tokens" if ahead else ""
         full = f"full KV cache {size(self.full_kv_bytes)}"
         link = f"link {self.link_bytes_per_token / 1e6:.2f} MB/token"
         run = "host-only run: " if host_only else ""

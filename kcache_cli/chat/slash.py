@@ -62,7 +62,7 @@ def _help(conversation: Conversation, argument: str, say: Say) -> None:
     for command in COMMANDS.values():
         say(f"  {command.usage:<22}{command.help}")
     say('  """                   begins and ends a message of several lines')
-    say("  Ctrl-C                stops the reply; Ctrl-D leaves")
+    say("  Ctrl-C                stops the reply, or the reading at its next piece; twice: at once; Ctrl-D leaves")
 
 
 def _clear(conversation: Conversation, argument: str, say: Say) -> None:
@@ -114,6 +114,9 @@ def _set(conversation: Conversation, argument: str, say: Say) -> None:
     say(f"{name} = {_current(conversation, name)}")
 
 
+_SIZES = ("kv_budget",)
+
+
 def _change(conversation: Conversation, name: str, text: str) -> None:
     session = conversation.session
     if name == "max_tokens":
@@ -130,9 +133,10 @@ def _change(conversation: Conversation, name: str, text: str) -> None:
 
 def _policy_value(name: str, text: str) -> Any:
     default = getattr(Policy(), name)
-    if text.lower() in ("none", "default") and name != "offload":
+    words = name in _SIZES or isinstance(default, str)  # what the policy itself reads
+    if text.lower() == "default" or (text.lower() in ("none", "auto") and not isinstance(default, str)):
         return default
-    return _number(name, text, int) if isinstance(default, int) or name == "resident_layers" else text
+    return text if words else _number(name, text, int)
 
 
 def _number(name: str, text: str, kind: type) -> Any:

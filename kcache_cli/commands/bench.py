@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -175,6 +177,7 @@ def bench(
     engine = engine_of(context)
     with download_bar(f"loading {model.name}") as progress:
         lm = engine.load(model, progress)
+    _warn_if_busy()
     cases = make_cases(spec)
     kept, left = _split(lm, spec, cases, there)
     store = Store(target, chosen, markdown, compared(kept))
@@ -188,6 +191,15 @@ def bench(
 
             draw(store.rows, chart)
     _report(store, target, chart, len(cases) - len(left))
+
+
+def _warn_if_busy() -> None:
+    from kcache.fastpath import current_load, is_busy
+
+    load, cores = current_load(), os.cpu_count() or 1
+    if is_busy(load, cores):
+        busy = f"the machine is busy (load {load:.1f} on {cores} cores)"
+        print(f"kcache: {busy}: times will be too long and ratios uncertain", file=sys.stderr)
 
 
 def _run(

@@ -181,6 +181,10 @@ def test_set(capsys: pytest.CaptureFixture[str]) -> None:
     type_into(conversation, "/set temperature none", "/set topn default", "/set kv_budget none", "/set offload none")
     assert session.sampling.temperature is None
     assert session.policy == Policy(offload="none")
+    type_into(conversation, "/set hot_rows 64", "/set tail_rank 4", "/set tail none", "/set offload auto")
+    assert session.policy == Policy(hot_rows=64, tail_rank=4, tail="none")
+    type_into(conversation, "/set hot_rows auto", "/set tail_rank auto", "/set tail default")
+    assert session.policy == Policy()
 
 
 def test_system(capsys: pytest.CaptureFixture[str]) -> None:
