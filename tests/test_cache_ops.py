@@ -139,7 +139,7 @@ def test_reset(policy: str) -> None:
 
 @pytest.mark.parametrize("kind", ["gemma3", "ministral"])
 def test_reset_forgets_the_rows_of_windows(kind: str) -> None:
-    """transformers 5.17 zeroes a window's rows and keeps them, so that the next prompt would attend to zeros."""
+    """In transformers 5.17 a reset zeroes the rows of a window and keeps them: a prompt would attend to zeros."""
     pair = Pair(make(kind))
     pair.forward(tokens(1, 3, 30))
     pair.reset()
