@@ -86,9 +86,9 @@ def _no_synchronising() -> Iterator[None]:
 
 
 @contextmanager
-def _undone_on_failure(device: torch.device, before: torch.cuda.Stream) -> Iterator[tuple[int, int]]:
+def _undone_on_failure(device: torch.device, before: torch.cuda.Stream) -> Iterator[Any]:
     """Give a capture its memory pool; if it fails, do what torch leaves undone when it cannot end a capture."""
-    pool: tuple[int, int] = torch.cuda.graph_pool_handle()
+    pool = torch.cuda.graph_pool_handle()
     try:
         yield pool
     except BaseException:
