@@ -285,14 +285,14 @@ def test_copies_out_survive_reuse_of_the_device_memory(seed: int) -> None:
         assert torch.equal(values.cpu(), torch.cat(kept[layer], 2))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_runs_equal_stock(seed: int) -> None:
     """Chunks, turns, padding and decode in random shapes, with the freed memory overwritten between forwards."""
     draw = random.Random(1000 + seed)
     heads = draw.choice([(8, 1), (8, 2), (8, 8)])
     model = big(num_attention_heads=heads[0], num_key_value_heads=heads[1], num_hidden_layers=3)
     policy = WHOLE.replace(backend=draw.choice(BACKENDS), dense_below=draw.choice([0, 0, 150]))
-    pair = Pair(model, policy, max_length=draw.choice([None, 3000]), tolerance=LOOSE)
+    pair = Pair(model, policy, max_length=None if seed % 4 == 0 else 3000, tolerance=LOOSE)
     batch = draw.randint(1, 4)
     for turn in range(draw.randint(1, 4)):
         lengths = [draw.randint(2, 600) for _ in range(batch)]
