@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 MODEL  ?= smollm2
 ARGS   ?=
+OUT    ?= docs/benchmarks
 
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
@@ -51,9 +52,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu tests/triton/test_triton_device.py
-	PYTHONPATH=. $(PYTHON) benchmarks/first_look.py --output docs/benchmarks/first_look.json
-	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(ARGS)
+	OUT=$(OUT) PYTHON=$(PYTHON) benchmarks/gpu.sh $(ARGS)
 
 bench: $(STAMP)
 	KCACHE=$(BIN)/kcache PYTHON=$(BIN)/python benchmarks/cpu.sh

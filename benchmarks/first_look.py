@@ -1,8 +1,8 @@
 """A five-minute first look at a CUDA machine: the facts the engine's design rests on, measured one by one.
 
-Prints a line per fact and one JSON object at the end. Needs torch with CUDA and triton, nothing else.
+Prints a line per fact and one JSON object at the end. Needs torch with CUDA and triton.
 
-    python3 benchmarks/first_look.py [--output FILE]
+    PYTHONPATH=. python3 benchmarks/first_look.py [--output FILE]
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
+
+from kcache.tiers.pinned import pinned_empty
 
 
 @triton.jit
@@ -53,13 +55,9 @@ def timed(call: Callable[[], object], repeats: int = 20) -> float:
 
 
 def registered(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, float]:
-    """Host memory registered with the driver, and how long registering took in milliseconds."""
-    tensor = torch.empty(shape, dtype=dtype)
-    tensor.view(-1)[:: 4096 // tensor.element_size()].zero_()
+    """Host memory registered with the driver, as V's is, and how long that took in milliseconds."""
     began = time.perf_counter()
-    code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel() * tensor.element_size(), 0))
-    if code:
-        raise RuntimeError(f"cudaHostRegister answered {code}")
+    tensor = pinned_empty(shape, dtype)
     return tensor, (time.perf_counter() - began) * 1e3
 
 
@@ -76,14 +74,22 @@ def copies(facts: dict[str, object]) -> None:
         h2d = timed(lambda n=n: b[:n].copy_(host[:n], non_blocking=True))
         d2h = timed(lambda n=n: host[:n].copy_(b[:n], non_blocking=True))
         facts[f"h2d_{size}_gb_s"], facts[f"d2h_{size}_gb_s"] = size / h2d / 1e6, size / d2h / 1e6
-    torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
 
 
 def gathers(facts: dict[str, object]) -> None:
-    """Scattered 256-byte rows read by a kernel straight from registered host memory."""
-    total, dim = 2**22, 128
-    host, _ = registered((total, dim), torch.bfloat16)
-    host.normal_()
+    """Scattered 256-byte rows read by a kernel straight from registered host memory, of 1 GiB and of 16."""
+    for total, of in ((2**22, ""), (2**26, "_of_16_gib")):
+        gathers_of(facts, total, of)
+
+
+def gathers_of(facts: dict[str, object], total: int, of: str) -> None:
+    """Gather out of ``total`` rows: far more of them need far more of the device's address translation."""
+    dim = 128
+    host, facts[f"register{of or '_of_1_gib'}_ms"] = registered((total, dim), torch.bfloat16)
+    drawn = torch.randn(2**20, dim, dtype=torch.bfloat16)
+    for number, piece in enumerate(host.split(len(drawn))):
+        piece.copy_(drawn)
+        piece[:, 0] = number
     for rows in (512, 2048, 8192, 32768, 131072):
         index = torch.randint(0, total, (rows,), device="cuda")
         out = torch.full((rows, dim), float("nan"), device="cuda", dtype=torch.bfloat16)
@@ -99,10 +105,9 @@ def gathers(facts: dict[str, object]) -> None:
         assert best is not None
         if not torch.equal(out.cpu(), host[index.cpu()]):
             raise RuntimeError("gathered rows are wrong")
-        facts[f"gather_{rows}_gb_s"] = rows * dim * 2 / best[0] / 1e6
-        facts[f"gather_{rows}_us"] = best[0] * 1e3
-        facts[f"gather_{rows}_config"] = best[1:]
-    torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+        facts[f"gather_{rows}{of}_gb_s"] = rows * dim * 2 / best[0] / 1e6
+        facts[f"gather_{rows}{of}_us"] = best[0] * 1e3
+        facts[f"gather_{rows}{of}_config"] = best[1:]
 
 
 def sorts(facts: dict[str, object]) -> None:
@@ -140,7 +145,6 @@ def graphs(facts: dict[str, object]) -> None:
         torch.cuda.synchronize()
         if not torch.equal(host[row], out[0].cpu()) or not torch.equal(out, step()):
             raise RuntimeError("a replay gave something else than the step")
-    torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
 """The GPU benchmark: decode and prefill at real shapes, KCache beside exact attention and beside transformers.
 
-    python3 -m benchmarks.gpu [--output FILE] [--budget-s 240] [--only TEXT]
+    python3 -m benchmarks.gpu [--folder docs/benchmarks] [--budget-s 330] [--only TEXT]
 
 Weights and caches are random and made on the device; nothing is fetched. Jobs run in order of worth and the record is
 written after each, so whatever ends the run leaves what was measured. A job there is no time for is marked left out,
-one that does not fit is a row with the reason.
+one that does not fit is a row with the reason. An error after which the device answers no more ends the run. The file
+is named after the card.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable
@@ -40,6 +42,8 @@ class Bench:
     output : Path or None
     budget_s : float
     clock, say : callable
+    alive : callable
+        Whether the device still answers; asked after a job that failed.
     """
 
     def __init__(
@@ -50,16 +54,21 @@ class Bench:
         budget_s: float,
         clock: Callable[[], float] = time.perf_counter,
         say: Callable[[str], None] = print,
+        alive: Callable[[], bool] = lambda: True,
     ) -> None:
         self.figures: dict[str, dict[str, Any]] = {}
         self.left_out: dict[str, str] = {}
         self._run, self._env, self._output, self._budget_s = run, env, output, budget_s
-        self._clock, self._say = clock, say
+        self._clock, self._say, self._alive = clock, say, alive
         self._began = clock()
 
     def go(self, jobs: Iterable[Job]) -> dict[str, Any]:
         """Run the jobs there is time for; returns the record."""
+        lost = ""
         for job in jobs:
+            if lost:
+                self.left_out[job.name] = lost
+                continue
             left = self._budget_s - (self._clock() - self._began)
             if left < job.seconds:
                 self.left_out[job.name] = f"{left:.0f} s were left, it takes {job.seconds:.0f}"
@@ -68,11 +77,14 @@ class Bench:
             began = self._clock()
             try:
                 figures = self._run(job)
-            except (RuntimeError, ValueError, MemoryError) as error:
+            except Exception as error:
                 problem = Problem.of(error)
                 figures = {"status": problem.status, "reason": problem.reason, "ctx": job.ctx, "batch": job.batch}
             self.figures[job.name] = {**figures, "took_s": round(self._clock() - began, 1)}
             self._say(job_line(job.name, self.figures[job.name]))
+            if figures["status"] != "ok" and not self._alive():
+                lost = f"the device does not answer since {job.name}"
+                self._say(lost)
             self._write()
         return self._write()
 
@@ -82,6 +94,22 @@ class Bench:
             self._output.parent.mkdir(parents=True, exist_ok=True)
             self._output.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return found
+
+
+def device_answers() -> bool:
+    """Whether CUDA still works in this process: an illegal address fails every later call, too."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def file_of(device: str) -> str:
+    """The name of the record of a card: ``h200.json`` for an H200, whatever its driver says around that."""
+    words = re.findall(r"[a-z0-9]+", device.lower())
+    models = [word for word in words if re.fullmatch(r"[a-z]{1,3}\d{2,4}[a-z]{0,2}", word)]
+    return f"{models[0] if models else '-'.join(words)}.json"
 
 
 def commit() -> str | None:
@@ -98,8 +126,8 @@ def commit() -> str | None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/h200.json"))
-    parser.add_argument("--budget-s", type=float, default=240.0, help="begin no job that would end after so long")
+    parser.add_argument("--folder", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--budget-s", type=float, default=330.0, help="begin no job that would end after so long")
     parser.add_argument("--only", default="", help="jobs whose name holds this text")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -114,7 +142,8 @@ def main() -> None:
             return measure(job, lm, machine, machine.device_bytes)
         finally:
             gc.collect()
-            torch.cuda.empty_cache()
+            if device_answers():
+                torch.cuda.empty_cache()
 
     compile_s = precompile(machine.device_bytes, torch.cuda.get_device_properties(device).multi_processor_count)
     env = {**environment(machine), "commit": commit(), "compile_s": round(compile_s, 1)}
@@ -122,9 +151,10 @@ def main() -> None:
         f"{machine.name}: memory {machine.memory_gb_s:.0f} GB/s, rows over the link {machine.gather_gb_s:.1f} GB/s; "
         f"kernels compiled in {compile_s:.0f} s"
     )
-    bench = Bench(run, env, options.output, options.budget_s)
+    output = options.folder / file_of(machine.name)
+    bench = Bench(run, env, output, options.budget_s, alive=device_answers)
     bench.go(job for job in all_jobs() if options.only in job.name)
-    print("\n".join(["", *ratio_lines(bench.figures, bench.left_out), "", f"written to {options.output}"]))
+    print("\n".join(["", *ratio_lines(bench.figures, bench.left_out), "", f"written to {output}"]))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -85,12 +86,16 @@ def precompile(device_bytes: int, processors: int) -> float:
     began = time.perf_counter()
     command = [sys.executable, "-m", "benchmarks.gpu_compile", str(device_bytes), str(processors)]
     unseen = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen([*command, str(shard)], stderr=subprocess.DEVNULL, env=unseen) for shard in range(SHARDS)
-    ]
-    failed = sum(process.wait() != 0 for process in running)
-    if failed:
-        print(f"{failed} of {SHARDS} compile shards failed", flush=True)
+    with ExitStack() as stack:
+        said = [stack.enter_context(TemporaryFile("w+")) for _ in range(SHARDS)]
+        running = [
+            subprocess.Popen([*command, str(shard)], stderr=errors, env=unseen) for shard, errors in enumerate(said)
+        ]
+        failed = [errors for process, errors in zip(running, said, strict=True) if process.wait() != 0]
+        if failed:
+            failed[0].seek(0)
+            last = "".join(failed[0].readlines()[-8:])
+            print(f"{len(failed)} of {SHARDS} compile shards failed; the first of them with:\n{last}", flush=True)
     return time.perf_counter() - began
 
 

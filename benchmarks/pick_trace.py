@@ -5,7 +5,8 @@
 A trace holds which rows each layer and KV head picked in a few dozen successive steps. Replayed, a step selects as
 ever, and then the picks of the trace take the place of its own: as many rows on average, found in the store of hot rows
 as often as real ones are. A row of work reads the trace at its own clock, which is on the device, so a recorded step
-goes on from step to step.
+goes on from step to step. The tally counts a step's own picks all the same: it steers the threshold, which no trace
+would bring back to where it belongs.
 
 Shapes: T steps, S streams (layers times heads), W picks at most, filled up with -1.
 """
@@ -65,10 +66,9 @@ class Trace:
 
 @triton.jit
 def replay_kernel(
-    trace, picks, counts, tally, tags, stamps, clock, claims, slots, inserts, hits, first_stream, first_row,
+    trace, picks, counts, tags, stamps, clock, claims, slots, inserts, hits, first_stream, first_row,
     STEPS: tl.constexpr, STREAMS: tl.constexpr, TRACED: tl.constexpr, WIDTH: tl.constexpr, WP: tl.constexpr,
-    HEADS: tl.constexpr, HAS_TALLY: tl.constexpr, HOT_TILE: tl.constexpr, HOT_SETS: tl.constexpr,
-    HOT_WAYS: tl.constexpr,
+    HOT_TILE: tl.constexpr, HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr,
 ):  # fmt: skip
     """One program per row of work: its picks are those of its stream in the step that its clock is at."""
     row = tl.program_id(0)
@@ -79,8 +79,6 @@ def replay_kernel(
     pick = tl.where(lane < WIDTH, pick, -1)
     kept = tl.sum((pick >= 0).to(tl.int32), 0)
     tl.store(picks + row * WIDTH + lane, pick, mask=lane < WIDTH)
-    if HAS_TALLY:
-        tl.atomic_add(tally + row // HEADS, (kept - tl.load(counts + row)).to(tl.int64))
     tl.debug_barrier()
     tl.store(counts + row, kept)
     hot_lookup(picks, tags, stamps, clock, claims, slots, inserts, hits, row, kept, WIDTH, HOT_TILE, HOT_SETS, HOT_WAYS)
@@ -105,14 +103,13 @@ def replayed(trace: Trace) -> Iterator[None]:
                 self._replay(hot)
 
         def _replay(self, hot: HotRows) -> None:
-            ws, rows, tally = self.ws, self.rows, self.inputs.tally
+            ws, rows = self.ws, self.rows
             count, streams, traced = trace.picks.shape
             replay_kernel[(self.count,)](
-                trace.picks, ws.picks[rows], ws.counts[rows], ws.counts if tally is None else tally, hot.tags[rows],
-                hot.stamps[rows], hot.clock[rows], hot.claims[rows], ws.hot_slots[rows], ws.hot_inserts[rows],
+                trace.picks, ws.picks[rows], ws.counts[rows], hot.tags[rows], hot.stamps[rows],
+                hot.clock[rows], hot.claims[rows], ws.hot_slots[rows], ws.hot_inserts[rows],
                 hot.hits.view(-1)[rows], trace.layer(hot) * ws.batch * ws.heads, self._first_row,
-                STEPS=count, STREAMS=streams, TRACED=traced, WIDTH=ws.width,
-                WP=power_of_two(max(ws.width, traced)), HEADS=ws.heads, HAS_TALLY=tally is not None,
+                STEPS=count, STREAMS=streams, TRACED=traced, WIDTH=ws.width, WP=power_of_two(max(ws.width, traced)),
                 HOT_TILE=min(128, power_of_two(ws.width)), HOT_SETS=hot.sets, HOT_WAYS=hot.ways, num_warps=8,
             )  # fmt: skip
 

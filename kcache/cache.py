@@ -244,10 +244,18 @@ class KCache(Cache):
     def reset(self) -> None:
         """Empty the cache, give its memory back and start the counters anew."""
         super().reset()
+        self._renew_stock_layers()
         self.shared.validity = Validity()
         self.shared.spread = spread_of(self.policy, self.shared.ranks)
         self.shared.residency.forget()
         self._latest = None
+
+    def _renew_stock_layers(self) -> None:
+        """Put new layers in place of stock's own: in older transformers theirs keep zeroed rows, and attend to them."""
+        model = self.shared.model()
+        for index, fresh in enumerate(stock_layers(model) if model is not None else ()):
+            if not isinstance(self.layers[index], TieredLayer):
+                self.layers[index] = fresh
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence ``repeats`` times."""

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicIndexedLayer,
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -33,6 +32,7 @@ from kcache.errors import UnsupportedModelError
 from kcache.support import check_model
 
 _TOKENS = (3, 1)
+_DUMMY: Any = getattr(cache_utils, "DummyLayer", ())  # none before transformers 5.18
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def _reason(layer: Any, look: _Look) -> str:
         return getattr(layer, "failed", "") or "K and V become something else after the cache"
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         return "recurrent state and window" if isinstance(layer, DynamicLayer) else "recurrent state"
-    if isinstance(layer, DummyLayer):
+    if isinstance(layer, _DUMMY):
         return "no K and V of its own"
     if isinstance(layer, DynamicIndexedLayer):
         return "an indexer picks the rows"

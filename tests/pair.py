@@ -99,8 +99,9 @@ class Pair:
         return max(layer.batch_size for layer in self.ours.tiered_layers)
 
     def crop(self, tokens: int) -> None:
-        for cache in (self.stock, self.ours):
-            cache.crop(-tokens)
+        if self.length:  # stock's layers of some versions cannot be cropped while empty
+            self.stock.crop(-tokens)
+        self.ours.crop(-tokens)
         if self.mask is not None and tokens:
             self.mask = self.mask[:, :-tokens]
 
@@ -121,8 +122,8 @@ class Pair:
             self.mask = self.mask.repeat_interleave(times, 0)
 
     def reset(self) -> None:
-        for cache in (self.stock, self.ours):
-            cache.reset()
+        self.stock = DynamicCache(config=self.model.config)  # stock's own reset depends on transformers' version
+        self.ours.reset()
         self.mask = None
 
     def _pick(self, index: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
@@ -136,6 +137,16 @@ def test_reset(policy: str) -> None:
     same_contents(pair)
 
 
+@pytest.mark.parametrize("kind", ["gemma3", "ministral"])
+def test_reset_forgets_the_rows_of_windows(kind: str) -> None:
+    """In transformers 5.17 a reset zeroes the rows of a window and keeps them: a prompt would attend to zeros."""
+    pair = Pair(make(kind))
+    pair.forward(tokens(1, 3, 30))
+    pair.reset()
+    pair.forward(tokens(2, 2, 9))
+    pair.decode(6)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_operations_on_an_empty_cache(policy: str) -> None:
     pair = Pair(make("llama"), POLICIES[policy])
@@ -198,6 +209,7 @@ def test_a_sliding_layer_past_its_window_cannot_be_cropped_as_in_stock() -> None
         pair.ours.crop(-2)
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("5.17."), reason="stock's own forward fails after recording")
 def test_a_sliding_layer_that_records_its_past_can_be_cropped() -> None:
     pair = Pair(make("gemma3"))
     for cache in (pair.stock, pair.ours):

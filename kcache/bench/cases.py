@@ -74,7 +74,7 @@ class Spec:
     @property
     def new_tokens(self) -> int:
         """Tokens decoded after the context by each engine."""
-        return 2 + (self.repeats + 1) * (self.steps + self.warmup)
+        return 2 + (self.repeats + 1) * (self.steps + max(1, self.warmup))
 
 
 @dataclass(frozen=True)

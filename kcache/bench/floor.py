@@ -90,19 +90,25 @@ def traffic_of(model: PreTrainedModel, cache: Cache, link_bytes: float) -> Traff
     """
     length, batch, k, v, score, tail = int(cache.get_seq_length()), 1, 0, 0, 0, 0
     for layer in cache.layers:
+        if isinstance(layer, TieredLayer):
+            if not layer.length:
+                continue
+            batch, k = layer.batch_size, k + layer.key_bytes
+            rows_bytes, dim = _value_bytes(layer)
+            if layer.mode == "topn":
+                assert layer.mass is not None
+                score += SCORE_PASSES * SCORE_BYTES * layer.mass.numel() * length
+                tail += tail_unit(layer.shared.policy, rows_bytes, dim)[0]
+            else:
+                v += rows_bytes
+            continue
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
             continue
         batch = keys.shape[0]
         used = min(1.0, length / keys.shape[2])
-        k += int(layer.key_bytes if isinstance(layer, TieredLayer) else _nbytes(keys) * used)
-        if isinstance(layer, TieredLayer) and layer.mode == "topn":
-            assert layer.mass is not None
-            policy = layer.shared.policy
-            score += SCORE_PASSES * SCORE_BYTES * layer.mass.numel() * length
-            tail += tail_unit(policy, _nbytes(values), values.shape[3])[0]
-        else:
-            v += int(_nbytes(values) * used)
+        k += int(_nbytes(keys) * used)
+        v += int(_nbytes(values) * used)
     return Traffic(
         weights_bytes=Weights.of_model(model).read_bytes(batch),
         k_bytes=k,
@@ -112,6 +118,12 @@ def traffic_of(model: PreTrainedModel, cache: Cache, link_bytes: float) -> Traff
         link_bytes=link_bytes,
         link_in_bulk=bool(getattr(cache, "offloading", False)),
     )
+
+
+def _value_bytes(layer: TieredLayer) -> tuple[int, int]:
+    """Bytes of V of the tokens held, as attention reads them, and its head size: without a look at a row."""
+    batch, heads, _, dim = layer.buffers().values.shape
+    return batch * heads * layer.length * dim * layer.dtype.itemsize, dim
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

@@ -23,7 +23,6 @@ from kcache.bench.floor import Bandwidths
 from kcache.bench.report import Problem, make_rows
 from kcache.bench.rows import Row
 from kcache.bench.runner import Runner
-from kcache.errors import KCacheError
 
 if TYPE_CHECKING:
     from kcache.loading import LoadedModel
@@ -38,7 +37,6 @@ class Watch(Protocol):
 
 _SHARE_OF_FREE = 0.8
 _LEAST_ROUNDS = 2
-_FAILURES = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError, MemoryError, KCacheError)
 
 
 def turns_of(case: Case, spec: Spec) -> int:
@@ -133,7 +131,7 @@ class _Race:
             self.watch(label, 0)
             runner.turn()
             self.watch(label, 1)
-        except _FAILURES as error:
+        except Exception as error:
             self.problems[engine] = Problem.of(error)
             together = False
         if not together:
@@ -193,7 +191,7 @@ class _Race:
             return {}
         try:
             return measure_fidelity(self.lm, asked, self.case.ctx, partial(self.watch, turns=1))
-        except _FAILURES as error:
+        except Exception as error:
             for engine in asked:
                 self.problems[engine] = Problem.of(error)
             return {}

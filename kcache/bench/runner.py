@@ -111,9 +111,10 @@ class Runner:
         assert self._cache is not None and self._tokens is not None
         times: list[float] = []
         with self.engine.running(self._lm.model):
-            for _ in range(self._spec.warmup):
+            for _ in range(self._spec.warmup - 1):
                 next(self._tokens)
             before = self.engine.stats(self._cache)
+            next(self._tokens)  # not timed: while the counters were read, the device finished it ahead of the clock
             first = began = time.perf_counter()
             while len(times) < self._spec.steps:
                 next(self._tokens)
@@ -122,7 +123,7 @@ class Runner:
                 began = ended
                 if len(times) >= _LEAST_STEPS and ended - first > self._spec.turn_s:
                     break
-        self._look(before, len(times))
+        self._look(before, len(times) + 1)
         self.measured.turns.append(times)
 
     def free(self) -> None:

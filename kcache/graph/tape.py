@@ -6,7 +6,9 @@ step that asks the host for a value (``.item()``, a shape that depends on data) 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +30,11 @@ class Tape(Protocol):
 
 
 class CudaTape:
-    """A CUDA graph with memory of its own."""
+    """A CUDA graph with memory of its own.
+
+    A step that asks the host for a value is found out in the last run before the capture: one that fails leaves torch's
+    allocator and generator as if it went on. What fails in the capture all the same is undone.
+    """
 
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
@@ -38,26 +44,63 @@ class CudaTape:
         """See :class:`Tape`; the step runs before it is recorded, on the stream that records it."""
         self._device = device
         with torch.cuda.device(device):
-            before, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+            before, stream = torch.cuda.current_stream(device), _recording_stream(device)
             stream.wait_stream(before)
             try:
                 with torch.cuda.stream(stream):
-                    for _ in range(_WARM_UPS):
+                    for _ in range(_WARM_UPS - 1):
+                        step()
+                    with _no_synchronising():
                         step()
             finally:
                 before.wait_stream(stream)
             torch.cuda.synchronize(device)
-            try:
-                # Other threads, such as a publisher's, may go on waiting for events of theirs.
-                with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-                    return step()
-            finally:
-                torch.cuda.set_stream(before)  # a recording that fails leaves its own stream the current one
+            # Other threads, such as a publisher's, may go on waiting for events of theirs.
+            with (
+                _undone_on_failure(device, before) as pool,
+                torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
+                return step()
 
     def replay(self) -> None:
         """See :class:`Tape`."""
         with torch.cuda.device(self._device):
             self._graph.replay()
+
+
+@lru_cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings on a device: torch keeps scratch memory of matrix products for every stream there was."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _no_synchronising() -> Iterator[None]:
+    """Inside this block, an operation that makes the host wait for the device raises ``RuntimeError``."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def _undone_on_failure(device: torch.device, before: torch.cuda.Stream) -> Iterator[Any]:
+    """Give a capture its memory pool; if it fails, do what torch leaves undone when it cannot end a capture."""
+    pool = torch.cuda.graph_pool_handle()
+    try:
+        yield pool
+    except BaseException:
+        torch.cuda.set_stream(before)  # the stream of the capture is still the current one
+        _recording_stream.cache_clear()
+        index = torch.cuda.current_device() if device.index is None else device.index
+        with suppress(RuntimeError):  # raised where the capture did end, or never began
+            torch._C._cuda_endAllocateToPool(index, pool)
+            torch._C._cuda_releasePool(index, pool)
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())  # the copy is not being captured
+        raise
 
 
 def tape_for(device: torch.device) -> Callable[[], Tape] | None:

@@ -10,6 +10,7 @@ from kcache.bench.context import fill, layer_shapes
 from kcache.bench.engines import make_engine
 from kcache.bench.floor import Traffic, floor_of, traffic_of
 from kcache.forward import step_logits
+from kcache.layer import TieredLayer
 from kcache.policy import Policy
 from tests.bench.machines import machine
 from tests.models import make
@@ -19,9 +20,9 @@ ROW = D * 4  # fp32
 POLICY = Policy(topn=8, dense_layers=1, dense_below=0, offload="all")
 
 
-def filled(name: str) -> tuple[torch.nn.Module, Traffic]:
+def filled(name: str, policy: Policy = POLICY) -> tuple[torch.nn.Module, Traffic]:
     """One decode step of an engine after ``CTX`` random rows, and its traffic."""
-    model, engine = make("llama"), make_engine(name, POLICY)
+    model, engine = make("llama"), make_engine(name, policy)
     with engine.running(model):
         cache = engine.make(model, CTX + 1)
         fill(cache, layer_shapes(model), CTX, BATCH)
@@ -40,6 +41,17 @@ def test_kcache_reads_k_scores_tail_and_its_rows() -> None:
     assert traffic.tail_bytes == offloaded * rows * ROW // D, "one direction of each row"
     assert traffic.link_bytes >= offloaded * BATCH * HKV * POLICY.topn * ROW
     assert not traffic.link_in_bulk
+
+
+def test_rows_in_8_bits_are_counted_and_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of K each byte and its scale; exact copies of K and V, as large as both, are not made for that."""
+    for name in ("keys", "values"):
+        monkeypatch.setattr(TieredLayer, name, property(lambda self: pytest.fail("a copy of the rows was made")))
+    _, traffic = filled("kcache", POLICY.replace(k_bits=8, v_bits=8))
+    rows, offloaded = BATCH * HKV * (CTX + 1), LAYERS - 1
+    assert traffic.k_bytes == rows * (ROW + offloaded * (D + 4))
+    assert traffic.v_bytes == rows * ROW
+    assert traffic.tail_bytes == offloaded * rows * ROW // D
 
 
 @pytest.mark.parametrize("name", ["dense", "hf-dynamic", "hf-static"])

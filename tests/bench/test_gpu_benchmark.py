@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +14,23 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import Bench, commit, main
+from benchmarks.gpu import Bench, commit, file_of, main
 from benchmarks.gpu_jobs import GIB, Job, all_jobs, batch_of, largest_batch, measure, measure_prefill, spec_of
 from benchmarks.gpu_models import SHAPES, make_model
 from benchmarks.gpu_report import RATIOS, ceiling_of, ratio_lines, record, value_of
 from kcache.bench.context import LayerShape
 from kcache.bench.engines import make_engine
+from kcache.cache import KCache
 from tests.bench.machines import machine, tiny
 
+ROOT = Path(__file__).parents[2]
 KEYS = {
     "batch8_32k_vs_dense", "equal_hbm_32k_vs_dense", "equal_hbm_32k_k8_vs_dense", "batch1_128k_fits_vs_dense",
     "batch8_32k_vs_hf_dynamic", "batch1_32k_vs_hf_offloaded", "batch8_32k_floor_multiple", "llama2_7b_15k_vs_dense",
     "prefill_32k_time_vs_dense",
 }  # fmt: skip
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def row(batch: int = 8, ms: float = 10.0, floor_ms: float = 8.0, **more: Any) -> dict[str, Any]:
@@ -57,16 +65,22 @@ class Clock:
         return self.now_s
 
 
-def bench(budget_s: float = 1e6, output: Path | None = None, failing: str = "") -> tuple[Bench, list[str]]:
+def bench(
+    budget_s: float = 1e6,
+    output: Path | None = None,
+    failing: str = "",
+    error: Exception = FULL,
+    alive: Callable[[], bool] = lambda: True,
+) -> tuple[Bench, list[str]]:
     clock, said = Clock(), list[str]()
 
     def run(job: Job) -> dict[str, Any]:
         clock.now_s += job.seconds
         if failing and failing in job.name:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise error
         return figures_of(job)
 
-    return Bench(run, {"device": "Test"}, output, budget_s, clock, said.append), said
+    return Bench(run, {"device": "Test"}, output, budget_s, clock, said.append, alive), said
 
 
 def test_every_key_that_is_asked_for_has_its_jobs() -> None:
@@ -133,6 +147,79 @@ def test_a_job_that_runs_out_of_memory_is_a_row_with_the_reason() -> None:
     assert "Tried to allocate" in failed["reason"]
     assert "batch8_32k_vs_dense" not in found["ratios"]
     assert any("does not fit" in line for line in said)
+
+
+def test_an_error_nobody_foresaw_is_a_row_and_the_rest_goes_on() -> None:
+    run, _ = bench(failing="batch8_32k/kcache", error=AttributeError("no such thing"))
+    run.go(all_jobs()[:3])
+    assert [figures["status"] for figures in run.figures.values()] == ["ok", "failed", "ok"]
+
+
+def test_a_device_that_answers_no_more_ends_the_run(tmp_path: Path) -> None:
+    """An illegal address fails whatever follows in the process: that would only be misleading rows."""
+    file = tmp_path / "h200.json"
+    run, said = bench(failing="batch8_32k/kcache", output=file, error=RuntimeError("CUDA error"), alive=lambda: False)
+    run.go(all_jobs()[:3])
+    assert [figures["status"] for figures in run.figures.values()] == ["ok", "failed"]
+    assert run.left_out == {all_jobs()[2].name: "the device does not answer since batch8_32k/kcache"}
+    assert json.loads(file.read_text())["left_out"] == run.left_out
+    assert any("does not answer" in line for line in said)
+
+
+def test_the_record_is_named_after_the_card() -> None:
+    assert file_of("NVIDIA H200") == "h200.json"
+    assert file_of("NVIDIA H100 80GB HBM3") == "h100.json"
+    assert file_of("NVIDIA A100-SXM4-80GB") == "a100.json"
+    assert file_of("NVIDIA GH200 480GB") == "gh200.json"
+    assert file_of("NVIDIA GeForce RTX 4090") == "nvidia-geforce-rtx-4090.json"
+
+
+def test_everything_for_a_gpu_runs_whatever_fails(tmp_path: Path) -> None:
+    """The first look, the benchmark and the tests in this order, figures into one folder, and the exit code tells."""
+    fake = tmp_path / "python"
+    for failing in ("benchmarks.gpu", "nothing"):
+        fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\ncase "$*" in *{failing}*) exit 3;; esac\n')
+        fake.chmod(0o755)
+        env = {**os.environ, "PYTHON": str(fake), "OUT": str(tmp_path / "out")}
+        done = subprocess.run([ROOT / "benchmarks" / "gpu.sh", "--only", "k8"], env=env, check=False)
+        assert done.returncode == (failing != "nothing")
+        calls = [line for line in (tmp_path / "calls").read_text().splitlines() if not line.startswith("-c")]
+        assert calls[0] == f"benchmarks/first_look.py --output {tmp_path}/out/first_look.json"
+        assert calls[1] == f"-m benchmarks.gpu --folder {tmp_path}/out --only k8"
+        assert "tests/gpu" in calls[2] and "tests/triton" in calls[3]
+        (tmp_path / "calls").unlink()
+    assert (tmp_path / "out").is_dir()
+
+
+def test_every_ratio_asked_for_fits_the_budget() -> None:
+    """By the jobs' own estimates, in their order."""
+    run, _ = bench(budget_s=330)
+    assert set(run.go(all_jobs())["ratios"]) >= KEYS
+
+
+def test_a_prompt_begins_without_the_cache_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache refers to itself, so without the collector its memory would be freed within the next one's peak."""
+    alive: list[int] = []
+
+    class Peak:
+        def __init__(self, device: torch.device) -> None:
+            alive.append(sum(ref() is not None for ref in made))
+
+        def added_bytes(self) -> int:
+            return 0
+
+    lm = tiny()
+    made: list[weakref.ref[KCache]] = []
+
+    class Counted(KCache):
+        def __init__(self, model: Any, *args: Any, **more: Any) -> None:
+            super().__init__(model, *args, **more)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr("benchmarks.gpu_jobs.PeakMemory", Peak)
+    monkeypatch.setattr("benchmarks.gpu_jobs.KCache", Counted)
+    measure_prefill(Job("case/prefill", "tiny", "prefill", 48, 1), lm, repeats=2)
+    assert alive == [1, 1, 1]
 
 
 def test_the_largest_batch_that_fits_both_tiers() -> None:

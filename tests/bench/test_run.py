@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,6 +148,7 @@ def with_failing(error: BaseException) -> list[Case]:
         (MemoryError(), "does not fit"),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), "does not fit"),
         (ValueError("no\nsuch shape"), "failed"),
+        (AttributeError("what nobody foresaw"), "failed"),
     ],
 )
 def test_a_failure_is_a_row(lm: LoadedModel, error: BaseException, status: str) -> None:
@@ -275,6 +277,33 @@ def test_the_time_of_a_step_is_in_the_figures(lm: LoadedModel, monkeypatch: pyte
     ours, theirs = rows_of(lm, replace(SPEC, engines=("kcache", "hf-dynamic"), topns=(4,)))
     assert theirs.decode_ms_p50 and theirs.decode_ms_p50 >= 50
     assert ours.ratio and ours.ratio > 1.5
+
+
+def test_the_step_that_ran_while_counters_were_read_is_not_timed(
+    lm: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the read of the counters and the first tick of the clock there is one whole step."""
+    events: list[str] = []
+    stats, forward = Tiered.stats, decoding.decode
+
+    def counted(self: Tiered, cache: Any) -> Any:
+        events.append("stats")
+        return stats(self, cache)
+
+    def stepping(*args: Any) -> Iterator[list[int]]:
+        for tokens in forward(*args):
+            events.append("step")
+            yield tokens
+
+    monkeypatch.setattr(Tiered, "stats", counted)
+    monkeypatch.setattr(runner_module, "decode", stepping)
+    monkeypatch.setattr(
+        runner_module, "time", SimpleNamespace(perf_counter=lambda: events.append("clock") or time.perf_counter())
+    )
+    (row,) = rows_of(lm, replace(SPEC, engines=("dense",), repeats=1))
+    turn = events[events.index("stats") :]
+    assert turn[:4] == ["stats", "step", "clock", "step"]
+    assert row.steps_timed == SPEC.steps
 
 
 def test_a_long_turn_ends_early(lm: LoadedModel) -> None:

@@ -49,6 +49,12 @@ def settle() -> None:
     torch.cuda.empty_cache()
 
 
+@torch.no_grad()
+def warm_up(model: PreTrainedModel) -> None:
+    """Let torch take the scratch memory of matrix products, which it keeps for good."""
+    model(input_ids=ids_of(0, 1, 64), use_cache=False)
+
+
 # -- equality ------------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +184,7 @@ def test_v_of_offloaded_layers_leaves_the_device(chunk: int) -> None:
     """V a layer is 32 MiB, all V 512 MiB: after prefill none of it is there, and the peak never held much of it."""
     model = big(torch.bfloat16, **WIDE)
     ids = ids_of(1, 1, CONTEXT)
+    warm_up(model)
     settle()
     base = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -225,6 +232,7 @@ def test_resident_layers_follow_the_budget() -> None:
     k_bytes = 16 * length * row
     budget = k_bytes + 6 * length * row + 16 * (length // 16) * row
     cache = KCache(model, Policy(dense_below=0, dense_layers=0, kv_budget=budget), max_length=length)
+    warm_up(model)
     settle()
     base = torch.cuda.memory_allocated()
     with attach(model):
@@ -277,14 +285,14 @@ def test_copies_out_survive_reuse_of_the_device_memory(seed: int) -> None:
         assert torch.equal(values.cpu(), torch.cat(kept[layer], 2))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_runs_equal_stock(seed: int) -> None:
     """Chunks, turns, padding and decode in random shapes, with the freed memory overwritten between forwards."""
     draw = random.Random(1000 + seed)
     heads = draw.choice([(8, 1), (8, 2), (8, 8)])
     model = big(num_attention_heads=heads[0], num_key_value_heads=heads[1], num_hidden_layers=3)
     policy = WHOLE.replace(backend=draw.choice(BACKENDS), dense_below=draw.choice([0, 0, 150]))
-    pair = Pair(model, policy, max_length=draw.choice([None, 3000]), tolerance=LOOSE)
+    pair = Pair(model, policy, max_length=None if seed % 4 == 0 else 3000, tolerance=LOOSE)
     batch = draw.randint(1, 4)
     for turn in range(draw.randint(1, 4)):
         lengths = [draw.randint(2, 600) for _ in range(batch)]

@@ -39,14 +39,16 @@ def make_step(policy: Policy, device: torch.device, **sizes: object) -> DecodeSt
         (Policy(topn=2), {"threshold": 0.8}),
         (Policy(topn=2, select="head"), {"threshold": 0.8, "dtype": torch.bfloat16}),
         (Policy(topn=12), {"threshold": 0.2, "dim": 8}),
+        (Policy(topn=5000), {"capacity": 192}),
+        (Policy(topn=5000), {"threshold": 0.001, "capacity": 192}),
     ],
     ids=[
         "default", "per head", "paper", "renormalised", "all rows", "above", "above, the most", "above, per head",
-        "a head size the kernels do not take",
+        "a head size the kernels do not take", "all rows, width above the capacity", "above, width above the capacity",
     ],
 )  # fmt: skip
 def test_triton_backend_equals_reference(policy: Policy, sizes: dict[str, Any], device: torch.device) -> None:
-    step = make_step(policy, device, length=90, capacity=128, padded=True, **sizes)
+    step = make_step(policy, device, **{"length": 90, "capacity": 128, "padded": True, **sizes})
     backend, reference = TritonBackend(device), ReferenceBackend()
     exact = step.query.dtype == torch.float32
     tallies = []
@@ -65,6 +67,20 @@ def test_triton_backend_equals_reference(policy: Policy, sizes: dict[str, Any], 
         assert torch.equal(tallies[0], tallies[2])
         assert torch.equal(tallies[2] - step.tally, (want.picks >= 0).flatten(1).sum(1))
     assert len(backend._workspaces) <= 1
+
+
+@pytest.mark.parametrize("threshold", [None, 0.2])
+def test_triton_growth_does_not_compile_kernels_anew(threshold: float | None, device: torch.device) -> None:
+    """How many rows may be picked is a constant of the kernels: buffers of many capacities share a few."""
+    backend = TritonBackend(device)
+    widths = set()
+    for capacity in range(64, 1025, 64):
+        more = {} if threshold is None else {"threshold": threshold}
+        found = backend.workspace(make_step(Policy(topn=512), device, length=60, capacity=capacity, **more))
+        assert found is not None
+        widths.add(found.width)
+        assert found.width >= min(512, capacity)
+    assert widths <= {64, 128, 256, 512, 1024, 2048, 4096}
 
 
 @pytest.mark.parametrize("dim", [64, 8])

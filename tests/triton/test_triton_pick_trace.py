@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.pick_trace import FILE, Trace, replayed
 from kcache.backends.triton import HotRows, Tuning, Workspace, triton_decode
-from tests.triton.problem import assert_near, expected, make_problem
+from tests.triton.problem import Problem, assert_near, expected, make_problem
 
 SMALL = Tuning(score_block=64, weight_chunk=64, gather_rows=16, tail_tile=16, processors=4, slices=2)
 STREAMS = [[[1, 5, 9], [2, 3]], [[1, 5, 40], [2, 3, 4, 60]], [[5, 9, 40], [7]]]
@@ -31,6 +31,7 @@ def test_triton_replayed_picks_are_those_of_the_trace(trace_file: Path, device: 
     problem = make_problem(batch=2, kv_heads=1, dim=32, length=200, topn=4, threshold=0.1).to(device)
     trace = Trace(trace_file, 200, device)
     assert trace.rows == pytest.approx(16 / 6)
+    own_rows = _own_rows(problem, device)
     stores = [HotRows(2, 1, 64, 32, torch.float32, device, ways=8) for _ in range(2)]
     capacity = problem.keys.shape[2]
     workspace = Workspace(2, 1, 2, 32, 32, capacity, 4, device, spread="need", tuning=SMALL)
@@ -48,12 +49,23 @@ def test_triton_replayed_picks_are_those_of_the_trace(trace_file: Path, device: 
                 want = [{2 * row for row in STREAMS[step % 3][sequence]} for sequence in range(2)]
                 got = [set(picks[sequence, 0].tolist()) - {-1} for sequence in range(2)]
                 assert got == want
-                assert (tally - before).tolist() == [len(rows) for rows in want]
+                assert (tally - before).tolist() == own_rows, "a threshold is steered by what it picked itself"
                 found = [len(rows & known) for rows, known in zip(want, seen[layer], strict=True)]
                 assert (hot.hits - hits)[:, 0].tolist() == found
                 assert_near(out, expected(problem, picks)[0], torch.float32)
                 for known, rows in zip(seen[layer], want, strict=True):
                     known |= rows
+
+
+def _own_rows(problem: Problem, device: torch.device) -> list[int]:
+    """How many rows each sequence picks by its threshold."""
+    workspace = Workspace(2, 1, 2, 32, 32, problem.keys.shape[2], 4, device, spread="need", tuning=SMALL)
+    tally = torch.zeros(2, dtype=torch.int64, device=device)
+    triton_decode(
+        problem.query, problem.keys, problem.values, problem.length, scaling=problem.scaling, workspace=workspace,
+        lowrank=problem.lowrank, threshold=problem.threshold, tally=tally,
+    )  # fmt: skip
+    return tally.tolist()
 
 
 def test_triton_without_the_block_steps_pick_for_themselves(trace_file: Path, device: torch.device) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from kcache.backends.base import DecodeResult, DecodeStep
 from kcache.backends.reference import ReferenceBackend
-from kcache.backends.triton.common import interpreted
+from kcache.backends.triton.common import interpreted, power_of_two
 from kcache.backends.triton.decode import dense_decode
 from kcache.backends.triton.hot import HotRows
 from kcache.backends.triton.step import triton_decode
@@ -97,7 +97,7 @@ class TritonBackend:
         batch, kv_heads, capacity, dim = step.keys.shape
         group, dim_v, policy = step.query.shape[1] // kv_heads, step.values.shape[-1], step.policy
         device = step.query.device
-        topn = min(policy.topn, capacity)
+        topn = min(policy.topn, power_of_two(capacity))  # not each capacity is worth kernels of its own
         spread: Spread = "even" if step.threshold is None else "need"
         rank = None if step.lowrank is None else step.lowrank.basis.shape[2]
         shape = (batch, kv_heads, group, dim, dim_v, topn, device, policy.select, policy.tail, rank, spread)

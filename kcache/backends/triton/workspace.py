@@ -169,7 +169,8 @@ class Workspace(DeviceLength):
         self.select, self.tail, self.spread = select, tail, spread
         self.rank = rank_of(tail_rank, dim_v) if tail == "lowrank" else 0
         self.capacity = -(-capacity // 64) * 64
-        self.width = min(MOST * topn, self.capacity) if spread == "need" else topn
+        # A compile-time constant of the kernels: a power of two while the capacity bounds it, for few variants.
+        self.width = min(MOST * topn, power_of_two(self.capacity)) if spread == "need" else topn
         self.heads, self.group, self.repeat = (
             (kv_heads, group, 1) if select == "group" else (kv_heads * group, 1, group)
         )
