@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionAndFullAttentionLayer
 
 from kcache.attention import is_ours, text_config
-from kcache.backends import Backend, choose_backend
+from kcache.backends import Backend, choose_backend, has_triton
 from kcache.devices import input_device
 from kcache.errors import CacheStateError, InputError
 from kcache.graph.tape import tape_for
@@ -116,8 +116,8 @@ class Shared:
     @property
     def graph(self) -> GraphDecoder | None:
         """Who decodes by replaying recorded steps; None where nothing records them, or the policy does without."""
-        if self._graph is None and self.make_tape is not None:
-            from kcache.graph.decoder import GraphDecoder  # needs Triton
+        if self._graph is None and self.make_tape is not None and has_triton():
+            from kcache.graph.decoder import GraphDecoder
 
             self._graph = GraphDecoder(self.make_tape)
         return self._graph

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -119,6 +120,15 @@ def test_triton_a_model_that_asks_the_device_for_a_value() -> None:
 def test_without_a_tape_or_with_the_policy_off_there_is_no_recording(llama: PreTrainedModel) -> None:
     assert KCache(llama, POLICY).shared.graph is None
     assert KCache(llama, POLICY.replace(graph="off")).shared.make_tape is None
+
+
+def test_a_device_without_triton_has_no_recording(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    cache, got = run(llama, POLICY.replace(backend="reference"), RecordedTape)
+    assert cache.shared.graph is None
+    assert len(got) == STEPS + 1
 
 
 def test_stock_caches_are_decoded_as_ever(llama: PreTrainedModel) -> None:
