@@ -10,7 +10,7 @@ import copy
 import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionAndFullAttentionLayer
 
 from kcache.attention import is_ours, text_config
-from kcache.backends import Backend, choose_backend
+from kcache.backends import Backend, choose_backend, has_triton
 from kcache.devices import input_device
 from kcache.errors import CacheStateError, InputError
 from kcache.graph.tape import tape_for
@@ -62,6 +62,7 @@ class Shared:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
         """The copied cache makes backends and recordings of its own: theirs are scratch memory."""
+        self.about_to_change()
         memo[id(self)] = twin = object.__new__(Shared)
         state = {**vars(self), "_backends": {}, "_graph": None}
         twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in state.items()})
@@ -103,6 +104,7 @@ class Shared:
 
     def select(self, index: torch.Tensor) -> None:
         """Keep the sequences ``index`` ``[B']``, in that order, of what is known about them."""
+        self.forget_recording()
         self.validity.select(index)
         if self.spread is not None:
             self.spread.select(index)
@@ -116,11 +118,32 @@ class Shared:
     @property
     def graph(self) -> GraphDecoder | None:
         """Who decodes by replaying recorded steps; None where nothing records them, or the policy does without."""
-        if self._graph is None and self.make_tape is not None:
-            from kcache.graph.decoder import GraphDecoder  # needs Triton
+        if self._graph is None and self.make_tape is not None and has_triton():
+            from kcache.graph.decoder import GraphDecoder
 
             self._graph = GraphDecoder(self.make_tape)
         return self._graph
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a recorded step is under way, or rows are where only the recording looks for them."""
+        return self._graph is not None and self._graph.ahead
+
+    def about_to_change(self) -> None:
+        """Take back a recorded step that is under way: somebody else is about to change the cache."""
+        if self._graph is not None:
+            self._graph.pause()
+
+    def forget_recording(self) -> None:
+        """Let go of a recorded step, which is for tensors that are about to make way for others."""
+        if self._graph is not None:
+            self._graph.forget()
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Inside, what is counted leaves out a recorded step that is under way."""
+        with self._graph.set_aside() if self._graph is not None else nullcontext():
+            yield
 
     @property
     def step_state(self) -> list[torch.Tensor]:
@@ -211,6 +234,8 @@ class KCache(Cache):
         caller = sys._getframe(1).f_locals.get("self")
         if isinstance(caller, torch.nn.Module):
             self.shared.check_owner(caller)
+        if self.shared.runs_ahead:
+            self.shared.about_to_change()
         layer = self.layers[layer_idx]
         if self._latest is not None and self._latest is not layer:
             self._latest.release()
@@ -241,8 +266,14 @@ class KCache(Cache):
         finally:
             self.shared.look = before
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; the argument is negative, as transformers has it (``crop(-3)`` removes three)."""
+        self.shared.about_to_change()
+        super().crop(tokens_to_remove)
+
     def reset(self) -> None:
         """Empty the cache, give its memory back and start the counters anew."""
+        self.shared.forget_recording()
         super().reset()
         self._renew_stock_layers()
         self.shared.validity = Validity()
@@ -286,11 +317,13 @@ class KCache(Cache):
     @property
     def stats(self) -> Stats:
         """Totals over all layers since the cache was made or reset."""
-        return total([snapshot.stats for snapshot in self._layer_snapshots(picks=False)])
+        with self.shared.settled():
+            return total([snapshot.stats for snapshot in self._layer_snapshots(picks=False)])
 
     def snapshot(self) -> StepSnapshot:
         """The state after the latest forward, with the picked positions; copies those to the host."""
-        layers = self._layer_snapshots(picks=True)
+        with self.shared.settled():
+            layers = self._layer_snapshots(picks=True)
         stats = total([layer.stats for layer in layers])
         return StepSnapshot(step=stats.steps, tokens=stats.tokens, batch=self.batch_size, stats=stats, layers=layers)
 

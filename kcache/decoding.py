@@ -77,16 +77,17 @@ class _Steps:
     def __init__(self, model: PreTrainedModel, cache: Cache, mask: torch.Tensor | None) -> None:
         self.model, self.cache, self.mask = model, cache, mask
         self.graph: GraphDecoder | None = None
+        self._run = 0
         self._logits: torch.Tensor | None = None
         self._outdated = False
         if isinstance(cache, KCache) and cache.shared.graph is not None:
             self.graph = cache.shared.graph
-            self.graph.begin(model, cache)
+            self._run = self.graph.begin(model, cache)
 
     def launch(self, tokens: torch.Tensor, going: torch.Tensor | None = None) -> None:
         """Have the recording take the step, if it can; nothing changes yet on the host."""
         if self.graph is not None:
-            self._logits = self.graph.launch(tokens, going)
+            self._logits = self.graph.launch(self._run, tokens, going)
 
     def take(self, tokens: torch.Tensor, ended: Sequence[bool], pad_id: int) -> torch.Tensor:
         """The logits of the step that feeds ``tokens`` ``[B]``, or padding to those that have ended."""
@@ -97,15 +98,13 @@ class _Steps:
         if ended:
             self.launch(tokens, going)
         logits, self._logits = self._logits, None
-        if logits is not None:
-            assert self.graph is not None
-            self.graph.commit()
+        if logits is not None and self.graph is not None and self.graph.commit(self._run):
             self._outdated = True
             return logits
         self._extend(going, len(tokens))
         logits = step_logits(self.model, self.cache, tokens[:, None], self.mask)
         if self.graph is not None:
-            self.graph.check(logits)
+            self.graph.check(self._run, logits)
         return logits
 
     def _extend(self, going: torch.Tensor | None, batch: int) -> None:
@@ -125,4 +124,4 @@ class _Steps:
     def leave(self) -> None:
         """End the run."""
         if self.graph is not None:
-            self.graph.leave()
+            self.graph.leave(self._run)

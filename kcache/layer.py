@@ -81,7 +81,7 @@ class TieredLayer(CacheLayerMixin):
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
         """V ``[B, Hkv, L, Dv]``, a view in whichever tier holds it; None while empty."""
-        return self._v.view() if self._v is not None and self.keys is not None else None
+        return self._v.view() if self._v is not None and self.batch_size >= 0 else None
 
     @property
     def offloaded(self) -> bool:
@@ -101,8 +101,8 @@ class TieredLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Learn device, dtype and shapes from the first K and V."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._k = RowBuffer(self.device, self.shared.residency.room)
         plan = self.shared.residency
+        self._k = RowBuffer(self.device, lambda: plan.key_room(self))
         self._v = ValueStore(
             self.device, self.shared.policy, self.shared.validity, plan.room, lambda: plan.resident_room(self)
         )
@@ -241,9 +241,7 @@ class TieredLayer(CacheLayerMixin):
         values = self._v.whole(call.value)
         if self.following is not None:
             self.following.prefetch_values(call.key.shape[2])
-        keys = self._k.get(self.length)
-        if isinstance(self._k, ByteRows):
-            keys = torch.cat([keys[:, :, : self.length - count], call.key], 2)
+        keys = self._k.followed_by(call.key, self.length)
         return dense.attend(call.query, keys, values, mask, call.scaling, call.softcap, call.sinks)
 
     def _decodes_topn(self, mask: torch.Tensor | None) -> bool:
@@ -254,11 +252,13 @@ class TieredLayer(CacheLayerMixin):
     def _decode(self, call: AttentionCall, mask: torch.Tensor | None) -> torch.Tensor:
         """The TopN decode step: score, select, fetch, combine."""
         assert self._v is not None and self._v.host is not None
-        if self.shared.backend(self.device).reads_host_by_kernel:
+        backend, step = self.shared.backend(self.device), self._with_choice(self.step_of(call, _rows_of(mask)))
+        kernels = getattr(backend, "workspace", None)  # where they do not take a step's sizes, the host reads
+        if backend.reads_host_by_kernel and (kernels is None or kernels(step) is not None):
             self.ready_for_kernels()
         else:
             self._v.finish_sending()
-        result = self.decode_step(self.step_of(call, _rows_of(mask)))
+        result = backend.decode(step)
         self.mode, self.picks, self.mass = "topn", result.picks, result.mass
         self._count(result.picks)
         return result.out.unsqueeze(2)
@@ -277,22 +277,27 @@ class TieredLayer(CacheLayerMixin):
             mask=None if mask is None else mask.expand(call.query.shape[0], -1),
             softcap=call.softcap,
             sinks=call.sinks,
+            hot=self.hot,
             key_scales=held.key_scales,
             value_scales=held.value_scales,
         )
 
     def decode_step(self, step: DecodeStep) -> DecodeResult:
-        """Score, select, fetch and combine; under a threshold, with what it has come to."""
+        """Score, select, fetch and combine."""
+        return self.shared.backend(self.device).decode(self._with_choice(step))
+
+    def _with_choice(self, step: DecodeStep) -> DecodeStep:
+        """The step with what decides on its rows: the threshold, if there is one, and a store of hot rows."""
         assert self._v is not None
         spread, policy = self.shared.spread, self.shared.policy
         if spread is not None and self.follows_threshold(step.length):
             heads = step.keys.shape[1] if policy.select == "group" else step.query.shape[1]
             threshold, tally = spread.begin(self.index, heads, len(step.query), self.device)
             step = replace(step, threshold=threshold, tally=tally)
-        backend = self.shared.backend(self.device)
-        if self._v.hot is None:
-            self._v.hot = backend.keep_hot(step)
-        return backend.decode(replace(step, hot=self._v.hot))
+        if step.hot is None:
+            self._v.hot = self.shared.backend(self.device).keep_hot(step)
+            step = step if self._v.hot is None else replace(step, hot=self._v.hot)
+        return step
 
     def follows_threshold(self, length: int) -> bool:
         """Whether a step over ``length`` rows picks by a threshold: where there is one, and something to choose."""

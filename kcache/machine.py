@@ -248,7 +248,9 @@ def _layer_ms(least_s: float) -> float:
     config = LlamaConfig(
         vocab_size=32, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=_TINY_LAYERS
     )
-    model, token = LlamaForCausalLM(config).eval(), torch.zeros(1, 1, dtype=torch.int64)
+    with torch.random.fork_rng(devices=[]):  # the weights are drawn from the caller's generator
+        model = LlamaForCausalLM(config).eval()
+    token = torch.zeros(1, 1, dtype=torch.int64)
     cache = DynamicCache(config=config)
 
     def step() -> None:

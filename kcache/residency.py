@@ -68,6 +68,10 @@ class Residency:
         young = max(0, self.policy.dense_below - 1)
         return self.planned if self.is_resident(layer) else min(self.planned, young)
 
+    def key_room(self, layer: TieredLayer) -> int:
+        """Rows K as it comes grows to: all, unless it is narrowed to 8 bits when V leaves."""
+        return self.resident_room(layer) if self.policy.k_bits == 8 else self.planned
+
     def leaves(self, layer: TieredLayer, length: int) -> bool:
         """Whether V of a layer goes to the host tier at ``length`` rows."""
         return not self.is_resident(layer) and (length >= self.policy.dense_below or not self.keeps_young)
@@ -214,8 +218,8 @@ class Place:
         return below if self.budget is None else self.sizes.longest(self.least, self.budget, below)
 
     def keeps(self, rows: int, young: int) -> bool:
-        """Whether V of ``young`` rows of the other layers fits too."""
-        extra = (len(self.layers) - self.resident) * self.sizes.v_row * young
+        """Whether ``young`` rows of the other layers, whose V has not left, fit too."""
+        extra = self.sizes.young(young, self.resident)
         return self.budget is None or self.sizes.device(rows, self.resident) + extra <= self.budget
 
     def in_ram(self, rows: int) -> int:

@@ -1,6 +1,6 @@
 """Bytes of tiered layers, and how many of them keep V on the device: the arithmetic that plans and caches share.
 
-:mod:`kcache.memory` asks it with sizes from a config, :mod:`kcache.residency` with those of the tensors that arrive.
+:mod:`kcache.need` asks it with sizes from a config, :mod:`kcache.residency` with those of the tensors that arrive.
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ class TierSizes:
     def device(self, length: int, resident: int) -> int:
         """Bytes on the device at ``length`` rows with V of ``resident`` layers there."""
         return self.k(length, resident) + resident * self.v_row * length + self.tail(length, resident)
+
+    def young(self, length: int, resident: int) -> int:
+        """Bytes that ``length`` rows of the other layers take beside until V leaves: V, and K before it is narrowed."""
+        k_row = 0 if self.k_left in (None, self.k_row) else self.k_row
+        return (self.layers - resident) * (self.v_row + k_row) * length
 
     def host(self, length: int, resident: int) -> int:
         """Bytes in the host tier."""

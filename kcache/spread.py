@@ -52,13 +52,14 @@ class Spread:
             self._follow()
         self._latest = layer
         self._heads += heads
-        with torch.inference_mode(False):
-            if self._threshold is None or len(self._threshold) != batch:
-                self._settle()
-                self._heads = heads
+        if self._threshold is None or len(self._threshold) != batch:
+            self._settle()
+            self._heads = heads
+            with torch.inference_mode(False):
                 self._threshold = torch.full((batch,), 1 / (4 * self._policy.topn), device=device)
                 self._closed = torch.zeros(batch, dtype=torch.int64, device=device)
-            if layer not in self._tallies:
+        if layer not in self._tallies:
+            with torch.inference_mode(False):
                 self._tallies[layer] = torch.zeros(batch, dtype=torch.int64, device=device)
         return self._threshold.to(device), self._tallies[layer]
 

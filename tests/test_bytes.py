@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from kcache.attention import attach
 from kcache.cache import KCache
 from kcache.errors import PolicyError
+from kcache.need import cache_bytes
 from kcache.policy import Policy
-from kcache.tiers.bytes import ByteRows, dequantise, quantise
+from kcache.telemetry import Stats
+from kcache.tiers.bytes import PIECE, ByteRows, dequantise, quantise
 from tests.models import left_padding, make, tokens
 from tests.pair import forward
 
@@ -29,16 +32,47 @@ def test_a_row_errs_by_half_a_step_of_its_own_scale(dtype: torch.dtype) -> None:
     whole, scales = quantise(rows)
     assert whole.dtype == torch.int8
     assert whole.abs().max() == 127
-    error = (dequantise(whole, scales, torch.float32) - rows.float()).abs()
+    error = (dequantise(whole, scales, torch.empty(rows.shape)) - rows.float()).abs()
     assert (error <= scales * 0.5001).all()
     assert (error[0, 0, 7] == 0).all()
+
+
+class _Widest(TorchDispatchMode):
+    """Notes the most fp32 values that one operator gives."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            self.most = max(self.most, result.numel())
+        return result
+
+
+def test_long_rows_are_turned_in_pieces() -> None:
+    rows = torch.randn(1, 2, 2 * PIECE + 5, 16).bfloat16()
+    with _Widest() as seen:
+        whole, scales = quantise(rows)
+        back = dequantise(whole, scales, torch.empty_like(rows))
+    assert seen.most <= 2 * PIECE * 16
+    exact = rows.float()
+    torch.testing.assert_close(scales, exact.abs().amax(-1, keepdim=True) / 127, rtol=0, atol=0)
+    assert torch.equal(whole, (exact / scales).round().to(torch.int8))
+    assert torch.equal(back, (whole.float() * scales).bfloat16())
+
+
+def test_room_for_rows_is_room_for_their_scales() -> None:
+    """So that what is moved there next cannot be refused halfway."""
+    kept = ByteRows(CPU, CPU)
+    kept.reserve(torch.zeros(2, 3, 10, 8), 10)
+    assert kept.scale_bytes == 2 * 3 * kept.capacity * 4
 
 
 def test_rows_come_back_grown_cut_and_reordered() -> None:
     kept, rows = ByteRows(CPU, CPU), torch.randn(3, 2, 40, 8)
     kept.put(rows[:, :, :10], 0)
     kept.put(rows[:, :, 10:], 10)
-    want = dequantise(*quantise(rows), torch.float32)
+    want = dequantise(*quantise(rows), torch.empty(rows.shape))
     torch.testing.assert_close(kept.get(40), want, rtol=0, atol=0)
     twin = copy.deepcopy(kept)
     kept.put(-rows[:, :, 20:25], 20)  # after a crop
@@ -101,6 +135,73 @@ def test_bytes_are_counted_as_they_are_kept(bits: dict[str, Any]) -> None:
     assert half.bytes_d2h == (full.bytes_d2h // 4 if v8 else full.bytes_d2h)
     assert half.bytes_h2d == half.rows_fetched * dim * (1 if v8 else 4)
     assert half.device_bytes == half.k_bytes + half.resident_v_bytes + half.overhead_bytes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", BYTES, ids=str)
+@pytest.mark.parametrize("room", [1.0, 1.1, 1.7])
+def test_a_budget_holds_while_v_is_young_and_after(bits: dict[str, Any], room: float) -> None:
+    """K is as it came until V leaves, but never at the length that only K in 8 bits has room for."""
+    model = make("llama", head_dim=16, num_hidden_layers=3)
+    policy = Policy(dense_layers=0, dense_below=30, topn=8, **bits)
+    need = cache_bytes(model.config, 512, 1, policy, dtype_bytes=4, budget=0)
+    policy = policy.replace(kv_budget=int(need.device_bytes * room))
+    cache, seen = KCache(model, policy, max_length=512), list[Stats]()
+    with attach(model):
+        for number, count in enumerate((10, 1, 15, 1, 1, 1, 1, 1, 40)):
+            forward(model, cache, tokens(number, 1, count))
+            seen.append(cache.stats)
+    assert max(stats.device_bytes for stats in seen) <= policy.kv_budget
+    assert cache.stats.host_bytes > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", BYTES, ids=str)
+def test_a_mix_of_layers_that_crosses_into_8_bits_stays_near_stock(bits: dict[str, Any]) -> None:
+    """A dense layer beside tiered ones, pieces of prompts, V that leaves on the way, other batches, and a copy."""
+    model = make("llama", head_dim=16, num_hidden_layers=3)
+    ours = KCache(model, Policy(topn=10**6, dense_layers=1, dense_below=30, **bits))
+    stock = DynamicCache(config=model.config)
+    errors = []
+
+    def step(seed: int, batch: int, count: int) -> None:
+        with attach(model):
+            got = forward(model, ours, tokens(seed, batch, count))
+        want = forward(model, stock, tokens(seed, batch, count))
+        errors.append(float((got[:, -1] - want[:, -1]).norm() / want[:, -1].norm()))
+
+    for seed, count in enumerate((20, 1, 7, 1)):
+        step(seed, 2, count)
+    assert max(errors) < 1e-5, "V is young, and so are the rows as they came"
+    for seed, count in enumerate((7, 1, 1)):
+        step(seed + 10, 2, count)
+    assert errors[-1] > 1e-5
+    for cache in (ours, stock):
+        cache.batch_repeat_interleave(2)
+    step(20, 4, 1)
+    for cache in (ours, stock):
+        cache.batch_select_indices(torch.tensor([3, 0]))
+    step(21, 2, 30)
+    twin = copy.deepcopy(ours)
+    assert max(errors) < 0.05
+    with attach(model):
+        got = [forward(model, cache, tokens(22, 2, 1)) for cache in (ours, twin)]
+    assert torch.equal(*got)
+    kept = [type(layer._k).__name__ for layer in ours.tiered_layers]
+    assert kept == ["RowBuffer"] + ["ByteRows" if bits.get("k_bits") == 8 else "RowBuffer"] * 2
+
+
+@torch.no_grad()
+def test_who_wants_v_alone_does_not_have_k_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a prompt in one piece, which attends to its own rows."""
+    model = make("llama")
+    cache = KCache(model, ALL.replace(k_bits=8), max_length=64)
+    widened = []
+    monkeypatch.setattr("kcache.tiers.bytes.dequantise", lambda *given: widened.append(given))
+    with attach(model):
+        forward(model, cache, tokens(1, 1, 40))
+    assert all(layer.values is not None for layer in cache.tiered_layers)
+    assert not widened
 
 
 def test_other_numbers_of_bits_are_refused() -> None:

@@ -55,8 +55,9 @@ def _a_recent_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_measure_the_cpu() -> None:
-    threads = torch.get_num_threads()
+    threads, random = torch.get_num_threads(), torch.get_rng_state()
     machine = measure("cpu")
+    assert torch.equal(torch.get_rng_state(), random)
     assert machine.host_only
     assert (machine.device, machine.h2d_gb_s, machine.d2h_gb_s, machine.pinned) == ("cpu", None, None, None)
     assert machine.device_copy_gb_s == machine.ram_copy_gb_s > 0

@@ -70,6 +70,18 @@ def test_thresholds_move_with_their_sequences() -> None:
     assert torch.equal(got, want[:, [1, 0, 0]])
 
 
+def test_rows_stay_counted_when_sequences_change() -> None:
+    """Also those of sequences that are dropped: they were fetched."""
+    spread = Spread(POLICY)
+    rows = drive(spread, torch.cat([attention(5.0), attention(2.0)]), 4)
+    assert sum(spread.fetched(layer) for layer in range(6)) == int((rows * 12).sum())
+    before = [spread.fetched(layer) for layer in range(6)]
+    spread.select(torch.tensor([1]))
+    assert [spread.fetched(layer) for layer in range(6)] == before
+    spread.begin(0, 2, 3, CPU)
+    assert [spread.fetched(layer) for layer in range(6)] == before
+
+
 def test_an_even_policy_has_none() -> None:
     assert spread_of(Policy(spread="even")) is None
     assert spread_of(Policy.paper()) is None

@@ -12,7 +12,7 @@ from kcache.backends.reference import ReferenceBackend
 from kcache.errors import PolicyError
 from kcache.policy import BackendName
 
-__all__ = ["Backend", "DecodeResult", "DecodeStep", "choose_backend"]
+__all__ = ["Backend", "DecodeResult", "DecodeStep", "choose_backend", "has_triton"]
 
 
 def choose_backend(name: BackendName, device: torch.device) -> Backend:
@@ -26,7 +26,7 @@ def choose_backend(name: BackendName, device: torch.device) -> Backend:
     if name == "auto":
         if device.type == "cpu":
             name = "cpu"
-        elif device.type == "cuda" and _has_triton():
+        elif device.type == "cuda" and has_triton():
             name = "triton"
         else:
             name = "reference"
@@ -41,5 +41,6 @@ def choose_backend(name: BackendName, device: torch.device) -> Backend:
     return TritonBackend(device)
 
 
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether kernels in Triton can be had; a CUDA device alone does not say."""
     return all(importlib.util.find_spec(name) is not None for name in ("triton", "kcache.backends.triton"))

@@ -2,7 +2,8 @@
 
 A step goes through two hands. ``launch`` asks the device for it and changes nothing on the host; ``commit`` takes it in
 once the caller has seen the token it was made of. A step that was launched and never committed has written one row
-past the end of the cache, which nothing reads.
+past the end of the cache, which nothing reads; whoever changes the cache meanwhile has it taken back first
+(``pause``), and the run it was for goes on with a forward.
 
 A new recording is not believed: its first steps are also taken without it, and the logits compared. Whatever goes
 wrong, decoding goes on without, for a reason that is logged and kept in :attr:`GraphDecoder.reason`.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kcache.cache import KCache
-from kcache.graph.fit import never, not_now
+from kcache.graph.fit import may_begin, never, not_now
 from kcache.graph.step import GraphStep
 from kcache.graph.tape import Tape
 from kcache.watch.capture import Capture, watchers_of
@@ -28,6 +30,8 @@ PROOFS = 2
 """Steps of a recording that are compared with steps taken without it: at its own length, and at another."""
 _TOLERANCE = {torch.float32: 1e-3}
 _LOOSE = 0.05
+
+_RECORDING = threading.Lock()
 
 _log = logging.getLogger(__name__)
 
@@ -57,35 +61,40 @@ class GraphDecoder:
         self._weights = 0
         self._watchers: list[Capture] = []
         self._tokens = torch.empty(0)
-        self._unseen = False  # whether a row was written past the end, of a token that has not been taken in
-        self._forget()
-
-    def _forget(self) -> None:
-        """Let go of the recording and of all it holds."""
         self._step: GraphStep | None = None
+        self._trial: tuple[torch.Tensor, int] | None = None  # logits, and the rows they are for
+        self._at = -1
+        self._launched = self._advanced = False
+        self._run = 0
+        self._not_now: str | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the recording and of all it holds."""
+        self.pause()
+        self._step = None
         self._tape: Tape | None = None
         self._logits: torch.Tensor | None = None
         self._key: tuple[object, ...] = ()
         self._scratch: tuple[object, ...] = ()
         self._kept: list[torch.Tensor] = []
-        self._trial: torch.Tensor | None = None
         self._proofs = 0
-        self._at = -1
-        self._launched = False
-        self._advanced = False
 
-    def begin(self, model: PreTrainedModel, cache: KCache) -> None:
-        """Serve a run of decode steps; ends with :meth:`leave`."""
-        self.leave()
-        if self.reason is None:
-            self._model, self._cache = model, cache
+    def begin(self, model: PreTrainedModel, cache: KCache) -> int:
+        """Serve a run of decode steps until :meth:`leave`, or until another begins; returns its number."""
+        self.leave(self._run)
+        self._run += 1
+        if self.reason is None and may_begin(cache):
             self._weights = hash(tuple(parameter.data_ptr() for parameter in model.parameters()))
             self.reason = never(model, cache)
-            if self.reason is not None:
+            if self.reason is None:
+                self._model, self._cache = model, cache
+            else:
                 _log.info("decoding without a recorded step: %s", self.reason)
+        return self._run
 
-    def launch(self, tokens: torch.Tensor, going: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Ask the device for the step that feeds ``tokens`` ``[B]``.
+    def launch(self, run: int, tokens: torch.Tensor, going: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Ask the device for the step of a run that feeds ``tokens`` ``[B]``.
 
         Returns
         -------
@@ -94,24 +103,28 @@ class GraphDecoder:
             take this step itself, and to tell :meth:`check` what came of it.
         """
         cache = self._cache
-        if self.reason is not None or cache is None or self._model is None:
+        if run != self._run or self.reason is not None or cache is None or self._model is None:
             return None
         end = int(cache.get_seq_length()) + 1
         self._watchers = watchers_of(self._model)
-        if any(watcher.probe for watcher in self._watchers) or not_now(cache, end) is not None:
+        reason = "a viewer probes" if any(watcher.probe for watcher in self._watchers) else not_now(cache, end)
+        if reason is not None:
+            if reason != self._not_now:
+                _log.debug("no recorded step at %d rows: %s", end, reason)
+            self._not_now = reason
             self._withdraw()
             return None
         try:
-            with torch.inference_mode(False), torch.no_grad(), _without_collector():
+            with torch.inference_mode(False), torch.no_grad():
                 return self._launch(cache, tokens, going, end)
         except Exception as error:  # whatever it is, decoding goes on without
+            _forget_unseen(cache)
             self._give_up(_first_cause(error))
             return None
 
     def _launch(self, cache: KCache, tokens: torch.Tensor, going: torch.Tensor | None, end: int) -> torch.Tensor | None:
         padded = cache.shared.validity.bitmap is not None or going is not None
-        self._unseen = True
-        if self._step is None or self._key != self._fingerprint(padded):
+        if self._step is None or self._key != self._fingerprint(cache, padded):
             self._record(cache, tokens, going, end, padded)
         step, tape = self._step, self._tape
         assert step is not None and tape is not None and self._logits is not None
@@ -123,17 +136,26 @@ class GraphDecoder:
         step.feed(tokens, going, end)
         tape.replay()
         if self._proofs < PROOFS:
-            self._trial = self._logits.clone()
-            self._restore(cache)
+            trial = self._logits.clone()
+            self._take_back(cache)
             self._withdraw()
+            self._trial = trial, end
             return None
         self._launched = True
         return self._logits
 
-    def commit(self) -> None:
-        """Take in the step that was launched: it counts, and the cache is one row longer."""
+    def commit(self, run: int) -> bool:
+        """Take in the step that a run launched: it counts, and the cache is one row longer.
+
+        Returns
+        -------
+        bool
+            False if it has been taken back meanwhile; the caller takes the step itself.
+        """
+        if run != self._run or not self._launched:
+            return False
         assert self._cache is not None and self._step is not None
-        self._launched, self._unseen, self._advanced = False, False, True
+        self._launched, self._advanced = False, True
         self._at += 1
         self.replayed += 1
         for watcher in self._watchers:
@@ -141,11 +163,14 @@ class GraphDecoder:
         self._step.advance(self._cache, self._at, _event(self._step.inputs.length.device))
         for watcher in self._watchers:
             watcher.step_ends(self._cache)
+        return True
 
-    def check(self, logits: torch.Tensor) -> None:
-        """Compare a step's logits ``[B, vocabulary]`` with those of the recording, if it is on trial."""
-        trial, self._trial, self._unseen = self._trial, None, False
-        if trial is None:
+    def check(self, run: int, logits: torch.Tensor) -> None:
+        """Compare logits ``[B, vocabulary]`` of a run's step with those of the recording, if it is on trial."""
+        if run != self._run or self._cache is None or self._trial is None:
+            return
+        (trial, end), self._trial = self._trial, None
+        if end != self._cache.get_seq_length():
             return
         error = _difference(trial, logits)
         if error <= _TOLERANCE.get(logits.dtype, _LOOSE):
@@ -153,20 +178,37 @@ class GraphDecoder:
         else:
             self._give_up(f"the recorded step's logits were off by {error:.1e}")
 
-    def leave(self) -> None:
-        """End a run of steps; one that was launched and not committed is as if it had not been."""
-        if self._cache is not None and self._unseen:
-            if self._launched:
-                self._restore(self._cache)
-            for layer in self._cache.tiered_layers:
-                layer.forget_unseen()
-        self._launched = self._unseen = False
+    def leave(self, run: int) -> None:
+        """End a run of steps, if another has not done so."""
+        if run == self._run:
+            self.pause()
+            self._model = self._cache = None
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the cache is not yet, or no more, all that its caller knows of: :meth:`pause` makes it so."""
+        return self._launched or self._advanced
+
+    def pause(self) -> None:
+        """Let others change the cache; a step that was launched and not committed is as if it had not been."""
+        if self._launched and self._cache is not None:
+            self._take_back(self._cache)
+        self._launched, self._trial = False, None
         self._withdraw()
-        self._model = self._cache = None
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Inside, what is counted leaves out a step that was launched and not committed."""
+        state = self._cache.shared.step_state if self._launched and self._cache is not None else []
+        counted = [tensor.clone() for tensor in state]
+        _copy(self._kept if state else [], state)
+        try:
+            yield
+        finally:
+            _copy(counted, state)
 
     def _record(self, cache: KCache, tokens: torch.Tensor, going: torch.Tensor | None, end: int, padded: bool) -> None:
-        self._withdraw()
-        self._forget()
+        self.forget()
         assert self._model is not None
         step = GraphStep(self._model, cache, padded)
         step.enter(cache)
@@ -175,25 +217,29 @@ class GraphDecoder:
         self._kept = [tensor.clone() for tensor in cache.shared.step_state]
         tape = self._make_tape()
         try:
-            self._logits = tape.record(step.run, tokens.device)
+            with _without_collector():
+                self._logits = tape.record(step.run, tokens.device)
         finally:
-            self._restore(cache)
+            self._take_back(cache)
         self._tape = tape
         self._scratch = cache.shared.scratch
-        self._key = self._fingerprint(padded)
+        self._key = self._fingerprint(cache, padded)
         self.recorded += 1
         _log.debug("recorded a decode step at %d rows", end)
 
-    def _fingerprint(self, padded: bool) -> tuple[object, ...]:
+    def _fingerprint(self, cache: KCache, padded: bool) -> tuple[object, ...]:
         assert self._step is not None
-        return (padded, self._weights, *self._step.fingerprint())
+        counters = tuple(tensor.data_ptr() for tensor in cache.shared.step_state)
+        return (padded, self._weights, counters, *self._step.fingerprint())
 
     def _keep(self, cache: KCache) -> None:
         """Note what the next step changes in place, should it turn out not to be wanted."""
         _copy(cache.shared.step_state, self._kept)
 
-    def _restore(self, cache: KCache) -> None:
+    def _take_back(self, cache: KCache) -> None:
+        """Undo what a step has changed in place, and what is kept of the row it wrote past the end."""
         _copy(self._kept, cache.shared.step_state)
+        _forget_unseen(cache)
 
     def _withdraw(self) -> None:
         """Leave the cache as if steps had been taken without the recording, so that others can go on."""
@@ -202,10 +248,14 @@ class GraphDecoder:
         self._advanced, self._at = False, -1
 
     def _give_up(self, reason: str) -> None:
-        self._withdraw()
-        self._forget()
+        self.forget()
         self.reason = reason
         _log.warning("decoding goes on without a recorded step: %s", reason)
+
+
+def _forget_unseen(cache: KCache) -> None:
+    for layer in cache.tiered_layers:
+        layer.forget_unseen()
 
 
 def _copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
@@ -243,11 +293,15 @@ def _difference(got: torch.Tensor, want: torch.Tensor) -> float:
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Keep the garbage collector from running: what it frees may wait for the device, which no recording survives."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    """Keep the garbage collector from running: what it frees may wait for the device, which no recording survives.
+
+    It is the whole process's, so one thread records at a time.
+    """
+    with _RECORDING:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()

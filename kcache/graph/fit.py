@@ -15,13 +15,16 @@ from kcache.layer import TieredLayer
 from kcache.sizes import hot_rows_of
 
 
+def may_begin(cache: KCache) -> bool:
+    """Whether a run that begins now can be looked at: its layers hold rows, and the model is attached."""
+    return cache.shared.attached and all(getattr(layer, "is_initialized", True) for layer in cache.layers)
+
+
 def never(model: PreTrainedModel, cache: KCache) -> str | None:
-    """Why no step of this model with this cache can be recorded, or None."""
+    """Why no step of this model with this cache, which holds rows, can ever be recorded, or None."""
     shared = cache.shared
     if not cache.tiered_layers:
         return "no layer of the model is tiered"
-    if not shared.attached:
-        return "the model is not attached"
     if shared.ranks.size > 1:
         return "several processes hold the model between them"
     places = {parameter.device for parameter in model.parameters()}
@@ -42,13 +45,15 @@ def _of_layer(layer: Any, cache: KCache) -> str | None:
         backend = cache.shared.backend(layer.device)
         return None if isinstance(backend, TritonBackend) else f"is served by the {backend.name} backend"
     if type(layer) is DynamicSlidingWindowLayer:
-        return None if layer.is_initialized else "is empty"
+        return None
     return f"is a {type(layer).__name__}, which cannot be recorded"
 
 
 def not_now(cache: KCache, end: int) -> str | None:
     """Why the step that comes to ``end`` rows has to be taken without the recording, or None."""
     shared = cache.shared
+    if end == 1:
+        return "the cache is empty"
     if shared.force_exact or shared.look is not None or shared.probing:
         return "this step is watched or exact"
     for layer in cache.tiered_layers:

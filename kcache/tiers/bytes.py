@@ -12,17 +12,26 @@ import torch
 
 from kcache.tiers.rows import RowBuffer
 
+PIECE = 2048
+"""Rows of a head turned at a time: the arithmetic is in fp32, and a whole layer's rows in it take much memory."""
+
 
 def quantise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn rows ``[..., D]`` into int8 ``[..., D]`` and fp32 scales ``[..., 1]``; a row of zeros has scale 0."""
-    rows = rows.float()
-    scales = rows.abs().amax(-1, keepdim=True) / 127
-    return (rows / torch.where(scales > 0, scales, 1.0)).round_().to(torch.int8), scales
+    """Turn rows ``[..., T, D]`` into int8 ``[..., T, D]`` and fp32 scales ``[..., T, 1]``; one of zeros has scale 0."""
+    whole = rows.new_empty(rows.shape, dtype=torch.int8)
+    scales = rows.new_empty((*rows.shape[:-1], 1), dtype=torch.float32)
+    for part, into, scale in zip(*(each.split(PIECE, -2) for each in (rows, whole, scales)), strict=True):
+        exact = part.float()
+        scale.copy_(exact.abs().amax(-1, keepdim=True) / 127)
+        into.copy_((exact / torch.where(scale > 0, scale, 1.0)).round_())
+    return whole, scales
 
 
-def dequantise(rows: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The opposite of :func:`quantise`, rounded to ``dtype``."""
-    return (rows.float() * scales).to(dtype)
+def dequantise(rows: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The opposite of :func:`quantise`, rounded to the type of ``out`` ``[..., T, D]``, where it is written."""
+    for part, scale, into in zip(*(each.split(PIECE, -2) for each in (rows, scales, out)), strict=True):
+        into.copy_(part * scale)
+    return out
 
 
 class ByteRows:
@@ -95,8 +104,9 @@ class ByteRows:
         return self.rows.row_bytes * self.dtype.itemsize
 
     def reserve(self, like: torch.Tensor, length: int) -> None:
-        """Make room for ``length`` rows, otherwise shaped like ``like``, keeping what is there."""
+        """Make room for ``length`` rows, otherwise shaped like ``like``, and for their scales; keeps what is there."""
         self.rows.reserve(torch.empty(like.shape, dtype=torch.int8, device="meta"), length)
+        self._scales.reserve(torch.empty(*like.shape[:3], 1, dtype=torch.float32, device="meta"), length)
 
     def put(self, rows: torch.Tensor, start: int) -> None:
         """Store rows ``[B, H, T, D]`` from number ``start`` on."""
@@ -120,8 +130,24 @@ class ByteRows:
 
     def widen(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         """Whole numbers ``[B, H, T, D]``, rows ``start`` and following, wherever they are, in the type they came in."""
-        scales = self._scales.view(start + rows.shape[2])[:, :, start:].to(rows.device)
-        return dequantise(rows, scales, self.dtype)
+        return self._widen(rows, start, rows.new_empty(rows.shape, dtype=self.dtype))
+
+    def followed_by(self, latest: torch.Tensor, length: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """The first ``length`` rows in their own type, the last of which are ``latest``, as they came.
+
+        ``rows`` are the whole numbers of those before, if they have been brought elsewhere.
+        """
+        past = length - latest.shape[2]
+        if past == 0:
+            return latest
+        out = latest.new_empty(*latest.shape[:2], length, latest.shape[3])
+        self._widen(self.rows.view(past) if rows is None else rows[:, :, :past], 0, out[:, :, :past])
+        out[:, :, past:].copy_(latest)
+        return out
+
+    def _widen(self, rows: torch.Tensor, start: int, out: torch.Tensor) -> torch.Tensor:
+        scales = self._scales.view(start + rows.shape[2])[:, :, start:]
+        return dequantise(rows, scales.to(rows.device), out)
 
     def select(self, index: torch.Tensor) -> None:
         """Keep the batch rows ``index`` ``[B']``, in that order."""

@@ -84,6 +84,10 @@ class RowBuffer:
         """Rows from here in the type they came in: as they are."""
         return rows
 
+    def followed_by(self, latest: torch.Tensor, length: int) -> torch.Tensor:
+        """The first ``length`` rows, the last of which are ``latest``: here they are as they came anyway."""
+        return self.view(length)
+
     def get(self, length: int) -> torch.Tensor:
         """The first ``length`` rows, without a copy."""
         return self.view(length)
@@ -134,10 +138,6 @@ class RowBuffer:
         """Zero rows ``start:end``, so that what they held can reach no product over the whole buffer."""
         if self.data is not None:
             self.data.narrow(self.axis, start, max(0, end - start)).zero_()
-
-    def clear(self) -> None:
-        """Give the memory back."""
-        self.data = None
 
 
 def grown_length(length: int, capacity: int) -> int:

@@ -66,7 +66,3 @@ class Validity:
         """Keep the batch rows ``index`` ``[B']``."""
         if self.bitmap is not None:
             self.bitmap = self.bitmap.index_select(0, index.to(self.bitmap.device))
-
-    def clear(self) -> None:
-        """Back to an empty cache."""
-        self.__init__()  # type: ignore[misc]

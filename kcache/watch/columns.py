@@ -68,7 +68,7 @@ def read_frame(columns: Message) -> Frame:
     """
     kinds, modes = _choices(columns, "kinds", KINDS), _choices(columns, "modes", MODES)
     count, tokens = len(kinds), whole(columns, "tokens")
-    columns_given = getattr(columns.get("histogram"), "shape", (0, 0))[-1]
+    columns_given = (getattr(columns.get("histogram"), "shape", ()) or (0,))[-1]
     if columns_given not in WIDTHS:
         raise FormatError(f"histogram: {columns_given} columns")
     width = bucket_tokens(tokens, columns_given)
@@ -116,7 +116,7 @@ def read_frame(columns: Message) -> Frame:
 
 def _counts(columns: Message, count: int) -> np.ndarray:
     known = len(STATS)
-    given = getattr(columns.get("counts"), "shape", (known,))[0]
+    given = (getattr(columns.get("counts"), "shape", ()) or (known,))[0]
     if not _FEWEST_STATS <= given <= known:
         given = known
     counts = np.zeros((known, count), np.int64)

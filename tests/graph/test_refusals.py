@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,7 @@ def run(
 
 
 def check(model: PreTrainedModel, reason: str, policy: Policy = POLICY, tape: Any = RecordedTape) -> None:
+    """It is refused, and nothing is left of it: logits are those of a run that never recorded."""
     cache, got = run(model, policy, tape)
     _, want = run(model, policy, None)
     assert cache.shared.graph is not None
@@ -74,6 +76,16 @@ class Wrong(RecordedTape):
         self.logits.mul_(1.2)
 
 
+class Elsewhere(RecordedTape):
+    """Replays with rows it should not have: V of another token gets to the row past the end, and into hot rows."""
+
+    def replay(self) -> None:
+        for function, arguments, *_ in self.operators:
+            if function is torch.ops.aten.embedding.default:
+                arguments[1].add_(7).remainder_(50)
+        super().replay()
+
+
 class Stuck(RecordedTape):
     """Forgets to count: replays with the length it was recorded at, as a length on the host would make it."""
 
@@ -95,10 +107,18 @@ def llama() -> PreTrainedModel:
 
 @pytest.mark.parametrize(
     ("tape", "reason"),
-    [(Failing, "not permitted when stream is capturing"), (Wrong, "logits were off"), (Stuck, "logits were off")],
+    [
+        (Failing, "not permitted when stream is capturing"),
+        (Wrong, "logits were off"),
+        (Stuck, "logits were off"),
+        (Elsewhere, "logits were off"),
+    ],
 )
-def test_triton_a_recording_that_fails_or_is_wrong_is_not_used(llama: PreTrainedModel, tape: Any, reason: str) -> None:
-    check(llama, reason, tape=tape)
+@pytest.mark.parametrize("hot_rows", [0, 32])
+def test_triton_a_recording_that_fails_or_is_wrong_is_not_used(
+    llama: PreTrainedModel, tape: Any, reason: str, hot_rows: int
+) -> None:
+    check(llama, reason, POLICY.replace(hot_rows=hot_rows), tape)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -119,6 +139,13 @@ def test_triton_a_model_that_asks_the_device_for_a_value() -> None:
 def test_without_a_tape_or_with_the_policy_off_there_is_no_recording(llama: PreTrainedModel) -> None:
     assert KCache(llama, POLICY).shared.graph is None
     assert KCache(llama, POLICY.replace(graph="off")).shared.make_tape is None
+
+
+def test_a_device_without_triton_has_no_recording(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    cache, got = run(llama, POLICY.replace(backend="reference"), RecordedTape)
+    assert cache.shared.graph is None
+    assert len(got) == STEPS + 1
 
 
 def test_stock_caches_are_decoded_as_ever(llama: PreTrainedModel) -> None:

@@ -53,7 +53,7 @@ class Twins:
         if make_tape is not None:
             self.taped.shared.make_tape = make_tape
         self.mask: torch.Tensor | None = None
-        # Steps on trial find hot rows that they themselves have fetched.
+        # Steps on trial leave no hot rows behind, so those after them find fewer.
         self.compare_counters = exact and policy.hot_rows == 0
         self.exact = exact
 

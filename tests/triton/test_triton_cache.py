@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from kcache.cache import KCache
 from kcache.need import ModelShape
 from kcache.policy import Policy
 from kcache.sizes import hot_bytes
+from kcache.tiers.values import ValueStore
 from tests.models import left_padding, make, tokens
 from tests.pair import forward
 
@@ -93,6 +96,21 @@ def test_triton_cache_with_hot_rows_answers_as_without() -> None:
     assert (ours.hot_bytes, others.hot_bytes) == (stored, 0)
     assert ours.overhead_bytes == others.overhead_bytes + stored
     assert ours.device_bytes == others.device_bytes + stored
+
+
+@pytest.mark.parametrize(("dim", "kernels"), [(16, True), (8, False)])
+@pytest.mark.parametrize("spread", ["even", "need"])
+def test_triton_rows_have_arrived_where_the_host_reads_them(
+    dim: int, kernels: bool, spread: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads of 8 are too small for the kernels: torch gathers on the host, which has to wait for what was sent."""
+    model = make("llama", head_dim=dim, num_hidden_layers=1)
+    cache, waited = KCache(model, POLICY.replace(backend="triton", spread=spread, tail="none")), []
+    with attach(model):
+        forward(model, cache, tokens(1, 1, 20))
+        monkeypatch.setattr(ValueStore, "finish_sending", lambda store: waited.append(store))
+        forward(model, cache, tokens(2, 1, 1))
+    assert bool(waited) is not kernels
 
 
 def test_hot_rows_are_planned_for_on_a_device() -> None:

@@ -110,6 +110,8 @@ def test_since_is_never_negative() -> None:
         ("counts", np.zeros((2, 4), np.int64)),
         ("counts", np.full((12, 4), -1, np.int64)),
         ("counts", np.zeros((len(STATS) + 1, 4), np.int64)),
+        ("counts", np.array(3)),
+        ("histogram", np.array(3)),
         ("histogram", np.zeros((4, 100), np.int64)),
         ("overlap", None),
         ("heads", np.full(4, 2**25, np.int64)),
