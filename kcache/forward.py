@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -18,13 +19,13 @@ def prefill(
     model: PreTrainedModel, cache: KCache, ids: torch.Tensor, mask: torch.Tensor | None
 ) -> Iterator[tuple[torch.Tensor, list[int]]]:
     """Run the prompt through the model in even chunks; yields the last logits and the ids taken in (first row)."""
-    past = cache.get_seq_length()
+    past, taken = cache.get_seq_length(), iter(ids[0].tolist())  # asked for now: later the host would wait for chunks
     pieces = -(-ids.shape[1] // cache.policy.prefill_chunk)
     with cache.exact():
         for piece in ids.tensor_split(pieces, dim=1):
             past += piece.shape[1]
             logits = step_logits(model, cache, piece, None if mask is None else mask[:, :past])
-            yield logits, piece[0].tolist()
+            yield logits, list(islice(taken, piece.shape[1]))
 
 
 @lru_cache
