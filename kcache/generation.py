@@ -1,4 +1,4 @@
-"""The decode loop: prefill in chunks, then one token per sequence and step, streamed as events.
+"""Generation: prefill in chunks, then the decode loop (:mod:`kcache.decoding`), streamed as events.
 
 Prompts of a batch are left-padded to one length ``T``; ids and masks are ``[B, T]``. Sequences that have ended are fed
 on until all have, so nothing held for the others has to move; in a cache that will be used again, with padding.

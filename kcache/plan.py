@@ -2,7 +2,7 @@
 
 Memory is counted (:mod:`kcache.need`), speed is *predicted* by a roofline: a decode step reads weights, K, scores,
 resident V and tail at the speed of device memory, or computes if that takes longer, and then waits for the picked rows
-over the link. Full attention beside it reads all of V instead.
+over the link. Full attention beside it reads all of V instead. What Python costs per layer (``layer_ms``) comes on top.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ class Policy:
     k_bits : {16, 8}
         With 8, K of offloaded layers is kept as whole numbers with a scale for each row, in half the device memory, and
         scored from them. Scores are then no longer exact: neither is a later piece of a prompt, which attends to what
-        was kept, nor N at least the context. "16" stands for whatever type the model computes in.
+        was kept, nor N at least the context. "16" stands for whatever type the model computes in. Made for CUDA: on the
+        CPU such layers are answered by the reference, many times slower.
     v_bits : {16, 8}
         With 8, V crosses to the host and back in the same form: half the link's bytes and half the RAM. What was said
         of later pieces and of N at least the context holds here, too.

@@ -203,4 +203,6 @@ def _notes(question: Question, planner: Planner, config: Any, ctx: int, context:
     if question.gpu is None and getattr(planner.speeds, "host_only", False):
         shared = "" if question.hbm else "both tiers share RAM, and "
         notes.append(f"host-only machine: {shared}speeds are of its RAM; --gpu h100 plans for a card")
+        if 8 in (policy.k_bits, policy.v_bits):
+            notes.append("rows in 8 bits are slow on a CPU, many times slower than predicted: they are made for CUDA")
     return notes

@@ -36,7 +36,8 @@ class Figures:
     device_overhead : float
         What the cache held on the device beside K, as a share of a full KV cache.
     layer_error : list of float
-        Error of each layer's attention (:func:`~kcache.evaluate.layers.attention_error`); 0 where it is exact.
+        Error of each layer's attention (:func:`~kcache.evaluate.layers.attention_error`); 0 where it is exact. Rows in
+        8 bits are taken for what they are there; what they cost shows in ``kl``.
     """
 
     start: int

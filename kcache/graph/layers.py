@@ -140,10 +140,10 @@ class CapturedWindow(_Captured):
 
     is_sliding = True
 
-    def __init__(self, index: int, layer: DynamicSlidingWindowLayer, inputs: Inputs, shared: Any) -> None:
+    def __init__(self, layer: DynamicSlidingWindowLayer, inputs: Inputs, shared: Any) -> None:
         super().__init__()
         assert layer.keys is not None and layer.values is not None
-        self.index, self.layer, self.inputs, self.shared = index, layer, inputs, shared
+        self.layer, self.inputs, self.shared = layer, inputs, shared
         self.window = layer.sliding_window
         batch, heads, _, dim = layer.keys.shape
         device = layer.keys.device

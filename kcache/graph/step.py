@@ -47,7 +47,7 @@ class GraphStep:
         if isinstance(layer, TieredLayer):
             return CapturedTiered(layer, self.inputs)
         assert isinstance(layer, DynamicSlidingWindowLayer)
-        return CapturedWindow(index, layer, self.inputs, cache.shared)
+        return CapturedWindow(layer, self.inputs, cache.shared)
 
     def run(self) -> torch.Tensor:
         """Take the step; returns logits ``[B, vocabulary]``."""

@@ -146,3 +146,11 @@ def test_plot_without_matplotlib(run: Run, config: str, tmp_path: Path, monkeypa
     result = run("plan", config, "--gpu", "h100", "--plot", str(tmp_path / "plan.svg"))
     assert result.exit_code == 2
     assert "pip install matplotlib" in result.stderr
+
+
+def test_8_bits_on_a_cpu_are_said_to_be_slow(run: Run, measured: None, tmp_path: Path) -> None:
+    policy = tmp_path / "bytes.toml"
+    policy.write_text("v_bits = 8\n")
+    here = planned(run, "smollm2", "--policy", str(policy))
+    card = planned(run, "smollm2", "--policy", str(policy), "--gpu", "h100", "--hbm", "80GiB")
+    assert [any("slow on a CPU" in note for note in found["notes"]) for found in (here, card)] == [True, False]
