@@ -8,6 +8,7 @@ which answers a prefill chunk exactly and a single new token with the TopN decod
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -102,9 +103,9 @@ class TieredLayer(CacheLayerMixin):
         """Learn device, dtype and shapes from the first K and V."""
         self.dtype, self.device = key_states.dtype, key_states.device
         plan = self.shared.residency
-        self._k = RowBuffer(self.device, lambda: plan.key_room(self))
+        self._k = RowBuffer(self.device, partial(plan.key_room, self))
         self._v = ValueStore(
-            self.device, self.shared.policy, self.shared.validity, plan.room, lambda: plan.resident_room(self)
+            self.device, self.shared.policy, self.shared.validity, plan.room, partial(plan.resident_room, self)
         )
         self.is_initialized = True
 

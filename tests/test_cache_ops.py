@@ -261,7 +261,9 @@ def test_a_deep_copy_is_pinned_where_the_original_is(monkeypatch: pytest.MonkeyP
         assert other.shared is twin.shared is not pair.ours.shared
         assert other._v.host.data.data_ptr() != layer._v.host.data.data_ptr()
     assert twin.shared.backend(torch.device("cpu")) is not pair.ours.shared.backend(torch.device("cpu"))
-    assert twin.layers[0]._k._room.__self__ is twin.shared.residency
+    room = twin.layers[0]._k._room  # a copied layer grows by the plan of the copied cache
+    assert room.func.__self__ is twin.shared.residency
+    assert room.args[0] is twin.layers[0]
     assert twin.shared.residency.layers[0] is twin.layers[0]
 
 
