@@ -10,6 +10,7 @@ Shapes: B sequences, Hkv KV heads, D and Dv head sizes, W rows of a window.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -74,9 +75,9 @@ class _Captured(CacheLayerMixin):
     def get_max_length(self) -> int:
         raise GraphError("the model asks its cache for its capacity on the host in every step")
 
+    @abstractmethod
     def attend(self, module: torch.nn.Module, call: AttentionCall) -> torch.Tensor:
         """Answer the attention function's call; returns ``[B, Hq, 1, Dv]``."""
-        raise NotImplementedError
 
 
 class CapturedTiered(_Captured):
