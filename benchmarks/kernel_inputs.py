@@ -64,10 +64,10 @@ SWEEP: list[tuple[str, dict[str, int]]] = [
     *(("score", {"score_stages": stages, "score_residency": resident}) for stages in (2, 3, 4) for resident in (3, 4)),
     ("score", {"score_block": 128, "score_stages": 2, "score_residency": 3}),
     ("score", {"score_block": 128, "score_stages": 3, "score_residency": 2, "score_warps": 8}),
-    ("weigh", {"weight_chunk": 512}),
-    ("weigh", {"weight_chunk": 2048, "weight_warps": 8}),
     ("select", {"select_warps": 4}),
     ("select", {"select_warps": 16}),
+    ("select", {"select_tile": 512}),
+    ("select", {"select_tile": 2048}),
     ("gather", {"gather_rows": 16}),
     ("gather", {"gather_rows": 64}),
     ("gather", {"tail_tile": 64}),
@@ -173,9 +173,7 @@ def compile_shard(shard: int, cases: list[Case], processors: int, sweep: bool) -
     base = Tuning(processors=processors, slices=1)
     jobs: list[tuple[Case, str, Tuning]] = []
     for case in cases:
-        jobs += [
-            (case, stage, base) for stage in ("score", "weigh", "select", "gather", "dense", "append", "hot", "even")
-        ]
+        jobs += [(case, stage, base) for stage in ("score", "select", "gather", "dense", "append", "hot", "even")]
         jobs += [(case, "step", replace(base, slices=pieces)) for pieces in (2, 4) if case.batch >= pieces]
     if sweep:
         jobs += [(cases[0], stage, replace(base, **change)) for stage, change in SWEEP]

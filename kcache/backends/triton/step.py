@@ -1,8 +1,8 @@
 """The Triton decode step of a tiered layer: score, select, fetch and combine.
 
-Nothing is allocated and nothing waits for the host, so a step can be captured in a CUDA graph with the length as a
-device tensor. With more than one slice of the batch, select and fetch of a slice run on a side stream while K of the
-next slice is scored: the link and the device's memory then work at the same time.
+Nothing waits for the host, so a step can be captured in a CUDA graph with the length as a device tensor. With more than
+one slice of the batch, select and fetch of a slice run on a side stream while K of the next slice is scored: the link
+and the device's memory then work at the same time.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from itertools import pairwise
 
 import torch
 
-from kcache.backends.triton.above import above_kernel, list_kernel
+from kcache.backends.triton.above import above_kernel
 from kcache.backends.triton.common import on_device, power_of_two, reduction_step
 from kcache.backends.triton.gather import gather_kernel
 from kcache.backends.triton.hot import HotRows
-from kcache.backends.triton.score import score_kernel, weight_kernel
+from kcache.backends.triton.score import score_kernel
 from kcache.backends.triton.select import select_kernel
 from kcache.backends.triton.workspace import Workspace
 from kcache.lowrank import LowRank
 
-_HOT_TILE = 128
+_HOT_TILE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +59,25 @@ class StepInputs:
         )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a step leaves beside its output: picks ``[R, width]`` int32 and the mass they hold ``[R, G]`` fp32."""
+
+    picks: torch.Tensor
+    mass: torch.Tensor
+
+
 class SliceStep:
     """One slice of the batch: its inputs, and the scratch rows and hot rows that belong to it."""
 
-    def __init__(self, ws: Workspace, first: int, last: int, inputs: StepInputs, hot: HotRows | None = None) -> None:
+    def __init__(
+        self, ws: Workspace, first: int, last: int, inputs: StepInputs, results: Results, hot: HotRows | None = None
+    ) -> None:
         self.ws, self.hot = ws, hot
         self.count = (last - first) * ws.heads
         self.rows = slice(first * ws.heads, last * ws.heads)
         self.inputs = inputs.of(first, last)
+        self.picks, self.mass = results.picks[self.rows], results.mass[self.rows]
         self.hot_store = None if hot is None else hot.store[first:last]
 
     def run(self) -> None:
@@ -76,50 +87,29 @@ class SliceStep:
 
     def finish(self) -> None:
         """What follows the read of K."""
-        self.weigh()
         self.select()
         self.gather()
 
     def score(self) -> None:
-        """Stream K once; leave scores and partial sums of exponentials in the workspace."""
+        """Stream K once; leave scores, their maxima by block and partial sums of exponentials in the workspace."""
         ws, tune, rows, given = self.ws, self.ws.tuning, self.rows, self.inputs
         mask = given.length.view(1, -1) if given.mask is None else given.mask
         scales = given.query if given.key_scales is None else given.key_scales
         score_kernel[(self.count * ws.score_splits,)](
-            given.query, given.keys, scales, mask, ws.scores[rows], ws.part_max[rows], ws.part_sum[rows], given.length,
+            given.query, given.keys, scales, mask, ws.scores[rows], ws.block_top[rows], ws.part_max[rows],
+            ws.part_sum[rows], given.length,
             given.query.stride(0), given.query.stride(1),
             given.keys.stride(0), given.keys.stride(1), given.keys.stride(2),
             scales.stride(0), scales.stride(1), mask.stride(0),
-            ws.stride, given.scaling, given.softcap or 1.0, ws.score_splits,
+            ws.stride, ws.blocks, given.scaling, given.softcap or 1.0, ws.score_splits,
             HEADS=ws.heads, REPEAT=ws.repeat, G=ws.group, GP=16, D=ws.dim, BLOCK_D=power_of_two(ws.dim),
-            BLOCK_L=ws.score_block, STAGES=tune.score_stages, HAS_MASK=given.mask is not None,
+            BLOCK_L=ws.score_block, BLOCK=ws.block, STAGES=tune.score_stages, HAS_MASK=given.mask is not None,
             HAS_SOFTCAP=given.softcap is not None, HAS_SCALES=given.key_scales is not None, UPCAST=ws.upcast,
             num_warps=tune.score_warps, num_stages=tune.score_stages,
         )  # fmt: skip
 
-    def weigh(self) -> None:
-        """Scores to log-sum-exps, and what select searches: maxima of blocks, or lists of rows above a threshold."""
-        ws, rows, given = self.ws, self.rows, self.inputs
-        grid = (self.count, ws.chunks)
-        sinks = given.length if given.sinks is None else given.sinks
-        before = (ws.scores[rows], ws.part_max[rows], ws.part_sum[rows], sinks)
-        sizes = {
-            "HEADS": ws.heads, "G": ws.group, "GP": power_of_two(ws.group), "SP": power_of_two(ws.score_splits),
-            "CHUNK": ws.chunk, "HAS_SINKS": given.sinks is not None, "num_warps": ws.tuning.weight_warps,
-        }  # fmt: skip
-        if ws.spread == "even":
-            weight_kernel[grid](
-                *before, ws.lse[rows], ws.block_top[rows], given.length, ws.stride, ws.blocks, ws.score_splits,
-                BLOCK=ws.block, **sizes,
-            )  # fmt: skip
-        else:
-            list_kernel[grid](
-                *before, given.threshold, ws.lse[rows], ws.found[rows], ws.found_count[rows], given.length, ws.stride,
-                ws.chunks, ws.score_splits, **sizes,
-            )  # fmt: skip
-
     def select(self) -> None:
-        """The picked rows, how many there are, and where hot rows are."""
+        """The picked rows, how many there are, and where hot rows are; log-sum-exps on the way."""
         ws, rows, hot, given = self.ws, self.rows, self.hot, self.inputs
         none = given.length
         stored = (
@@ -127,23 +117,27 @@ class SliceStep:
             none if hot is None else hot.clock[rows], none if hot is None else hot.claims[rows],
             ws.hot_slots[rows], ws.hot_inserts[rows], none if hot is None else hot.hits.view(-1)[rows],
         )  # fmt: skip
+        scored = (
+            ws.scores[rows], ws.block_top[rows], ws.part_max[rows], ws.part_sum[rows],
+            none if given.sinks is None else given.sinks,
+        )  # fmt: skip
         sizes = {
-            "HOT_SETS": 1 if hot is None else hot.sets, "HOT_WAYS": 0 if hot is None else hot.ways,
-            "HOT_TILE": min(_HOT_TILE, power_of_two(ws.width)), "num_warps": ws.select_warps,
+            "HEADS": ws.heads, "G": ws.group, "GP": power_of_two(ws.group), "SP": power_of_two(ws.score_splits),
+            "BLOCK": ws.block, "HAS_SINKS": given.sinks is not None, "HOT_SETS": 1 if hot is None else hot.sets,
+            "HOT_WAYS": 0 if hot is None else hot.ways, "HOT_TILE": min(_HOT_TILE, power_of_two(ws.width)),
+            "num_warps": ws.select_warps,
         }  # fmt: skip
         if ws.spread == "even":
             select_kernel[(self.count,)](
-                ws.scores[rows], ws.lse[rows], ws.block_top[rows], ws.candidates[rows], ws.picks[rows],
-                ws.counts[rows], given.length, *stored, ws.stride, ws.blocks,
-                G=ws.group, GS=ws.heads_at_once, N=ws.width, NP=power_of_two(ws.width), BP=power_of_two(ws.blocks),
-                BLOCK=ws.block, **sizes,
+                *scored, ws.lse[rows], ws.candidates[rows], self.picks, ws.counts[rows], given.length, *stored,
+                ws.stride, ws.blocks, ws.score_splits,
+                GS=ws.heads_at_once, N=ws.width, NP=power_of_two(ws.width), BP=power_of_two(ws.blocks), **sizes,
             )  # fmt: skip
             return
         above_kernel[(self.count,)](
-            given.threshold, ws.found[rows], ws.found_count[rows], ws.ends[rows], ws.picks[rows], ws.counts[rows],
-            none if given.tally is None else given.tally, given.length, *stored, ws.stride, ws.chunks,
-            HEADS=ws.heads, CP=power_of_two(ws.chunks), LEVELS=power_of_two(ws.chunks).bit_length() - 1,
-            CHUNK=ws.chunk, MOST=ws.width, TILE=ws.select_tile, HAS_TALLY=given.tally is not None, **sizes,
+            *scored, given.threshold, ws.lse[rows], ws.listed[rows], ws.found[rows], self.picks, ws.counts[rows],
+            none if given.tally is None else given.tally, given.length, *stored, ws.stride, ws.blocks, ws.score_splits,
+            MOST=ws.width, TILE=ws.select_tile, HAS_TALLY=given.tally is not None, **sizes,
         )  # fmt: skip
 
     def gather(self) -> None:
@@ -155,8 +149,8 @@ class SliceStep:
         group2, block_d, directions = power_of_two(ws.group), power_of_two(ws.dim_v), ws.shares.shape[3]
         gather_kernel[(self.count * (ws.pick_splits + ws.tail_splits),)](
             given.values, scales, ws.scores[rows], ws.lse[rows], tail.coefficients, tail.base, tail.basis,
-            ws.picks[rows], ws.counts[rows], ws.partial[rows], ws.shares[rows], ws.held[rows], ws.counters[rows],
-            given.out, ws.mass[rows], given.length,
+            self.picks, ws.counts[rows], ws.partial[rows], ws.shares[rows], ws.held[rows], ws.counters[rows],
+            given.out, self.mass, given.length,
             given.query if self.hot_store is None else self.hot_store, ws.hot_slots[rows], ws.hot_inserts[rows],
             given.values.stride(0), given.values.stride(1), given.values.stride(2),
             scales.stride(0), scales.stride(1),
@@ -227,7 +221,7 @@ def triton_decode(
     -------
     out : Tensor ``[B, Hq, Dv]``
     picks : Tensor ``[B, Hkv, workspace.width]`` int32, or ``[B, Hkv, G, workspace.width]`` picked per query head
-        Not sorted, filled up with -1. The workspace's own memory, as is ``mass``.
+        Not sorted, filled up with -1.
     mass : Tensor ``[B, Hkv, G]`` fp32
     """
     ws = workspace
@@ -243,8 +237,12 @@ def triton_decode(
         query, keys, values, ws.length_tensor(length), scaling, out, lowrank, mask, softcap, sinks, threshold, tally,
         key_scales, value_scales,
     )  # fmt: skip
+    rows = ws.batch * ws.heads
+    results = Results(
+        query.new_empty(rows, ws.width, dtype=torch.int32), query.new_empty(rows, ws.group, dtype=torch.float32)
+    )
     bounds = [round(ws.batch * piece / ws.slices) for piece in range(ws.slices + 1)]
-    steps = [SliceStep(ws, first, last, inputs, hot) for first, last in pairwise(bounds) if last > first]
+    steps = [SliceStep(ws, first, last, inputs, results, hot) for first, last in pairwise(bounds) if last > first]
     with on_device(query.device):
         if ws.side is None or len(steps) == 1:
             for step in steps:
@@ -260,5 +258,5 @@ def triton_decode(
             steps[-1].run()
             main.wait_stream(ws.side)
     per_head = (ws.batch, ws.kv_heads, ws.query_group, ws.width)
-    picks = ws.picks.view(ws.batch, ws.kv_heads, ws.width) if ws.select == "group" else ws.picks.view(per_head)
-    return out, picks, ws.mass.view(ws.batch, ws.kv_heads, ws.query_group)
+    picks = results.picks.view((ws.batch, ws.kv_heads, ws.width) if ws.select == "group" else per_head)
+    return out, picks, results.mass.view(ws.batch, ws.kv_heads, ws.query_group)
