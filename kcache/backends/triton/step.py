@@ -18,6 +18,7 @@ from kcache.backends.triton.gather import gather_kernel
 from kcache.backends.triton.hot import HotRows
 from kcache.backends.triton.score import score_kernel
 from kcache.backends.triton.select import select_kernel
+from kcache.backends.triton.tail import tail_kernel
 from kcache.backends.triton.workspace import Workspace
 from kcache.lowrank import LowRank
 
@@ -81,12 +82,9 @@ class SliceStep:
         self.hot_store = None if hot is None else hot.store[first:last]
 
     def run(self) -> None:
-        """All four verbs, one after the other."""
+        """All of it, one after the other."""
         self.score()
-        self.finish()
-
-    def finish(self) -> None:
-        """What follows the read of K."""
+        self.tail()
         self.select()
         self.gather()
 
@@ -140,28 +138,45 @@ class SliceStep:
             MOST=ws.width, TILE=ws.select_tile, HAS_TALLY=given.tally is not None, **sizes,
         )  # fmt: skip
 
+    @property
+    def _lowrank(self) -> LowRank:
+        unused = LowRank(self.ws.lse, self.ws.lse, self.ws.lse.view(1, 1, *self.ws.lse.shape))
+        return unused if self.inputs.lowrank is None else self.inputs.lowrank
+
+    def tail(self) -> None:
+        """Sum all rows along the tail's directions."""
+        ws, tune, rows, given = self.ws, self.ws.tuning, self.rows, self.inputs
+        if not ws.tail_splits:
+            return
+        coefficients = self._lowrank.coefficients
+        tail_kernel[(self.count * ws.tail_splits,)](
+            ws.scores[rows], ws.part_max[rows], ws.part_sum[rows], given.length if given.sinks is None else given.sinks,
+            coefficients, ws.shares[rows], ws.held[rows], given.length, *coefficients.stride()[:3],
+            ws.stride, ws.score_splits, ws.tail_splits, ws.pick_splits,
+            HEADS=ws.heads, REPEAT=ws.repeat, G=ws.group, GP=16, SP=power_of_two(ws.score_splits), RANK=ws.rank,
+            RP=ws.shares.shape[3], BLOCK_T=tune.tail_tile, STAGES=tune.tail_stages,
+            HAS_SINKS=given.sinks is not None, ALIGNED=is_aligned(coefficients), UPCAST=ws.upcast,
+            num_warps=tune.tail_warps,
+        )  # fmt: skip
+
     def gather(self) -> None:
         """Fetch the picked rows, weigh them, add the tail, write the output."""
-        ws, tune, rows, given = self.ws, self.ws.tuning, self.rows, self.inputs
-        unused = LowRank(ws.lse, ws.lse, ws.lse.view(1, 1, *ws.lse.shape))
-        tail = unused if given.lowrank is None else given.lowrank
+        ws, tune, rows, given, tail = self.ws, self.ws.tuning, self.rows, self.inputs, self._lowrank
         scales = given.query if given.value_scales is None else given.value_scales
-        group2, block_d, directions = power_of_two(ws.group), power_of_two(ws.dim_v), ws.shares.shape[3]
-        gather_kernel[(self.count * (ws.pick_splits + ws.tail_splits),)](
+        group2, block_d = power_of_two(ws.group), power_of_two(ws.dim_v)
+        gather_kernel[(self.count * ws.pick_splits,)](
             given.values, scales, ws.scores[rows], ws.lse[rows], tail.coefficients, tail.base, tail.basis,
             self.picks, ws.counts[rows], ws.partial[rows], ws.shares[rows], ws.held[rows], ws.counters[rows],
-            given.out, self.mass, given.length,
+            given.out, self.mass,
             given.query if self.hot_store is None else self.hot_store, ws.hot_slots[rows], ws.hot_inserts[rows],
             given.values.stride(0), given.values.stride(1), given.values.stride(2),
-            scales.stride(0), scales.stride(1),
-            tail.coefficients.stride(0), tail.coefficients.stride(1), tail.coefficients.stride(2),
+            scales.stride(0), scales.stride(1), *tail.coefficients.stride()[:3],
             given.out.stride(0), given.out.stride(1), ws.stride, self.count, ws.tail_splits,
             HEADS=ws.heads, REPEAT=ws.repeat, G=ws.group, G2=group2, GP=16, WIDTH=ws.width, ROWS=ws.gather_rows,
-            PARTS=ws.pick_splits, D=ws.dim_v, BLOCK_D=block_d, RANK=max(1, ws.rank), RP=directions,
-            RANK_STEP=reduction_step(group2 * block_d, max(1, ws.rank)), BLOCK_T=tune.tail_tile,
-            STAGES=tune.tail_stages, STEP=reduction_step(group2 * block_d, ws.pick_splits + ws.tail_splits),
-            HAS_TAIL=ws.rank > 0, RENORMALISE=ws.tail == "renormalise",
-            HOT_ROWS=0 if self.hot is None else self.hot.rows, ALIGNED=is_aligned(tail.coefficients),
+            PARTS=ws.pick_splits, D=ws.dim_v, BLOCK_D=block_d, RANK=max(1, ws.rank), RP=ws.shares.shape[3],
+            RANK_STEP=reduction_step(group2 * block_d, max(1, ws.rank)),
+            STEP=reduction_step(group2 * block_d, ws.pick_splits + ws.tail_splits), HAS_TAIL=ws.rank > 0,
+            RENORMALISE=ws.tail == "renormalise", HOT_ROWS=0 if self.hot is None else self.hot.rows,
             HAS_SCALES=given.value_scales is not None, UPCAST=ws.upcast, num_warps=tune.gather_warps,
         )  # fmt: skip
 
@@ -169,6 +184,25 @@ class SliceStep:
 def is_aligned(coefficients: torch.Tensor) -> bool:
     """Whether the rows ``[B, Hkv, r, capacity]`` of coefficients begin at, and have room for, multiples of 16."""
     return coefficients.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in coefficients.stride()[:3])
+
+
+def run_slices(steps: list[SliceStep], side: torch.cuda.Stream | None) -> None:
+    """Run the slices: on one stream scores and tails, which keep the device's memory busy, on ``side`` the rest."""
+    if side is None:
+        for step in steps:
+            step.run()
+        return
+    main = torch.cuda.current_stream(side.device)
+    for step in steps:
+        step.score()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            step.select()
+        step.tail()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            step.gather()
+    main.wait_stream(side)
 
 
 def triton_decode(
@@ -244,19 +278,7 @@ def triton_decode(
     bounds = [round(ws.batch * piece / ws.slices) for piece in range(ws.slices + 1)]
     steps = [SliceStep(ws, first, last, inputs, results, hot) for first, last in pairwise(bounds) if last > first]
     with on_device(query.device):
-        if ws.side is None or len(steps) == 1:
-            for step in steps:
-                step.run()
-        else:
-            main = torch.cuda.current_stream(query.device)
-            ws.side.wait_stream(main)
-            for step in steps[:-1]:
-                step.score()
-                ws.side.wait_stream(main)
-                with torch.cuda.stream(ws.side):
-                    step.finish()
-            steps[-1].run()
-            main.wait_stream(ws.side)
+        run_slices(steps, ws.side)
     per_head = (ws.batch, ws.kv_heads, ws.query_group, ws.width)
     picks = results.picks.view((ws.batch, ws.kv_heads, ws.width) if ws.select == "group" else per_head)
     return out, picks, results.mass.view(ws.batch, ws.kv_heads, ws.query_group)

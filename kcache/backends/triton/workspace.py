@@ -36,8 +36,8 @@ class Tuning:
         Warps of the one program per row of work that selects, and how many rows it looks at in a step.
     gather_rows, gather_warps : int
         Picked rows per program that reads over the link.
-    tail_tile, tail_stages, tail_residency : int
-        Rows of the tail per tile, tiles in flight, and programs per multiprocessor that stream them.
+    tail_tile, tail_warps, tail_stages, tail_residency : int
+        Rows of the tail per tile, warps per program, tiles in flight, and programs per multiprocessor.
     dense_block, dense_warps, dense_stages, dense_residency : int
         The same for the dense decode of resident layers.
     slices : int
@@ -55,6 +55,7 @@ class Tuning:
     gather_rows: int = 32
     gather_warps: int = 4
     tail_tile: int = 128
+    tail_warps: int = 4
     tail_stages: int = 3
     tail_residency: int = 3
     dense_block: int = 0
@@ -174,7 +175,7 @@ class Workspace(DeviceLength):
         self._plan_select(tune)
         self._plan_splits(tune)
         self._allocate()
-        self.side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" and self.slices > 1 else None
+        self.side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def _plan_select(self, tune: Tuning) -> None:
         """Sizes of blocks and tiles that rows are selected by."""
