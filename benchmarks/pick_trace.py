@@ -110,7 +110,7 @@ def replayed(trace: Trace) -> Iterator[None]:
                 hot.clock[rows], hot.claims[rows], ws.hot_slots[rows], ws.hot_inserts[rows],
                 hot.hits.view(-1)[rows], trace.layer(hot) * ws.batch * ws.heads, self._first_row,
                 STEPS=count, STREAMS=streams, TRACED=traced, WIDTH=ws.width, WP=power_of_two(max(ws.width, traced)),
-                HOT_TILE=min(256, power_of_two(ws.width)), HOT_SETS=hot.sets, HOT_WAYS=hot.ways, num_warps=8,
+                HOT_TILE=min(512, power_of_two(ws.width)), HOT_SETS=hot.sets, HOT_WAYS=hot.ways, num_warps=16,
             )  # fmt: skip
 
     before = steps.SliceStep

@@ -33,5 +33,5 @@ def test_triton_kernels_compile_for_sm90(config: str) -> None:
     wide = "LDGSTS.E.64" if "8 bits" in config else "LDGSTS.E.BYPASS.128"
     assert any(op.startswith(wide) for op in kernels["score_kernel"]["ops"])
     assert kernels["gather_kernel"]["ops"]["LDG.E.128.STRONG.GPU"] > 0
-    assert kernels["tail_kernel"]["ops"]["LDGSTS.E.BYPASS.128"] > 0
-    assert "LDGSTS.E" not in kernels["tail_kernel"]["ops"]
+    assert kernels["tail_kernel"]["ops"]["LDG.E.128"] > 0
+    assert "LDG.E.U16" not in kernels["tail_kernel"]["ops"]

@@ -33,8 +33,9 @@ def list_blocks(
         live = block < live_blocks
         tops = tl.load(t_base + block[None, :], mask=(heads < G)[:, None] & live[None, :], other=float("-inf"))
         over = (tl.max(tl.exp2(tops - norm[:, None]), 0) > least) & live
-        tl.store(own + count + tl.cumsum(over.to(tl.int32), 0) - 1, block, mask=over)
-        count += tl.sum(over.to(tl.int32), 0)
+        running = tl.cumsum(over.to(tl.int32), 0)
+        tl.store(own + count + running - 1, block, mask=over)
+        count += tl.max(running, 0)
     return count
 
 
@@ -47,29 +48,25 @@ def list_rows(
 
     A step takes TILE rows.
     """
-    N_BLOCKS: tl.constexpr = TILE // BLOCK
     heads = tl.arange(0, GP)
-    within = tl.arange(0, BLOCK)
-    s_base = scores + (row.to(tl.int64) * G + heads)[:, None, None] * capacity
+    lane = tl.arange(0, TILE)
+    s_base = scores + (row.to(tl.int64) * G + heads)[:, None] * capacity
+    own = listed + row.to(tl.int64) * blocks
     total = count * 0
-    for first in range(0, count, N_BLOCKS):
-        nth = first + tl.arange(0, N_BLOCKS)
+    for first in range(0, count * BLOCK, TILE):
+        nth = (first + lane) // BLOCK
         there = nth < count
-        block = tl.load(listed + row.to(tl.int64) * blocks + nth, mask=there, other=0)
-        pos = block[:, None] * BLOCK + within[None, :]
-        # The scratch holds whole blocks, so no position needs a mask, which would split 16-byte loads.
-        readable = (heads < G)[:, None, None] & there[None, :, None]
-        score = tl.load(s_base + pos[None, :, :], mask=readable, other=float("-inf"))
-        weight = tl.max(tl.exp2(score - norm[:, None, None]), 0)
-        inside = there[:, None] & (pos < length)
-        weight = tl.reshape(tl.where(inside, weight, -1.0), [TILE])
-        pos = tl.reshape(pos, [TILE])
-        over = weight > least
-        place = total + tl.cumsum(over.to(tl.int32), 0) - 1
+        pos = tl.load(own + nth, mask=there, other=0) * BLOCK + lane % BLOCK
+        # The scratch holds whole blocks, so no position needs a mask.
+        score = tl.load(s_base + pos[None, :], mask=(heads < G)[:, None] & there[None, :], other=float("-inf"))
+        weight = tl.max(tl.exp2(score - norm[:, None]), 0)
+        over = (weight > least) & there & (pos < length)
+        running = tl.cumsum(over.to(tl.int32), 0)
+        place = total + running - 1
         key = (weight.to(tl.int32, bitcast=True).to(tl.int64) << 32) | pos.to(tl.int64)
         tl.store(found + row.to(tl.int64) * capacity + place, key, mask=over)
         tl.store(picks + row * MOST + place, pos, mask=over & (place < MOST))
-        total += tl.sum(over.to(tl.int32), 0)
+        total += tl.max(running, 0)
     return total
 
 

@@ -18,11 +18,11 @@ from kcache.backends.triton.gather import gather_kernel
 from kcache.backends.triton.hot import HotRows
 from kcache.backends.triton.score import score_kernel
 from kcache.backends.triton.select import select_kernel
-from kcache.backends.triton.tail import tail_kernel
+from kcache.backends.triton.tail import AT_ONCE, tail_kernel
 from kcache.backends.triton.workspace import Workspace
 from kcache.lowrank import LowRank
 
-_HOT_TILE = 256
+_HOT_TILE = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +149,14 @@ class SliceStep:
         if not ws.tail_splits:
             return
         coefficients = self._lowrank.coefficients
-        tail_kernel[(self.count * ws.tail_splits,)](
+        directions = min(AT_ONCE, power_of_two(ws.rank))
+        tail_kernel[(self.count * ws.tail_splits, -(-ws.rank // directions))](
             ws.scores[rows], ws.part_max[rows], ws.part_sum[rows], given.length if given.sinks is None else given.sinks,
             coefficients, ws.shares[rows], ws.held[rows], given.length, *coefficients.stride()[:3],
             ws.stride, ws.score_splits, ws.tail_splits, ws.pick_splits,
-            HEADS=ws.heads, REPEAT=ws.repeat, G=ws.group, GP=16, SP=power_of_two(ws.score_splits), RANK=ws.rank,
-            RP=ws.shares.shape[3], BLOCK_T=tune.tail_tile, STAGES=tune.tail_stages,
-            HAS_SINKS=given.sinks is not None, ALIGNED=is_aligned(coefficients), UPCAST=ws.upcast,
-            num_warps=tune.tail_warps,
+            HEADS=ws.heads, REPEAT=ws.repeat, G=ws.group, GP=power_of_two(ws.group), SP=power_of_two(ws.score_splits),
+            RANK=ws.rank, WIDTH=ws.shares.shape[3], RP=directions, BLOCK_T=ws.tail_tile,
+            HAS_SINKS=given.sinks is not None, ALIGNED=is_aligned(coefficients), num_warps=tune.tail_warps,
         )  # fmt: skip
 
     def gather(self) -> None:

@@ -36,8 +36,8 @@ class Tuning:
         Warps of the one program per row of work that selects, and how many rows it looks at in a step.
     gather_rows, gather_warps : int
         Picked rows per program that reads over the link.
-    tail_tile, tail_warps, tail_stages, tail_residency : int
-        Rows of the tail per tile, warps per program, tiles in flight, and programs per multiprocessor.
+    tail_tile, tail_warps, tail_residency : int
+        Rows of the tail per tile (fewer where many heads share them), warps per program, programs per multiprocessor.
     dense_block, dense_warps, dense_stages, dense_residency : int
         The same for the dense decode of resident layers.
     slices : int
@@ -50,14 +50,13 @@ class Tuning:
     score_warps: int = 4
     score_stages: int = 3
     score_residency: int = 3
-    select_warps: int = 8
-    select_tile: int = 1024
-    gather_rows: int = 32
+    select_warps: int = 16
+    select_tile: int = 2048
+    gather_rows: int = 16
     gather_warps: int = 4
-    tail_tile: int = 128
-    tail_warps: int = 4
-    tail_stages: int = 3
-    tail_residency: int = 3
+    tail_tile: int = 256
+    tail_warps: int = 8
+    tail_residency: int = 4
     dense_block: int = 0
     dense_warps: int = 4
     dense_stages: int = 3
@@ -181,7 +180,9 @@ class Workspace(DeviceLength):
         """Sizes of blocks and tiles that rows are selected by."""
         self.block = _LEAST_BLOCK if self.spread == "need" else select_block(self.capacity)
         self.blocks = -(-self.capacity // self.block)
-        whole = max(self.block, tune.tail_tile)
+        # Sums of a lane: AT_ONCE directions of every head, in a few registers each.
+        self.tail_tile = max(16, min(tune.tail_tile, 2048 // power_of_two(self.group)))
+        whole = max(self.block, self.tail_tile)
         self.stride = -(-self.capacity // whole) * whole
         self.select_tile = max(self.block, min(tune.select_tile, 16384 // power_of_two(self.group)))
         # Probabilities of the candidates are held 32 to a thread at most.
@@ -199,7 +200,7 @@ class Workspace(DeviceLength):
         self.score_splits = choose_splits(per_slice, tiles, processors * resident)
         self.gather_rows = max(16, min(tune.gather_rows, power_of_two(self.width)))
         self.pick_splits = -(-self.width // self.gather_rows)
-        tail_tiles = -(-self.capacity // tune.tail_tile)
+        tail_tiles = -(-self.capacity // self.tail_tile)
         self.tail_splits = (
             choose_splits(per_slice, tail_tiles, processors * tune.tail_residency, least_tiles=2) if self.rank else 0
         )
