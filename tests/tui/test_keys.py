@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,41 @@ def step(driver: Driver) -> int:
     moment = driver.app.moment
     assert moment is not None and moment.frame is not None
     return moment.frame.step
+
+
+def test_the_cursor_reads_a_cell() -> None:
+    async def body(driver: Driver) -> None:
+        panel = heat(driver)
+        panel.at_layer, panel.cursor = 15, 3305
+        await driver.settle()
+        where = r"layer 15 tiered · tokens 3,\d+–3,\d+ · \d+ picks, \d+ % of the layer's · "
+        assert re.search(where + r"mass \d+ % of \d+ % in all", driver.text())
+        assert "blue lighthouse" in driver.text()
+        await driver.press("v", "v")
+        assert re.search(
+            r"layer 15 head 0 tiered · .* picks, \d+ % of the head's · mass \d+ % of 9\d % in all", driver.text()
+        )
+
+    run(body)
+
+    async def narrow(driver: Driver) -> None:
+        panel = heat(driver)
+        panel.at_layer, panel.cursor = 15, 3305
+        await driver.settle()
+        assert re.search(r"layer 15 · tokens 3,2\d\d–3,3\d\d · ~\d+ picks, \d+ % · mass ~\d+ % of \d+ %", driver.text())
+
+    run(narrow, FakeSource(conversation(picks=False)), size=(80, 24))
+
+    async def unknown(driver: Driver) -> None:
+        panel = heat(driver)
+        panel.at_layer, panel.cursor = 15, 3305
+        await driver.settle()
+        assert "mass - of 90 % in all" in driver.text()
+
+    bare = [
+        replace(it, layers=tuple(replace(layer, held=None) for layer in it.layers)) for it in conversation(picks=False)
+    ]
+    run(unknown, FakeSource(bare))
 
 
 def test_quit() -> None:

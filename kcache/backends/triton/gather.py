@@ -124,7 +124,7 @@ def finish_row(
 @triton.jit(do_not_specialize=["rows_of_work", "tail_splits"])
 def gather_kernel(
     values, scales, scores, lse, coefficients, base, basis, picks, counts, partial, shares, held, counters, out, mass,
-    hot_store, hot_slots, hot_inserts,
+    pick_weights, hot_store, hot_slots, hot_inserts,
     stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
     capacity, rows_of_work, tail_splits,
     HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr,
@@ -158,6 +158,7 @@ def gather_kernel(
         # The sums of a row of work: those of the tail's programs first, then those of the picks'.
         place = row * (PARTS + tail_splits) + tail_splits + part
         tl.store(held + place * G + heads, -tl.sum(weights, 1), mask=real)
+        tl.store(pick_weights + at, tl.sum(weights, 0) / G, mask=live)
         if HAS_TAIL:
             directions = tl.arange(0, RP)
             c_base = coefficients + batch * stride_cb + kv_head.to(tl.int64) * stride_ch

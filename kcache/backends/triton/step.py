@@ -62,10 +62,15 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What a step leaves beside its output: picks ``[R, width]`` int32 and the mass they hold ``[R, G]`` fp32."""
+    """What a step leaves beside its output.
+
+    Picks ``[R, width]`` int32, and the probability they hold, fp32: together ``[R, G]``, and each, mean over heads,
+    ``[R, width]``.
+    """
 
     picks: torch.Tensor
     mass: torch.Tensor
+    weights: torch.Tensor
 
 
 class SliceStep:
@@ -79,6 +84,7 @@ class SliceStep:
         self.rows = slice(first * ws.heads, last * ws.heads)
         self.inputs = inputs.of(first, last)
         self.picks, self.mass = results.picks[self.rows], results.mass[self.rows]
+        self.weights = results.weights[self.rows]
         self.hot_store = None if hot is None else hot.store[first:last]
 
     def run(self) -> None:
@@ -167,7 +173,7 @@ class SliceStep:
         gather_kernel[(self.count * ws.pick_splits,)](
             given.values, scales, ws.scores[rows], ws.lse[rows], tail.coefficients, tail.base, tail.basis,
             self.picks, ws.counts[rows], ws.partial[rows], ws.shares[rows], ws.held[rows], ws.counters[rows],
-            given.out, self.mass,
+            given.out, self.mass, self.weights,
             given.query if self.hot_store is None else self.hot_store, ws.hot_slots[rows], ws.hot_inserts[rows],
             given.values.stride(0), given.values.stride(1), given.values.stride(2),
             scales.stride(0), scales.stride(1), *tail.coefficients.stride()[:3],
@@ -223,6 +229,7 @@ def triton_decode(
     value_scales: torch.Tensor | None = None,
     hot: HotRows | None = None,
     out: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Score, select, fetch and combine for one layer and one new token. N and tail are the workspace's.
 
@@ -250,6 +257,8 @@ def triton_decode(
     hot : HotRows or None
     out : Tensor ``[B, Hq, Dv]`` or None
         Written and returned; by default a new tensor in the query's dtype.
+    weights : Tensor like ``picks`` fp32 or None
+        Gets what each pick holds, mean over the heads it was made for; where there is none it stays as it is.
 
     Returns
     -------
@@ -272,8 +281,12 @@ def triton_decode(
         key_scales, value_scales,
     )  # fmt: skip
     rows = ws.batch * ws.heads
+    if weights is None:
+        weights = query.new_empty(rows, ws.width, dtype=torch.float32)
     results = Results(
-        query.new_empty(rows, ws.width, dtype=torch.int32), query.new_empty(rows, ws.group, dtype=torch.float32)
+        query.new_empty(rows, ws.width, dtype=torch.int32),
+        query.new_empty(rows, ws.group, dtype=torch.float32),
+        weights.view(rows, ws.width),
     )
     bounds = [round(ws.batch * piece / ws.slices) for piece in range(ws.slices + 1)]
     steps = [SliceStep(ws, first, last, inputs, results, hot) for first, last in pairwise(bounds) if last > first]
