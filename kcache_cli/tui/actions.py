@@ -223,6 +223,8 @@ class Actions(App[None]):
         stop = self.stop_work if self.conversation is None else self.conversation.stop
         if stop is None or not stop():
             self.notify("there is nothing to stop; q leaves the dashboard", timeout=3)
+        elif self.conversation is None:
+            self.notify("stopping at the next token, or after this piece of the prompt…", timeout=10)
 
     @on(Input.Submitted, "#say")
     def _said(self, event: Input.Submitted) -> None:

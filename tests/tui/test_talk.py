@@ -109,6 +109,31 @@ def test_ctrl_c_stops_the_reply_and_the_screen_goes_on_meanwhile() -> None:
     asyncio.run(whole())
 
 
+def test_ctrl_c_while_a_prompt_is_read_says_at_once_what_it_waits_for() -> None:
+    talk, session = chat(["one", " two"])
+    reached, go = threading.Event(), threading.Event()
+
+    def wait(number: int) -> None:
+        if number == 1:
+            reached.set()
+            go.wait(20)
+
+    session.before_token = wait
+
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=talk) as driver:
+            await write(driver, "count")
+            await until(driver, reached.is_set)
+            await driver.press("ctrl+c", "ctrl+c")
+            await until(driver, lambda: "stopping after this piece" in said(driver))
+            assert said(driver).count("stopping") == 1 and "stopped" not in said(driver)
+            go.set()
+            await until(driver, lambda: "stopped" in said(driver))
+            assert "one" not in said(driver)
+
+    asyncio.run(whole())
+
+
 def test_keys_are_text_in_the_input_and_keys_outside_of_it() -> None:
     talk, _ = chat()
 
