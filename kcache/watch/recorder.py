@@ -21,8 +21,9 @@ BUDGET = 62
 """Bytes per layer and step that a recording keeps to in the long run, of 32 layers (1,984) or more; text aside.
 
 Counters, mass and histograms come first. Where they take more than that, the histograms get half the buckets, twice as
-wide. What buckets hold, and exact picks, many times the size of the rest, are written whenever what has been saved so
-far pays for them. Only steps earn: frames of a prompt, or in the middle of a step, live on what is left.
+wide. What buckets hold is written where the step itself pays for it, or what has been saved so far; exact picks, many
+times the size of the rest, where what has been saved does. Only steps earn: frames of a prompt, or in the middle of a
+step, live on what is left.
 """
 _COARSE = 8
 _LEAST_HELD = 0.01
@@ -92,11 +93,12 @@ class Recorder:
         if advanced and not alone:
             self._fit_buckets(len(data), pay)
         for name, extra in self._extras(frame):
-            if self._spent + len(data) + self._costs[name] <= self._earned:
+            room = max(self._earned - self._spent, pay if advanced and name == "held" else 0)
+            if len(data) + self._costs[name] <= room:
                 more = {**thinned, **extra}
                 larger = record(kind, more)
                 self._costs[name] = len(larger) - len(data)
-                if self._spent + len(larger) <= self._earned:
+                if len(larger) <= room:
                     data, thinned = larger, more
         self._spent += len(data)
         self._before = plain

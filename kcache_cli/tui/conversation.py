@@ -84,6 +84,7 @@ class Conversing:
         text = Text()
         with self._lock:
             lines = [(who, "".join(parts)) for who, parts in self._lines]
+        lines = [(who, said) for who, said in lines if said or who != "model"]
         for number, (who, said) in enumerate(lines):
             if number:
                 text.append("\n")

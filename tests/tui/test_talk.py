@@ -134,6 +134,38 @@ def test_ctrl_c_while_a_prompt_is_read_says_at_once_what_it_waits_for() -> None:
     asyncio.run(whole())
 
 
+def test_what_is_said_goes_before_what_is_under_the_cursor() -> None:
+    talk, _ = chat()
+
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=talk) as driver:
+            await driver.press("escape", "a", "a")
+            assert "text from token" in driver.text() and "write below" not in driver.text()
+            await driver.press("i")
+            assert "write below" in driver.text() and "text from token" not in driver.text()
+            await driver.press("escape")
+            assert "text from token" in driver.text()
+
+    asyncio.run(whole())
+
+
+def test_the_layer_table_comes_when_it_is_asked_for() -> None:
+    talk, _ = chat()
+
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=talk) as driver:
+            await driver.press("escape")
+            assert "4 layers" not in driver.text()
+            await driver.press("s")
+            assert "4 layers" in driver.text() and "mass▼" in driver.text()
+            await driver.press("slash", *"mass<0.9")
+            assert "6 text" in driver.text() and "mass<0.9" in driver.text()
+            await driver.press("enter")
+            assert "mass<0.9  1-8 of 15" in driver.text()
+
+    asyncio.run(whole())
+
+
 def test_keys_are_text_in_the_input_and_keys_outside_of_it() -> None:
     talk, _ = chat()
 

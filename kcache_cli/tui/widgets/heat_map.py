@@ -203,12 +203,16 @@ class HeatMap(Panel):
 
     def watch_mode(self) -> None:
         """Draw in the other mode; one that shows a layer's heads takes a layer that picks."""
-        picked = None if self.moment is None else self.moment.past.picked
-        if self.mode is Mode.HEADS and picked is not None:
-            picking = [layer.index for layer in picked.layers if layer.picks is not None]
-            if picking and self.at_layer not in picking:
-                self.at_layer = min(picking, key=lambda layer: abs(layer - self.at_layer))
+        if self.mode is Mode.HEADS:
+            self.go_where_picks_are()
         self.redraw()
+
+    def go_where_picks_are(self) -> None:
+        """From a layer that picks nothing to the next one that does."""
+        picked = None if self.moment is None else self.moment.past.picked
+        picking = [] if picked is None else [layer.index for layer in picked.layers if layer.picks is not None]
+        if picking and self.at_layer not in picking:
+            self.at_layer = min(picking, key=lambda layer: abs(layer - self.at_layer))
 
     def watch_at_layer(self) -> None:
         """Tell, and draw."""
