@@ -137,7 +137,9 @@ class Inputs:
         )  # fmt: skip
         rows = self.case.rows
         picks = torch.empty(rows, workspace.width, dtype=torch.int32, device=self.device)
-        results = Results(picks, torch.empty(rows, self.case.group, device=self.device))
+        results = Results(
+            picks, torch.empty(rows, self.case.group, device=self.device), torch.empty(picks.shape, device=self.device)
+        )
         return SliceStep(workspace, 0, self.case.batch, inputs, results, hot)
 
     def hot(self) -> HotRows:

@@ -146,7 +146,7 @@ def pick_above(
 def above_kernel(
     scores, block_top, part_max, part_sum, sinks, threshold, lse, listed, found, picks, counts, tally, length_ptr,
     hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits,
-    values, scales, coefficients, base, basis, hot_store, partial, shares, held, counters, out, mass,
+    values, scales, coefficients, base, basis, hot_store, partial, shares, held, counters, out, mass, pick_weights,
     stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
     sums, tickets,
     capacity, blocks, splits,
@@ -166,7 +166,7 @@ def above_kernel(
     tl.store(counts + row, kept)
     complete(
         values, scales, scores, lse, coefficients, base, basis, picks, hot_store, partial, shares, held, counters, out,
-        mass, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits, row, kept,
+        mass, pick_weights, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits, row, kept,
         stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
         sums, tickets, capacity,
         HEADS, G, MOST, REPEAT, G2, ROWS, D, BLOCK_D, RANK, RP, STEP, RANK_STEP, RENORMALISE, HOT_ROWS, HOT_SETS,

@@ -88,7 +88,7 @@ def picked_rows(
 @triton.jit
 def complete(
     values, scales, scores, lse, coefficients, base, basis, picks, hot_store, partial, shares, held, counters, out,
-    mass, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits, row, kept,
+    mass, pick_weights, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits, row, kept,
     stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
     sums, tickets, capacity,
     HEADS: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, REPEAT: tl.constexpr, G2: tl.constexpr,
@@ -109,7 +109,7 @@ def complete(
     kv_head = row % HEADS // REPEAT
     fetch(
         values, scales, scores, lse, coefficients + batch * stride_cb + kv_head.to(tl.int64) * stride_ch, picks,
-        hot_store, hot_slots, hot_inserts, partial, shares, held, row, batch, kv_head, kept, capacity,
+        pick_weights, hot_store, hot_slots, hot_inserts, partial, shares, held, row, batch, kv_head, kept, capacity,
         stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, stride_cr, sums,
         G, G2, WIDTH, ROWS, D, BLOCK_D, RANK, RP, HOT_ROWS, HAS_SCALES, UPCAST,
     )  # fmt: skip
@@ -122,15 +122,15 @@ def complete(
 
 @triton.jit
 def fetch(
-    values, scales, scores, lse, coefficients, picks, hot_store, hot_slots, hot_inserts, partial, shares, held,
-    row, batch, kv_head, kept, capacity, stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, stride_cr, sums,
+    values, scales, scores, lse, coefficients, picks, pick_weights, hot_store, hot_slots, hot_inserts, partial, shares,
+    held, row, batch, kv_head, kept, capacity, stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, stride_cr, sums,
     G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, HOT_ROWS: tl.constexpr, HAS_SCALES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Sum ``w v``, ``w c`` and ``w`` over a row's ``kept`` picks; ``coefficients`` are those of the row's KV head.
 
-    ``sums`` is P.
+    What each pick weighs, mean over heads, goes to ``pick_weights``. ``sums`` is P.
     """
     heads = tl.arange(0, GP)
     directions = tl.arange(0, RP)
@@ -150,6 +150,7 @@ def fetch(
             stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, GP, D, BLOCK_D, HOT_ROWS, HAS_SCALES, UPCAST,
         )  # fmt: skip
         mass += tl.sum(weights, 0)
+        tl.store(pick_weights + at, tl.sum(weights, 1) / G, mask=live)
         if RANK > 0:
             c_ptrs = coefficients + directions[None, :] * stride_cr + pick[:, None]
             part = tl.load(c_ptrs, mask=live[:, None] & (directions < RANK)[None, :], other=0.0)

@@ -61,10 +61,15 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What a step leaves beside its output: picks ``[R, width]`` int32 and the mass they hold ``[R, G]`` fp32."""
+    """What a step leaves beside its output.
+
+    Picks ``[R, width]`` int32, and the probability they hold, fp32: together ``[R, G]``, and each, mean over heads,
+    ``[R, width]``.
+    """
 
     picks: torch.Tensor
     mass: torch.Tensor
+    weights: torch.Tensor
 
 
 class SliceStep:
@@ -78,6 +83,7 @@ class SliceStep:
         self.rows = slice(first * ws.heads, last * ws.heads)
         self.inputs = inputs.of(first, last)
         self.picks, self.mass = results.picks[self.rows], results.mass[self.rows]
+        self.weights = results.weights[self.rows]
         self.hot_store = None if hot is None else hot.store[first:last]
 
     def run(self) -> None:
@@ -139,8 +145,8 @@ class SliceStep:
         fetched = (
             given.values, scales, tail.coefficients, tail.base, tail.basis,
             given.query if self.hot_store is None else self.hot_store, ws.partial[rows], ws.shares[rows],
-            ws.held[rows], ws.counters[rows], given.out, self.mass, *given.values.stride()[:3], *scales.stride()[:2],
-            *tail.coefficients.stride()[:3], given.out.stride(0), given.out.stride(1), ws.tail_splits + 1,
+            ws.held[rows], ws.counters[rows], given.out, self.mass, self.weights, *given.values.stride()[:3],
+            *scales.stride()[:2], *tail.coefficients.stride()[:3], given.out.stride(0), given.out.stride(1), ws.tail_splits + 1,
             self._tickets, ws.stride, ws.blocks, ws.score_splits,
         )  # fmt: skip
         sizes = {
@@ -223,6 +229,7 @@ def triton_decode(
     value_scales: torch.Tensor | None = None,
     hot: HotRows | None = None,
     out: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Score, select, fetch and combine for one layer and one new token. N and tail are the workspace's.
 
@@ -250,6 +257,8 @@ def triton_decode(
     hot : HotRows or None
     out : Tensor ``[B, Hq, Dv]`` or None
         Written and returned; by default a new tensor in the query's dtype.
+    weights : Tensor like ``picks`` fp32 or None
+        Gets what each pick holds, mean over the heads it was made for; where there is none it stays as it is.
 
     Returns
     -------
@@ -272,8 +281,12 @@ def triton_decode(
         key_scales, value_scales,
     )  # fmt: skip
     rows = ws.batch * ws.heads
+    if weights is None:
+        weights = query.new_empty(rows, ws.width, dtype=torch.float32)
     results = Results(
-        query.new_empty(rows, ws.width, dtype=torch.int32), query.new_empty(rows, ws.group, dtype=torch.float32)
+        query.new_empty(rows, ws.width, dtype=torch.int32),
+        query.new_empty(rows, ws.group, dtype=torch.float32),
+        weights.view(rows, ws.width),
     )
     bounds = [round(ws.batch * piece / ws.slices) for piece in range(ws.slices + 1)]
     steps = [SliceStep(ws, first, last, inputs, results, hot) for first, last in pairwise(bounds) if last > first]
