@@ -146,8 +146,8 @@ class SliceStep:
             given.values, scales, tail.coefficients, tail.base, tail.basis,
             given.query if self.hot_store is None else self.hot_store, ws.partial[rows], ws.shares[rows],
             ws.held[rows], ws.counters[rows], given.out, self.mass, self.weights, *given.values.stride()[:3],
-            *scales.stride()[:2], *tail.coefficients.stride()[:3], given.out.stride(0), given.out.stride(1), ws.tail_splits + 1,
-            self._tickets, ws.stride, ws.blocks, ws.score_splits,
+            *scales.stride()[:2], *tail.coefficients.stride()[:3], given.out.stride(0), given.out.stride(1),
+            ws.tail_splits + 1, self._tickets, ws.stride, ws.blocks, ws.score_splits,
         )  # fmt: skip
         sizes = {
             **self._sizes, "GP": power_of_two(ws.group), "SP": power_of_two(ws.score_splits), "BLOCK": ws.block,
