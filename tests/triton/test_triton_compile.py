@@ -23,7 +23,7 @@ def test_triton_kernels_compile_for_sm90(config: str) -> None:
     assert done.returncode == 0, done.stderr
     kernels = {line["kernel"]: line for line in map(json.loads, done.stdout.splitlines())}
     weigh, select = ("weight", "select") if "even" in config else ("list", "above")
-    names = ("append", "score", weigh, select, "gather", "decode")
+    names = ("append", "score", weigh, select, "gather", "decode", "norm", "rotate", "gated")
     assert set(kernels) == {f"{name}_kernel" for name in names}
     for name, kernel in kernels.items():
         assert kernel["stack"] <= 64, f"{name} spills {kernel['stack']} bytes"
@@ -36,3 +36,6 @@ def test_triton_kernels_compile_for_sm90(config: str) -> None:
     assert kernels["gather_kernel"]["ops"]["LDG.E.128.STRONG.GPU"] > 0
     assert kernels["gather_kernel"]["ops"]["LDGSTS.E.BYPASS.128"] > 0
     assert "LDGSTS.E" not in kernels["gather_kernel"]["ops"]
+    for name in ("norm", "gated"):
+        assert kernels[f"{name}_kernel"]["ops"]["LDG.E.128"] >= 2, name
+        assert kernels[f"{name}_kernel"]["ops"]["STG.E.128"] >= 1, name
