@@ -34,6 +34,7 @@ from kcache.spread import spread_of
 from kcache.stepwise import Look, no_look
 from kcache.support import context_length
 from kcache.telemetry import Stats, StepSnapshot
+from kcache.tiers.link import Link
 from kcache.tiers.validity import Validity
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Shared:
         self._config = weakref.ref(text_config(model))
         self._modules = frozenset(id(module) for module in model.modules())
         self._backends: dict[torch.device, Backend] = {}
+        self._links: dict[torch.device, Link] = {}
         self.make_tape = tape_for(input_device(model)) if policy.graph == "auto" else None
         self._graph: GraphDecoder | None = None
 
@@ -114,6 +116,12 @@ class Shared:
         if device not in self._backends:
             self._backends[device] = choose_backend(self.policy.backend, device)
         return self._backends[device]
+
+    def link(self, device: torch.device) -> Link:
+        """What moves rows between a device and the host tier."""
+        if device not in self._links:
+            self._links[device] = Link(device)
+        return self._links[device]
 
     @property
     def graph(self) -> GraphDecoder | None:
