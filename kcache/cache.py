@@ -170,7 +170,18 @@ class Shared:
 
     def plan_residency(self, layer: TieredLayer, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
         """Make sure ``end`` rows will fit, moving V of the last resident layers out if they have to make room."""
+        before = self.residency.planned
         self.residency.plan(layer, keys, values, end)
+        if self.residency.planned != before and self.residency.leaves_at(end):
+            for device, sizes in self.residency.host_bytes.items():
+                if device.type == "cuda":
+                    self.link(device).arena.prepare(sizes)
+
+    def let_go(self) -> None:
+        """Give back memory that the links keep for copies under way and for rows to come."""
+        for link in self._links.values():
+            link.let_go()
+            link.arena.drop()
 
 
 class KCache(Cache):
@@ -261,6 +272,15 @@ class KCache(Cache):
             self.shared.force_exact = before
 
     @contextmanager
+    def expecting(self, length: int) -> Iterator[None]:
+        """Plan for ``length`` tokens inside this block, however few come at a time."""
+        self.shared.residency.expected = length
+        try:
+            yield
+        finally:
+            self.shared.residency.expected = 0
+
+    @contextmanager
     def stepwise(self, look: Look = no_look) -> Iterator[None]:
         """Inside this block, take several new tokens of a forward as that many decode steps (:mod:`kcache.stepwise`).
 
@@ -287,6 +307,7 @@ class KCache(Cache):
         self.shared.validity = Validity()
         self.shared.spread = spread_of(self.policy, self.shared.ranks)
         self.shared.residency.forget()
+        self.shared.let_go()
         self._latest = None
 
     def _renew_stock_layers(self) -> None:

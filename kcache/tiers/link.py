@@ -8,9 +8,12 @@ at every allocation, whether each copy under way has ended. Where both tiers are
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+
+from kcache.tiers.arena import Arena
 
 
 class Link:
@@ -20,10 +23,13 @@ class Link:
     ----------
     device : torch.device
         The device end of the link.
+    arena : Arena
+        Host memory prepared for the other end.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.arena = Arena(device)
         self._leaving: tuple[torch.Tensor, torch.cuda.Event, torch.cuda.Stream] | None = None
         self._out, self._back = self._streams()
 
@@ -34,7 +40,9 @@ class Link:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         """A link of its own to the same device: streams cannot be copied."""
-        return type(self)(self.device)
+        twin = type(self)(self.device)
+        twin.arena = copy.deepcopy(self.arena, memo)
+        return twin
 
     def to_host(self, rows: torch.Tensor, host: torch.Tensor) -> torch.cuda.Event | None:
         """Copy ``rows`` ``[B, H, T, D]`` from the device into the view ``host`` of the same shape.

@@ -103,10 +103,11 @@ class ValueStore:
             self.release()
 
     def _host_rows(self) -> RowBuffer | ByteRows:
-        cpu, reader = torch.device("cpu"), self.device if self.device.type == "cuda" else None
+        cpu = torch.device("cpu")
+        reader, arena = (self.device, self.link.arena) if self.device.type == "cuda" else (None, None)
         if self._policy.v_bits == 8:
-            return ByteRows(cpu, self.device, self._room, reader)
-        return RowBuffer(cpu, self._room, reader)
+            return ByteRows(cpu, self.device, self._room, reader, arena)
+        return RowBuffer(cpu, self._room, reader, arena=arena)
 
     def _send(self, rows: torch.Tensor, start: int) -> None:
         """Start the copy of rows to the host tier, as rows ``start`` and following."""
