@@ -97,8 +97,9 @@ class TieredLayer(CountedLayer):
         plan = self.shared.residency
         self._k = RowBuffer(self.device, partial(plan.key_room, self))
         self._v = ValueStore(
-            self.device, self.shared.policy, self.shared.validity, plan.room, partial(plan.resident_room, self)
-        )
+            self.device, self.shared.policy, self.shared.validity, plan.room, partial(plan.resident_room, self),
+            self.shared.link(self.device),
+        )  # fmt: skip
         self.is_initialized = True
 
     def update(
@@ -234,7 +235,10 @@ class TieredLayer(CountedLayer):
         if self.following is not None:
             self.following.prefetch_values(call.key.shape[2])
         keys = self._k.followed_by(call.key, self.length)
-        return dense.attend(call.query, keys, values, mask, call.scaling, call.softcap, call.sinks)
+        out = dense.attend(call.query, keys, values, mask, call.scaling, call.softcap, call.sinks)
+        if self.following is None:
+            self._v.release()
+        return out
 
     def _decodes_topn(self, mask: torch.Tensor | None) -> bool:
         if not self.offloaded or self.shared.force_exact or self.length < self.shared.policy.dense_below:
