@@ -158,8 +158,9 @@ class Inputs:
         """A dense step over K and V in device memory."""
         case = self.case
         workspace = DenseWorkspace(
-            case.batch, case.kv_heads, case.group, case.dim, case.dim, case.length, self.device, tuning=tuning
-        )
+            case.batch, case.kv_heads, case.group, case.dim, case.dim, case.length, self.device, itemsize=2,
+            tuning=tuning,
+        )  # fmt: skip
         return lambda query: dense_decode(
             query, self.keys, self.near, self.length, scaling=self.scaling, workspace=workspace
         )

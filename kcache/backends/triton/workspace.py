@@ -39,7 +39,7 @@ class Tuning:
     tail_tile, tail_warps, tail_residency : int
         Rows of the tail per tile (fewer where many heads share them), warps per program, programs per multiprocessor.
     dense_block, dense_warps, dense_stages, dense_residency : int
-        The same for the dense decode of resident layers.
+        The same for the dense decode of resident layers; 0 chooses by size, of stages as well.
     slices : int
         Pieces the batch is cut into, so that the link works for one piece while K is read for the next; 0 chooses.
     processors : int
@@ -59,7 +59,7 @@ class Tuning:
     tail_residency: int = 4
     dense_block: int = 0
     dense_warps: int = 4
-    dense_stages: int = 3
+    dense_stages: int = 0
     dense_residency: int = 3
     slices: int = 0
     processors: int = 0
@@ -238,7 +238,10 @@ class Workspace(DeviceLength):
 
 
 class DenseWorkspace(DeviceLength):
-    """Scratch of :func:`~kcache.backends.triton.decode.dense_decode`; parameters as for :class:`Workspace`."""
+    """Scratch of :func:`~kcache.backends.triton.decode.dense_decode`; parameters as for :class:`Workspace`.
+
+    ``itemsize`` is that of K and V: tiles of 16 bits may be larger.
+    """
 
     def __init__(
         self,
@@ -250,15 +253,19 @@ class DenseWorkspace(DeviceLength):
         capacity: int,
         device: torch.device,
         *,
+        itemsize: int = 4,
         tuning: Tuning | None = None,
     ) -> None:
         super().__init__(device)
         self.tuning = tune = tuning or Tuning()
         rows = batch * kv_heads
         processors = tune.processors or multiprocessors(device)
-        self.block = tune.dense_block or (64 if max(dim, dim_v) <= 128 else 32)
+        widest = max(dim, dim_v)
+        large = itemsize <= 2 and widest <= 128
+        self.block = tune.dense_block or (128 if large else 64 if widest <= 128 else 32)
+        self.stages = tune.dense_stages or (2 if large else 3)
         tiles = -(-capacity // self.block)
-        resident = _residency(tune.dense_residency, tune.dense_stages + 1, self.block, max(dim, dim_v))
+        resident = _residency(tune.dense_residency, self.stages + 1, self.block, widest)
         self.device, self.capacity, self.upcast = device, capacity, interpreted()
         self.splits = choose_splits(rows, tiles, processors * resident)
         self.part_max = torch.empty(rows, self.splits, group, dtype=torch.float32, device=device)
