@@ -20,7 +20,6 @@ from benchmarks.precompile import compile_only
 from kcache.backends.base import DecodeStep
 from kcache.backends.triton import Tuning, append
 from kcache.backends.triton.backend import TritonBackend
-from kcache.backends.triton.workspace import _WORTH_SLICING
 from kcache.bench.context import LayerShape
 from kcache.bench.engines import make_engine
 from kcache.lowrank import LowRank
@@ -38,8 +37,7 @@ def launch_all(job: Job, batch: int, processors: int) -> None:
     keys, values = torch.empty(batch, kv_heads, room, dim, **half), torch.empty(batch, kv_heads, room, dim, **half)
     token = torch.empty(batch, kv_heads, dim, **half)
     length = torch.ones(1, dtype=torch.int32)
-    slices = 2 if batch >= 2 and keys.nbytes >= _WORTH_SLICING else 1
-    backend = TritonBackend(torch.device("cuda"), Tuning(processors=processors, slices=slices))
+    backend = TritonBackend(torch.device("cuda"), Tuning(processors=processors))
     step = DecodeStep(
         torch.empty(batch, heads, dim, **half), keys, values, room, dim**-0.5, job.policy, device_length=length
     )

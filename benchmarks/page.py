@@ -5,7 +5,8 @@
 A table stands between ``<!-- rows FILE -->`` (one file, as ``kcache bench`` prints it), ``<!-- runs FILE ... -->``
 (the same cases in several runs, kcache's speed over each other engine), ``<!-- fidelity FILE ... -->``, ``needle``,
 ``tasks`` or ``tune`` (as those commands print them), ``<!-- llama FILE -->`` (what ``benchmarks/beside_llama.py``
-wrote) and ``<!-- end -->``. Files that are not there leave their table as it is.
+wrote), ``<!-- gpu FILE -->`` (the record of :mod:`benchmarks.gpu`) and ``<!-- end -->``. Files that are not there leave
+their table as it is.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ TABLES: dict[str, Any] = {
     "tasks": tasks_table,
     "tune": tune_table,
 }
-BLOCK = re.compile(r"(<!-- (rows|runs|llama|fidelity|needle|tasks|tune) ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (rows|runs|llama|gpu|fidelity|needle|tasks|tune) ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def runs_table(runs: Sequence[Sequence[Row]]) -> str:
@@ -73,6 +74,43 @@ def llama_table(record: Row) -> str:
     return "\n".join(lines) + "\n"
 
 
+def gpu_table(record: Row) -> str:
+    """The ratios of a GPU's record, each with its ceiling and target, and then its jobs."""
+    lines = ["| ratio | measured | ceiling | wanted |", "|---|---:|---:|---:|"]
+    for key in dict.fromkeys([*record["targets"], *record["ratios"]]):
+        value, target, ceiling = (record[name].get(key) for name in ("ratios", "targets", "ceilings"))
+        bound = "≤" if key.endswith(("multiple", "time_vs_dense", "peak_vs_dense")) else "≥"
+        wanted = "" if target is None else f"{bound} {target:g}"
+        measured = "not taken" if value is None else f"{value:.2f}"
+        lines.append(f"| {key} | {measured} | {'' if ceiling is None else f'{ceiling:.2f}'} | {wanted} |")
+    lines += ["", "| job | batch | ms p50 | floor ms | tok/s | hits | KV on the device, GiB |", "|---|" + "---:|" * 6]
+    for job in record["measurements"]:
+        if job["status"] != "ok":
+            lines.append(f"| {job['name']} | {job['batch']} | {job['status']} | | | | |")
+            continue
+        prompt = "prefill_ms_p50" in job
+        low, high = (job["prefill_ms_" + end if prompt else "decode_ms_" + end] for end in ("low", "high"))
+        time = f"{job['prefill_ms_p50' if prompt else 'decode_ms_p50']:.2f} [{low:.2f}–{high:.2f}]"
+        rest = (
+            ["", "", ""]
+            if prompt
+            else [f"{job['floor_ms']:.2f}", f"{job['decode_tok_s']:.0f}", _percent(job["hit_rate"])]
+        )
+        cells = [job["name"], str(job["batch"]), time, *rest, f"{job['device_kv_bytes'] / 2**30:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    env = record["env"]
+    for name, reason in record["left_out"].items():
+        lines.append(f"| {name} | | left out: {reason} | | | | |")
+    versions = " · ".join(f"{name} {env[name]}" for name in ("torch", "triton", "transformers"))
+    speeds = f"memory {env['memory_gb_s']:.0f} GB/s, rows over the link {env['gather_gb_s']:.1f} GB/s"
+    lines += ["", f"{env['device']} · {versions} · {speeds} · {env['time']} · commit {env['commit']}"]
+    return "\n".join(lines) + "\n"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
 def fill(text: str, folder: Path) -> str:
     """Return the page with its tables written anew."""
 
@@ -80,8 +118,9 @@ def fill(text: str, folder: Path) -> str:
         paths = [folder / name for name in match[3].split()]
         if not all(path.exists() for path in paths):
             return match[0]
-        if match[2] == "llama":
-            body = llama_table(json.loads(paths[0].read_text(encoding="utf-8")))
+        if match[2] in ("llama", "gpu"):
+            table_of = llama_table if match[2] == "llama" else gpu_table
+            body = table_of(json.loads(paths[0].read_text(encoding="utf-8")))
         elif match[2] in TABLES:
             page = TABLES[match[2]]
             body = page.markdown([row for path in paths for row in read_rows(path, "rows", page.COMMAND, page.NAMES)])

@@ -20,7 +20,6 @@ _MOST_CANDIDATES = 32768
 _MOST_BLOCKS = 8192
 _LEAST_BLOCK = 16
 _SHARED_BYTES = 227 * 1024
-_WORTH_SLICING = 256 * 2**20  # K that takes longer to read than the launches of a second slice
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,8 @@ class Tuning:
     dense_block, dense_warps, dense_stages, dense_residency : int
         The same for the dense decode of resident layers; 0 chooses by size, of stages as well.
     slices : int
-        Pieces the batch is cut into, so that the link works for one piece while K is read for the next; 0 chooses.
+        Pieces the batch is cut into, so that the link works for one piece while K is read for the next. On an H200 one
+        was the quickest, see docs/log.md.
     processors : int
         Multiprocessors to plan for; 0 asks the device.
     """
@@ -61,7 +61,7 @@ class Tuning:
     dense_warps: int = 4
     dense_stages: int = 0
     dense_residency: int = 3
-    slices: int = 0
+    slices: int = 1
     processors: int = 0
 
 
@@ -169,8 +169,7 @@ class Workspace(DeviceLength):
             (kv_heads, group, 1) if select == "group" else (kv_heads * group, 1, group)
         )
         self.upcast = interpreted()
-        k_bytes = batch * kv_heads * self.capacity * dim * 2
-        self.slices = tune.slices or (2 if device.type == "cuda" and batch >= 2 and k_bytes >= _WORTH_SLICING else 1)
+        self.slices = tune.slices
         self._plan_select(tune)
         self._plan_splits(tune)
         self._allocate()
