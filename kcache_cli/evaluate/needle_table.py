@@ -110,6 +110,11 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
+def in_words(rows: Sequence[Row]) -> str:
+    """The scores of one haystack."""
+    return ", ".join(f"{label(_contender(row))} {row['score']:.2f}" for row in rows)
+
+
 def label(contender: _Contender) -> str:
     """A contender in a word."""
     return "dense" if contender[1] is None else f"N={contender[1]}"
