@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.precompile import compile_only
 from kcache.backends.triton import DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode, triton_decode
-from kcache.backends.triton.step import SliceStep, StepInputs
+from kcache.backends.triton.step import Results, SliceStep, StepInputs
 from kcache.lowrank import LowRank, LowRankTail
 from kcache.policy import Spread
 from kcache.sizes import rank_of
@@ -64,15 +64,15 @@ SWEEP: list[tuple[str, dict[str, int]]] = [
     *(("score", {"score_stages": stages, "score_residency": resident}) for stages in (2, 3, 4) for resident in (3, 4)),
     ("score", {"score_block": 128, "score_stages": 2, "score_residency": 3}),
     ("score", {"score_block": 128, "score_stages": 3, "score_residency": 2, "score_warps": 8}),
-    ("weigh", {"weight_chunk": 512}),
-    ("weigh", {"weight_chunk": 2048, "weight_warps": 8}),
-    ("select", {"select_warps": 4}),
-    ("select", {"select_warps": 16}),
-    ("gather", {"gather_rows": 16}),
-    ("gather", {"gather_rows": 64}),
-    ("gather", {"tail_tile": 64}),
-    ("gather", {"tail_tile": 256}),
-    ("gather", {"tail_tile": 64, "tail_stages": 4, "tail_residency": 4}),
+    ("select", {"select_warps": 8}),
+    ("select", {"select_tile": 1024}),
+    ("select", {"select_warps": 8, "select_tile": 1024}),
+    ("gather", {"gather_rows": 32}),
+    ("gather", {"gather_rows": 32, "gather_warps": 8}),
+    ("gather", {"gather_warps": 2}),
+    ("tail", {"tail_tile": 128, "tail_warps": 4, "tail_residency": 8}),
+    ("tail", {"tail_tile": 256, "tail_warps": 4}),
+    ("tail", {"tail_residency": 8}),
     *(("dense", {"dense_stages": stages, "dense_residency": resident}) for stages in (2, 4) for resident in (2, 3)),
     ("dense", {"dense_block": 128, "dense_stages": 2, "dense_residency": 2}),
     ("dense", {"dense_block": 128, "dense_stages": 3, "dense_residency": 1, "dense_warps": 8}),
@@ -137,7 +137,10 @@ class Inputs:
             query, self.keys, self.values, self.length, self.scaling, torch.empty_like(query), self.lowrank,
             threshold=self.thresholds[index] if above else None, tally=self.tally if above else None,
         )  # fmt: skip
-        return SliceStep(workspace, 0, self.case.batch, inputs, hot)
+        rows = self.case.rows
+        picks = torch.empty(rows, workspace.width, dtype=torch.int32, device=self.device)
+        results = Results(picks, torch.empty(rows, self.case.group, device=self.device))
+        return SliceStep(workspace, 0, self.case.batch, inputs, results, hot)
 
     def hot(self) -> HotRows:
         """A store of hot rows."""
@@ -174,7 +177,7 @@ def compile_shard(shard: int, cases: list[Case], processors: int, sweep: bool) -
     jobs: list[tuple[Case, str, Tuning]] = []
     for case in cases:
         jobs += [
-            (case, stage, base) for stage in ("score", "weigh", "select", "gather", "dense", "append", "hot", "even")
+            (case, stage, base) for stage in ("score", "tail", "select", "gather", "dense", "append", "hot", "even")
         ]
         jobs += [(case, "step", replace(base, slices=pieces)) for pieces in (2, 4) if case.batch >= pieces]
     if sweep:
@@ -191,7 +194,7 @@ def compile_shard(shard: int, cases: list[Case], processors: int, sweep: bool) -
                 step.select()
                 step.gather()
             elif stage == "even":
-                inputs.step(inputs.workspace(tuning, "even"), 0).finish()
+                inputs.step(inputs.workspace(tuning, "even"), 0).select()
             elif stage == "step":
                 inputs.decode(inputs.workspace(tuning), 0)
             else:

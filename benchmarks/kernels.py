@@ -104,12 +104,11 @@ def measure(inputs: Inputs, base: Tuning) -> Iterator[Row]:
     steps[0].run()
     yield Row(case.name, "append", "", *graph_us([inputs.append] * 8), 0)
     yield Row(case.name, "score", plan, *graph_us([step.score for step in steps]), case.kv_bytes + score_bytes)
-    yield Row(case.name, "weigh", "", *graph_us([step.weigh for step in steps]), score_bytes)
+    yield Row(case.name, "tail", plan, *graph_us([step.tail for step in steps]), case.tail_bytes)
     yield Row(case.name, "select", "", *graph_us([step.select for step in steps]), 0)
     evenly = inputs.workspace(base, "even")
     even_steps = [inputs.step(evenly, index) for index in range(len(queries))]
     even_steps[0].run()
-    yield Row(case.name, "weigh", "exactly N", *graph_us([step.weigh for step in even_steps]), score_bytes)
     yield Row(case.name, "select", "exactly N", *graph_us([step.select for step in even_steps]), 0)
     weights = torch.rand(case.rows, case.length, device=inputs.device)
     yield Row(case.name, "torch.topk", "for comparison", *graph_us([lambda: weights.topk(case.topn)] * 4), 0)
@@ -132,8 +131,7 @@ def measure(inputs: Inputs, base: Tuning) -> Iterator[Row]:
 
 def measure_gather(inputs: Inputs, workspace: Workspace, variant: str, pick_bytes: int) -> Iterator[Row]:
     """Time gather on N random picks per head: all over the link, four fifths hot, and the tail alone."""
-    case, device, tail_bytes = inputs.case, inputs.device, inputs.case.tail_bytes
-    own = workspace.picks
+    case, device = inputs.case, inputs.device
     room = (0, workspace.width - case.topn)
     traces = [torch.nn.functional.pad(trace, room, value=-1) for trace in pick_traces(case, device)]
 
@@ -142,25 +140,21 @@ def measure_gather(inputs: Inputs, workspace: Workspace, variant: str, pick_byte
         workspace.counts.copy_((picks[0] >= 0).sum(1))
 
         def call(index: int) -> None:
-            workspace.picks = picks[index]
+            step.picks = picks[index]
             if slots is not None:
                 workspace.hot_slots = slots[index]
             step.gather()
 
-        times = graph_us([partial(call, index) for index in range(len(picks))])
-        workspace.picks = own
-        return times
+        return graph_us([partial(call, index) for index in range(len(picks))])
 
-    yield Row(case.name, "gather", variant or "no hot rows", *traced(None, traces, None), tail_bytes, pick_bytes)
+    yield Row(case.name, "gather", variant or "no hot rows", *traced(None, traces, None), 0, pick_bytes)
     if variant:
         return
-    nothing = [torch.full_like(own, -1)] * 8
-    yield Row(case.name, "gather", "tail alone", *traced(None, nothing, None), tail_bytes)
     hot = inputs.hot()
-    slots = [torch.randint(0, hot.rows, own.shape, device=device, dtype=torch.int32) for _ in traces]
-    slots = [torch.where(torch.rand(own.shape, device=device) < 0.8, slot, -1).int() for slot in slots]
+    slots = [torch.randint(0, hot.rows, traces[0].shape, device=device, dtype=torch.int32) for _ in traces]
+    slots = [torch.where(torch.rand(traces[0].shape, device=device) < 0.8, slot, -1).int() for slot in slots]
     workspace.hot_inserts.fill_(-1)
-    yield Row(case.name, "gather", "80 % hot", *traced(hot, traces, slots), tail_bytes, pick_bytes // 5)
+    yield Row(case.name, "gather", "80 % hot", *traced(hot, traces, slots), 0, pick_bytes // 5)
 
 
 def sweep_row(inputs: Inputs, stage: str, change: dict[str, int], base: Tuning) -> Iterator[Row]:
@@ -179,7 +173,7 @@ def sweep_row(inputs: Inputs, stage: str, change: dict[str, int], base: Tuning) 
     if stage == "gather":
         yield from measure_gather(inputs, workspace, variant, case.rows * case.topn * case.dim * 2)
         return
-    moved = {"score": case.kv_bytes + score_bytes, "weigh": score_bytes, "select": 0}[stage]
+    moved = {"score": case.kv_bytes + score_bytes, "tail": case.tail_bytes, "select": 0}[stage]
     yield Row(case.name, stage, variant, *graph_us([getattr(step, stage) for step in steps]), moved)
 
 

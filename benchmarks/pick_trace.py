@@ -106,11 +106,11 @@ def replayed(trace: Trace) -> Iterator[None]:
             ws, rows = self.ws, self.rows
             count, streams, traced = trace.picks.shape
             replay_kernel[(self.count,)](
-                trace.picks, ws.picks[rows], ws.counts[rows], hot.tags[rows], hot.stamps[rows],
+                trace.picks, self.picks, ws.counts[rows], hot.tags[rows], hot.stamps[rows],
                 hot.clock[rows], hot.claims[rows], ws.hot_slots[rows], ws.hot_inserts[rows],
                 hot.hits.view(-1)[rows], trace.layer(hot) * ws.batch * ws.heads, self._first_row,
                 STEPS=count, STREAMS=streams, TRACED=traced, WIDTH=ws.width, WP=power_of_two(max(ws.width, traced)),
-                HOT_TILE=min(128, power_of_two(ws.width)), HOT_SETS=hot.sets, HOT_WAYS=hot.ways, num_warps=8,
+                HOT_TILE=min(512, power_of_two(ws.width)), HOT_SETS=hot.sets, HOT_WAYS=hot.ways, num_warps=16,
             )  # fmt: skip
 
     before = steps.SliceStep

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from benchmarks.pick_trace import FILE, Trace, replayed
 from kcache.backends.triton import HotRows, Tuning, Workspace, triton_decode
 from tests.triton.problem import Problem, assert_near, expected, make_problem
 
-SMALL = Tuning(score_block=64, weight_chunk=64, gather_rows=16, tail_tile=16, processors=4, slices=2)
+SMALL = Tuning(score_block=64, select_tile=64, gather_rows=16, tail_tile=16, processors=4, slices=2)
 STREAMS = [[[1, 5, 9], [2, 3]], [[1, 5, 40], [2, 3, 4, 60]], [[5, 9, 40], [7]]]
 """Picks of two streams in three steps, in 100 rows."""
 
@@ -76,12 +77,9 @@ def test_triton_without_the_block_steps_pick_for_themselves(trace_file: Path, de
         hot = HotRows(1, 1, 64, 32, torch.float32, device)
         arguments = {"scaling": problem.scaling, "workspace": workspace, "lowrank": problem.lowrank,
                      "threshold": problem.threshold, "hot": hot}  # fmt: skip
-        if block is not None:
-            with block:
-                triton_decode(problem.query, problem.keys, problem.values, problem.length, **arguments)
-        else:
-            triton_decode(problem.query, problem.keys, problem.values, problem.length, **arguments)
-        found.append(set(workspace.picks[0].tolist()))
+        with block or nullcontext():
+            _, picks, _ = triton_decode(problem.query, problem.keys, problem.values, problem.length, **arguments)
+        found.append(set(picks[0, 0].tolist()))
     assert found[0] != found[1]
 
 

@@ -1,12 +1,11 @@
 """Above: the rows whose weight exceeds a threshold (``spread="need"``), at most M of a row of work, the largest.
 
-Two kernels. ``list_kernel`` takes the place of the weight kernel: it turns the scores into probabilities and lists,
-chunk by chunk, the rows in which the largest of the group's is above the sequence's threshold. ``above_kernel``, one
-program per row of work, joins the lists of the chunks. A row is listed as one integer, its weight's bits above its
-position, so that no two are equal: where more than M are listed, the M-th largest is found by searching the integers
-four ways at a time, and exactly M lie at or above it.
+One program per row of work, in two rounds. Round one lists the blocks whose largest score comes to a weight above the
+threshold, round two the rows above it among theirs: of the scores it reads only what lies beside a pick. A row is
+listed as one integer, its weight's bits above its position, so that no two are equal: where more than M are listed, the
+M-th largest is found by searching the integers four ways at a time, and exactly M lie at or above it.
 
-Shapes: R rows of work, G heads of each, C chunks, M picks at most.
+Shapes: R rows of work, G heads of each, M picks at most.
 """
 
 from __future__ import annotations
@@ -19,54 +18,56 @@ from kcache.backends.triton.score import log_sum_exp
 from kcache.backends.triton.select import count_three
 
 
-@triton.jit(do_not_specialize=["splits", "chunks"])
-def list_kernel(
-    scores, part_max, part_sum, sinks, threshold, lse, found, found_count, length_ptr, capacity, chunks, splits,
-    HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, CHUNK: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-):  # fmt: skip
-    """One program: ``CHUNK`` rows of one row of work; programs past the length leave at once."""
-    row = tl.program_id(0)
-    chunk = tl.program_id(1)
-    length = tl.load(length_ptr)
-    if chunk * CHUNK < length:
-        heads = tl.arange(0, GP)
-        pos = chunk * CHUNK + tl.arange(0, CHUNK)
-        s_ptrs = scores + (row.to(tl.int64) * G + heads)[:, None] * capacity + pos[None, :]
-        # The scratch holds whole chunks, so no position needs a mask, which would split 16-byte loads.
-        score = tl.load(s_ptrs, mask=(heads < G)[:, None], other=float("-inf"))
-        norm = log_sum_exp(part_max, part_sum, sinks, row, row % HEADS, splits, G, GP, SP, HAS_SINKS)
-        if chunk == 0:
-            tl.store(lse + row * G + heads, norm, mask=heads < G)
-        weight = tl.max(tl.where((pos < length)[None, :], tl.exp2(score - norm[:, None]), 0.0), 0)
-        above = (weight > tl.load(threshold + row // HEADS)) & (pos < length)
-        place = tl.cumsum(above.to(tl.int32), 0) - 1
-        key = (weight.to(tl.int32, bitcast=True).to(tl.int64) << 32) | pos.to(tl.int64)
-        tl.store(found + row.to(tl.int64) * capacity + chunk * CHUNK + place, key, mask=above)
-        tl.store(found_count + row * chunks + chunk, tl.sum(above.to(tl.int32), 0))
+@triton.jit
+def list_blocks(
+    block_top, listed, norm, least, row, live_blocks, blocks, G: tl.constexpr, GP: tl.constexpr, TILE: tl.constexpr
+):
+    """List a row's blocks with a weight above ``least``, in order; returns how many there are."""
+    heads = tl.arange(0, GP)
+    lane = tl.arange(0, TILE)
+    t_base = block_top + (row.to(tl.int64) * G + heads)[:, None] * blocks
+    own = listed + row.to(tl.int64) * blocks
+    count = live_blocks * 0
+    for first in range(0, live_blocks, TILE):
+        block = first + lane
+        live = block < live_blocks
+        tops = tl.load(t_base + block[None, :], mask=(heads < G)[:, None] & live[None, :], other=float("-inf"))
+        over = (tl.max(tl.exp2(tops - norm[:, None]), 0) > least) & live
+        running = tl.cumsum(over.to(tl.int32), 0)
+        tl.store(own + count + running - 1, block, mask=over)
+        count += tl.max(running, 0)
+    return count
 
 
 @triton.jit
-def join_lists(found, ends, picks, row, total, CP: tl.constexpr, LEVELS: tl.constexpr, CHUNK: tl.constexpr,
-               MOST: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """Move a row's ``total`` entries to the front of ``found`` and write the positions of the first M."""
+def list_rows(
+    scores, listed, found, picks, norm, least, row, count, length, capacity, blocks,
+    G: tl.constexpr, GP: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """List the rows above ``least`` of the ``count`` listed blocks, in order, the first M as picks; returns how many.
+
+    A step takes TILE rows.
+    """
+    heads = tl.arange(0, GP)
     lane = tl.arange(0, TILE)
-    for first in range(0, total, TILE):
-        nth = first + lane
-        live = nth < total
-        chunk = tl.zeros([TILE], tl.int32)  # the first chunk that ends past the nth entry
-        half = total * 0 + CP
-        for _level in tl.static_range(LEVELS):
-            half = half // 2
-            end = tl.load(ends + row * CP + chunk + half - 1, mask=live, other=0, cache_modifier=".cg")
-            chunk += tl.where(end <= nth, half, 0)
-        start = tl.load(ends + row * CP + chunk - 1, mask=live & (chunk > 0), other=0, cache_modifier=".cg")
-        key = tl.load(found + chunk * CHUNK + nth - start, mask=live, other=0, cache_modifier=".cg")
-        # No entry stands before its place in the joined list, so what is overwritten has been read.
-        tl.debug_barrier()
-        tl.store(found + nth, key, mask=live)
-        tl.store(picks + row * MOST + nth, (key & 0x7FFFFFFF).to(tl.int32), mask=live & (nth < MOST))
-        tl.debug_barrier()
+    s_base = scores + (row.to(tl.int64) * G + heads)[:, None] * capacity
+    own = listed + row.to(tl.int64) * blocks
+    total = count * 0
+    for first in range(0, count * BLOCK, TILE):
+        nth = (first + lane) // BLOCK
+        there = nth < count
+        pos = tl.load(own + nth, mask=there, other=0) * BLOCK + lane % BLOCK
+        # The scratch holds whole blocks, so no position needs a mask.
+        score = tl.load(s_base + pos[None, :], mask=(heads < G)[:, None] & there[None, :], other=float("-inf"))
+        weight = tl.max(tl.exp2(score - norm[:, None]), 0)
+        over = (weight > least) & there & (pos < length)
+        running = tl.cumsum(over.to(tl.int32), 0)
+        place = total + running - 1
+        key = (weight.to(tl.int32, bitcast=True).to(tl.int64) << 32) | pos.to(tl.int64)
+        tl.store(found + row.to(tl.int64) * capacity + place, key, mask=over)
+        tl.store(picks + row * MOST + place, pos, mask=over & (place < MOST))
+        total += tl.max(running, 0)
+    return total
 
 
 @triton.jit
@@ -110,28 +111,31 @@ def keep_largest(found, picks, row, total, least, MOST: tl.constexpr, TILE: tl.c
         kept += tl.sum(over.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["blocks", "splits"])
 def above_kernel(
-    threshold, found, found_count, ends, picks, counts, tally, length_ptr,
+    scores, block_top, part_max, part_sum, sinks, threshold, lse, listed, found, picks, counts, tally, length_ptr,
     hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits,
-    capacity, chunks,
-    HEADS: tl.constexpr, CP: tl.constexpr, LEVELS: tl.constexpr, CHUNK: tl.constexpr, MOST: tl.constexpr,
-    TILE: tl.constexpr, HAS_TALLY: tl.constexpr, HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr,
-    HOT_TILE: tl.constexpr,
+    capacity, blocks, splits,
+    HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
+    TILE: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr, HOT_SETS: tl.constexpr,
+    HOT_WAYS: tl.constexpr, HOT_TILE: tl.constexpr,
 ):  # fmt: skip
-    """One program per row of work. ``CP``: power of two holding all chunks, ``LEVELS`` its exponent."""
+    """One program per row of work, which also writes its heads' log-sum-exps. ``GP``, ``SP``: powers of two."""
     row = tl.program_id(0)
-    live_chunks = tl.cdiv(tl.load(length_ptr), CHUNK)
-    every = tl.arange(0, CP)
-    listed = tl.load(found_count + row * chunks + every, mask=every < live_chunks, other=0)
-    tl.store(ends + row * CP + every, tl.cumsum(listed, 0))
-    total = tl.sum(listed, 0)
+    length = tl.load(length_ptr)
+    least = tl.load(threshold + row // HEADS)
+    heads = tl.arange(0, GP)
+    norm = log_sum_exp(part_max, part_sum, sinks, row, row % HEADS, splits, G, GP, SP, HAS_SINKS)
+    tl.store(lse + row * G + heads, norm, mask=heads < G)
+    count = list_blocks(block_top, listed, norm, least, row, tl.cdiv(length, BLOCK), blocks, G, GP, TILE)
     tl.debug_barrier()
-    own = found + row.to(tl.int64) * capacity
-    join_lists(own, ends, picks, row, total, CP, LEVELS, CHUNK, MOST, TILE)
+    total = list_rows(
+        scores, listed, found, picks, norm, least, row, count, length, capacity, blocks, G, GP, BLOCK, MOST, TILE
+    )
     if total > MOST:
-        bits = tl.load(threshold + row // HEADS).to(tl.int32, bitcast=True)
-        keep_largest(own, picks, row, total, tl.maximum(bits, 0).to(tl.int64) << 32, MOST, TILE)
+        tl.debug_barrier()
+        bits = tl.maximum(least.to(tl.int32, bitcast=True), 0)
+        keep_largest(found + row.to(tl.int64) * capacity, picks, row, total, bits.to(tl.int64) << 32, MOST, TILE)
     kept = tl.minimum(total, MOST)
     lane = tl.arange(0, TILE)
     for first in range(0, MOST, TILE):

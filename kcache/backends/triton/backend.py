@@ -59,8 +59,7 @@ class TritonBackend:
             tally=step.tally, hot=step.hot if isinstance(step.hot, HotRows) else None,
             key_scales=step.key_scales, value_scales=step.value_scales,
         )  # fmt: skip
-        # The workspace's picks and mass are overwritten by the next layer.
-        return DecodeResult(out, picks[..., : step.length].clone(), mass.clone())
+        return DecodeResult(out, picks[..., : step.length], mass)
 
     def keep_hot(self, step: DecodeStep) -> HotRows | None:
         """A store of as many rows as the policy asks for, for the layer of this step."""

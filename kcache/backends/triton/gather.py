@@ -1,11 +1,10 @@
-"""Fetch and combine: picked V rows straight from pinned host memory, weighed and summed, plus the tail.
+"""Fetch and combine: picked V rows straight from pinned host memory, weighed and summed, and the tail added.
 
-One launch holds two kinds of programs. The first read the picked rows over the link, ``ROWS`` of a row of work each:
-all their 16-byte loads are issued before any is used, because bandwidth over the link is bytes in flight over a round
-trip of a microsecond. A head with many picks has many programs, one with few leaves most of its own at once. The
-others stream scores and the low-rank tail's coefficients from device memory meanwhile and sum ``p c`` and ``p`` over
-*all* rows; the programs of the picks take the picks' part away again. The last program to finish a row adds the
-partial sums up, turns the tail's back to V's coordinates and writes the output, so there is no second launch.
+A program reads ``ROWS`` picked rows of a row of work over the link: all its 16-byte loads are issued before any is
+used, because bandwidth over the link is bytes in flight over a round trip of a microsecond. A head with many picks has
+many programs, one with few leaves most of its own at once. The tail was summed over *all* rows (:mod:`.tail`); the
+programs of the picks take the picks' part away again. The last program to finish a row adds the partial sums up, turns
+the tail's back to V's coordinates and writes the output, so there is no second launch.
 
 With hot rows, picks found in the device store are read there, and rows that did cross the link are kept in it.
 
@@ -69,43 +68,6 @@ def picked_rows(
 
 
 @triton.jit
-def along_directions(
-    scores, lse, coefficients, row, part, parts, batch, head, length, capacity, stride_cb, stride_ch, stride_cr,
-    G: tl.constexpr, GP: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, BLOCK_T: tl.constexpr,
-    STAGES: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """``sum_i p_i c_i`` ``[GP, RP]`` and ``sum_i p_i`` ``[GP]`` over this program's share of all rows.
-
-    Rows lie side by side here, so a mask that ends between them would split wide loads: the scratch of the scores holds
-    whole tiles and needs none, and with ``ALIGNED`` there is room for the coefficients of 16 rows wherever one is.
-    """
-    heads = tl.arange(0, GP)
-    directions = tl.arange(0, RP)
-    lanes = tl.arange(0, BLOCK_T)
-    norm = tl.load(lse + row * G + heads, mask=heads < G, other=0.0)
-    s_base = scores + (row.to(tl.int64) * G + heads)[:, None] * capacity
-    share = tl.cdiv(tl.cdiv(length, BLOCK_T), parts) * BLOCK_T
-    start = part * share
-    end = tl.minimum(start + share, length)
-    readable = end
-    if ALIGNED:
-        readable = tl.cdiv(end, 16) * 16
-    base = coefficients + batch * stride_cb + head.to(tl.int64) * stride_ch + directions[:, None] * stride_cr
-    along = tl.zeros([GP, RP], tl.float32)
-    held = tl.zeros([GP], tl.float32)
-    for first in tl.range(start, end, BLOCK_T, num_stages=STAGES):
-        pos = first + lanes
-        inside = pos < end
-        score = tl.load(s_base + pos[None, :], mask=(heads < G)[:, None], other=float("-inf"))
-        prob = tl.where(inside[None, :], tl.exp2(score - norm[:, None]), 0.0)
-        c_mask = (directions < RANK)[:, None] & (pos < readable)[None, :]
-        rows = tl.where(inside[None, :], tl.load(base + pos[None, :], mask=c_mask, other=0.0), 0.0)
-        along += weighted_rows(prob, tl.trans(rows), UPCAST)
-        held += tl.sum(prob, 1)
-    return along, held
-
-
-@triton.jit
 def finish_row(
     partial, shares, held, base, basis, out, mass, row, head, live_parts, tail_splits, stride_oh,
     G: tl.constexpr, G2: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -162,63 +124,51 @@ def finish_row(
 @triton.jit(do_not_specialize=["rows_of_work", "tail_splits"])
 def gather_kernel(
     values, scales, scores, lse, coefficients, base, basis, picks, counts, partial, shares, held, counters, out, mass,
-    length_ptr, hot_store, hot_slots, hot_inserts,
+    hot_store, hot_slots, hot_inserts,
     stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
     capacity, rows_of_work, tail_splits,
     HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    RANK: tl.constexpr, RP: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
-    STEP: tl.constexpr, HAS_TAIL: tl.constexpr, RENORMALISE: tl.constexpr, HOT_ROWS: tl.constexpr,
-    ALIGNED: tl.constexpr, HAS_SCALES: tl.constexpr, UPCAST: tl.constexpr,
+    RANK: tl.constexpr, RP: tl.constexpr, RANK_STEP: tl.constexpr, STEP: tl.constexpr, HAS_TAIL: tl.constexpr,
+    RENORMALISE: tl.constexpr, HOT_ROWS: tl.constexpr, HAS_SCALES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Programs for picks come first: the link is the slower road, so its loads must be under way first."""
+    """One program: the ``part``-th ``ROWS`` picks of one row of work."""
     pid = tl.program_id(0)
     row = pid % rows_of_work
     part = pid // rows_of_work
     live_parts = tl.maximum(tl.cdiv(tl.load(counts + row), ROWS), 1)
-    is_tail = part >= PARTS
-    if is_tail | (part < live_parts):
+    if part < live_parts:
         batch = (row // HEADS).to(tl.int64)
         head = row % HEADS
         kv_head = head // REPEAT
         heads = tl.arange(0, GP)
-        directions = tl.arange(0, RP)
         real = heads < G
+        nth = part * ROWS + tl.arange(0, ROWS)
+        at = row * WIDTH + nth
+        pick = tl.load(picks + at, mask=nth < WIDTH, other=-1)
+        live = pick >= 0
+        weights = probabilities(scores, lse, row, tl.maximum(pick, 0), live, capacity, G, GP)
+        result = picked_rows(
+            values, scales, weights, pick, live, hot_store, hot_slots, hot_inserts, row, at, batch, kv_head,
+            stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, D, BLOCK_D, HOT_ROWS, HAS_SCALES, UPCAST,
+        )  # fmt: skip
+        dims = tl.arange(0, BLOCK_D)
+        p_ptrs = partial + ((row * PARTS + part) * G + heads)[:, None] * D + dims[None, :]
+        tl.store(p_ptrs, result, mask=real[:, None] & (dims < D)[None, :])
         # The sums of a row of work: those of the tail's programs first, then those of the picks'.
-        place = row * (PARTS + tail_splits) + tl.where(is_tail, part - PARTS, tail_splits + part)
-        h_ptrs = held + place * G + heads
-        s_ptrs = shares + (place * G + heads)[:, None] * RP + directions[None, :]
-        if is_tail:
-            if HAS_TAIL:
-                along, sums = along_directions(
-                    scores, lse, coefficients, row, part - PARTS, tail_splits, batch, kv_head, tl.load(length_ptr),
-                    capacity, stride_cb, stride_ch, stride_cr, G, GP, RANK, RP, BLOCK_T, STAGES, ALIGNED, UPCAST,
-                )  # fmt: skip
-                tl.store(s_ptrs, along, mask=real[:, None])
-                tl.store(h_ptrs, sums, mask=real)
-        else:
-            nth = part * ROWS + tl.arange(0, ROWS)
-            at = row * WIDTH + nth
-            pick = tl.load(picks + at, mask=nth < WIDTH, other=-1)
-            live = pick >= 0
-            weights = probabilities(scores, lse, row, tl.maximum(pick, 0), live, capacity, G, GP)
-            result = picked_rows(
-                values, scales, weights, pick, live, hot_store, hot_slots, hot_inserts, row, at, batch, kv_head,
-                stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, D, BLOCK_D, HOT_ROWS, HAS_SCALES, UPCAST,
-            )  # fmt: skip
-            dims = tl.arange(0, BLOCK_D)
-            p_ptrs = partial + ((row * PARTS + part) * G + heads)[:, None] * D + dims[None, :]
-            tl.store(p_ptrs, result, mask=real[:, None] & (dims < D)[None, :])
-            tl.store(h_ptrs, -tl.sum(weights, 1), mask=real)
-            if HAS_TAIL:
-                c_base = coefficients + batch * stride_cb + kv_head.to(tl.int64) * stride_ch
-                c_ptrs = c_base + directions[None, :] * stride_cr + tl.maximum(pick, 0)[:, None]
-                rows = tl.load(c_ptrs, mask=live[:, None] & (directions < RANK)[None, :], other=0.0)
-                tl.store(s_ptrs, -weighted_rows(weights, rows, UPCAST), mask=real[:, None])
+        place = row * (PARTS + tail_splits) + tail_splits + part
+        tl.store(held + place * G + heads, -tl.sum(weights, 1), mask=real)
+        if HAS_TAIL:
+            directions = tl.arange(0, RP)
+            c_base = coefficients + batch * stride_cb + kv_head.to(tl.int64) * stride_ch
+            c_ptrs = c_base + directions[None, :] * stride_cr + tl.maximum(pick, 0)[:, None]
+            rows = tl.load(c_ptrs, mask=live[:, None] & (directions < RANK)[None, :], other=0.0)
+            s_ptrs = shares + (place * G + heads)[:, None] * RP + directions[None, :]
+            tl.store(s_ptrs, -weighted_rows(weights, rows, UPCAST), mask=real[:, None])
         # All of this program's stores are ordered before its ticket, and the last ticket's loads after all others'.
         tl.debug_barrier()
         ticket = tl.atomic_add(counters + row, 1, sem="acq_rel", scope="gpu")
-        if ticket == live_parts + tail_splits - 1:
+        if ticket == live_parts - 1:
             tl.debug_barrier()
             kv_row = batch * (HEADS // REPEAT) + kv_head
             finish_row(

@@ -83,10 +83,10 @@ def hot_match(picks, tags, row, first, count, WIDTH: tl.constexpr, TILE: tl.cons
     """Look a tile of picks up: position, set, places of the set's ways, and which of them holds the position."""
     lane = first + tl.arange(0, TILE)
     live = lane < count
-    position = tl.load(picks + row * WIDTH + lane, mask=live, other=-1, cache_modifier=".cg")
+    position = tl.load(picks + row * WIDTH + lane, mask=live, other=-1)
     home = tl.where(live, position % SETS, 0)
     at = row * SETS * WAYS + home[:, None] * WAYS + tl.arange(0, WAYS)[None, :]
-    held = tl.load(tags + at, mask=live[:, None], other=-1, cache_modifier=".cg")
+    held = tl.load(tags + at, mask=live[:, None], other=-1)
     return live, position, home, at, (held == position[:, None]) & live[:, None]
 
 
@@ -114,12 +114,12 @@ def hot_lookup(
         found = tl.max(match.to(tl.int32), 1) > 0
         missed = live & (found == 0)
         ticket = tl.atomic_add(claims + row * SETS + home, 1, mask=missed)
-        age = tl.load(stamps + at, mask=missed[:, None], other=0, cache_modifier=".cg")
+        age = tl.load(stamps + at, mask=missed[:, None], other=0)
         # The ticket-th oldest way of the set, unless it was picked in this very step.
-        older = (age[:, None, :] < age[:, :, None]) | (
-            (age[:, None, :] == age[:, :, None]) & (way[None, None, :] < way[None, :, None])
-        )
-        order = tl.sum(older.to(tl.int32), 2)
+        order = tl.zeros([TILE, WAYS], tl.int32)
+        for other in tl.static_range(WAYS):
+            one = tl.sum(tl.where(way[None, :] == other, age, 0), 1)[:, None]
+            order += ((one < age) | ((one == age) & (other < way[None, :]))).to(tl.int32)
         victim = (order == ticket[:, None]) & (age < now) & missed[:, None]
         kept = tl.max(victim.to(tl.int32), 1) > 0
         tl.debug_barrier()

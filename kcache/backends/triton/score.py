@@ -1,10 +1,9 @@
-"""Score: one read of K per KV group, then the largest probability of the group.
+"""Score: one read of K per KV group.
 
-Two kernels. ``score_kernel`` streams K once, writes the scores ``[R, G, capacity]`` (fp32, log2 units, masked rows
--inf) and, per piece of the length, the maximum and sum of exponentials of every head. ``weight_kernel`` turns those
-into the log-sum-exp per head and reads the scores once more: per block of rows it writes the largest probability of
-any head, which is what select searches. That needs the log-sum-exp of every head first, hence the second pass; it
-costs 1/16 of K's bytes at G = 4, out of L2 while the scores fit there.
+``score_kernel`` streams K once. It writes the scores ``[R, G, capacity]`` (fp32, log2 units, masked rows -inf), the
+largest score of every head in each block of rows ``[R, G, blocks]``, and, per piece of the length, the maximum and sum
+of exponentials of every head. Select makes the log-sum-exp of those (:func:`log_sum_exp`), turns the blocks' maxima to
+probabilities, and reads the scores of no block that cannot hold a pick.
 
 Shapes: R = B * selection heads, G query heads of each, D head size, S pieces the length is cut into.
 """
@@ -26,13 +25,13 @@ def log2_score(product, scaling, softcap, HAS_SOFTCAP: tl.constexpr):
     return score * LOG2E
 
 
-@triton.jit(do_not_specialize=["splits", "stride_mb"])
+@triton.jit(do_not_specialize=["splits", "stride_mb", "blocks"])
 def score_kernel(
-    query, keys, scales, mask, scores, part_max, part_sum, length_ptr,
+    query, keys, scales, mask, scores, block_top, part_max, part_sum, length_ptr,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_sb, stride_sh, stride_mb,
-    capacity, scaling, softcap, splits,
+    capacity, blocks, scaling, softcap, splits,
     HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SCALES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program: one piece of the length of one row. Pieces are equal whatever the length, so no program idles."""
@@ -54,6 +53,8 @@ def score_kernel(
     k_base = keys + batch * stride_kb + (head // REPEAT).to(tl.int64) * stride_kh
     f_base = scales + batch * stride_sb + (head // REPEAT).to(tl.int64) * stride_sh
     s_base = scores + row.to(tl.int64) * G * capacity
+    t_base = block_top + row.to(tl.int64) * G * blocks
+    block = tl.arange(0, BLOCK_L // BLOCK)
     m_base = mask + batch * stride_mb
 
     top = tl.full([BLOCK_L, GP], LOWEST, tl.float32)
@@ -81,6 +82,9 @@ def score_kernel(
         score = tl.where(inside[:, None], score, float("-inf"))
         s_ptrs = s_base + heads.to(tl.int64)[None, :] * capacity + pos[:, None]
         tl.store(s_ptrs, score, mask=inside[:, None] & (heads < G)[None, :])
+        tops = tl.max(tl.reshape(score, [BLOCK_L // BLOCK, BLOCK, GP]), 1)
+        t_ptrs = t_base + heads[None, :] * blocks + (first // BLOCK + block)[:, None]
+        tl.store(t_ptrs, tops, mask=(first + block * BLOCK < end)[:, None] & (heads < G)[None, :])
         # Running maxima stay per lane of the tile: one reduction per program instead of one per tile.
         higher = tl.maximum(top, score)
         total = total * tl.exp2(top - higher) + tl.exp2(score - higher)
@@ -112,33 +116,3 @@ def log_sum_exp(
     if HAS_SINKS:
         total += tl.exp2(sink - peak)
     return tl.where(total > 0.0, peak + tl.log2(tl.where(total > 0.0, total, 1.0)), 0.0)
-
-
-@triton.jit(do_not_specialize=["splits", "blocks"])
-def weight_kernel(
-    scores, part_max, part_sum, sinks, lse, block_top, length_ptr, capacity, blocks, splits,
-    HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr, HAS_SINKS: tl.constexpr,
-):  # fmt: skip
-    """One program: ``CHUNK`` rows of one row of work; programs past the length leave at once."""
-    row = tl.program_id(0)
-    chunk = tl.program_id(1)
-    length = tl.load(length_ptr)
-    if chunk * CHUNK < length:
-        N_BLOCKS: tl.constexpr = CHUNK // BLOCK
-        heads = tl.arange(0, GP)
-        block = tl.arange(0, N_BLOCKS)
-        within = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        pos = chunk * CHUNK + within
-        inside = pos < length
-        s_ptrs = scores + (row.to(tl.int64) * G + heads)[:, None, None] * capacity + pos[None, :, :]
-        # The scratch holds whole chunks, so no position needs a mask, which would split 16-byte loads.
-        score = tl.load(s_ptrs, mask=(heads < G)[:, None, None], other=float("-inf"))
-        score = tl.where(inside[None, :, :], score, float("-inf"))
-        norm = log_sum_exp(part_max, part_sum, sinks, row, row % HEADS, splits, G, GP, SP, HAS_SINKS)
-        if chunk == 0:
-            tl.store(lse + row * G + heads, norm, mask=heads < G)
-        prob = tl.exp2(score - norm[:, None, None])
-        top = tl.max(tl.where(inside, tl.max(prob, 0), -1.0), 1)
-        at = chunk * N_BLOCKS + block
-        tl.store(block_top + row.to(tl.int64) * blocks + at, top, mask=at * BLOCK < length)

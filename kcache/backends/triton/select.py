@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from kcache.backends.triton.hot import hot_lookup
+from kcache.backends.triton.score import log_sum_exp
 
 
 @triton.jit
@@ -82,15 +83,20 @@ def take(keys, low, high, above, target):
     return (over | tie) & (place < target), place
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["blocks", "splits"])
 def select_kernel(
-    scores, lse, block_top, candidates, picks, counts, length_ptr,
+    scores, block_top, part_max, part_sum, sinks, lse, candidates, picks, counts, length_ptr,
     hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits,
-    capacity, blocks,
-    G: tl.constexpr, GS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BP: tl.constexpr, BLOCK: tl.constexpr,
+    capacity, blocks, splits,
+    HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr, SP: tl.constexpr, N: tl.constexpr,
+    NP: tl.constexpr, BP: tl.constexpr, BLOCK: tl.constexpr, HAS_SINKS: tl.constexpr,
     HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr, HOT_TILE: tl.constexpr,
 ):  # fmt: skip
-    """One program per row of work. ``NP``, ``BP``: powers of two holding N picks, all blocks; ``GS``: heads at once."""
+    """One program per row of work, which also writes its heads' log-sum-exps.
+
+    ``GP``, ``SP``, ``NP``, ``BP``: powers of two that hold the heads, the pieces, N picks, all blocks; ``GS``: heads at
+    once.
+    """
     CANDIDATES: tl.constexpr = NP * BLOCK
     row = tl.program_id(0)
     length = tl.load(length_ptr)
@@ -98,9 +104,17 @@ def select_kernel(
     n_blocks = tl.minimum(live_blocks, N)
     n_rows = tl.minimum(length, N)
 
+    heads = tl.arange(0, GP)
+    norms = log_sum_exp(part_max, part_sum, sinks, row, row % HEADS, splits, G, GP, SP, HAS_SINKS)
+    tl.store(lse + row * G + heads, norms, mask=heads < G)
     all_blocks = tl.arange(0, BP)
-    tops = tl.load(block_top + row.to(tl.int64) * blocks + all_blocks, mask=all_blocks < live_blocks, other=-1.0)
-    block_keys = tops.to(tl.int32, bitcast=True)
+    t_ptrs = block_top + row.to(tl.int64) * G * blocks + all_blocks
+    live = all_blocks < live_blocks
+    best = tl.zeros([BP], tl.float32)
+    for head in range(G):
+        tops = tl.load(t_ptrs + head * blocks, mask=live, other=float("-inf"))
+        best = tl.maximum(best, tl.exp2(tops - tl.sum(tl.where(heads == head, norms, 0.0), 0)))
+    block_keys = tl.where(live, best.to(tl.int32, bitcast=True), -1)
     low, high, above = find_threshold(block_keys, n_blocks, 0)
     taken, place = take(block_keys, low, high, above, n_blocks)
     tl.store(candidates + row * N + place, all_blocks, mask=taken)

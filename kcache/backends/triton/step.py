@@ -1,8 +1,8 @@
 """The Triton decode step of a tiered layer: score, select, fetch and combine.
 
-Nothing is allocated and nothing waits for the host, so a step can be captured in a CUDA graph with the length as a
-device tensor. With more than one slice of the batch, select and fetch of a slice run on a side stream while K of the
-next slice is scored: the link and the device's memory then work at the same time.
+Nothing waits for the host, so a step can be captured in a CUDA graph with the length as a device tensor. With more than
+one slice of the batch, select and fetch of a slice run on a side stream while K of the next slice is scored: the link
+and the device's memory then work at the same time.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from itertools import pairwise
 
 import torch
 
-from kcache.backends.triton.above import above_kernel, list_kernel
+from kcache.backends.triton.above import above_kernel
 from kcache.backends.triton.common import on_device, power_of_two, reduction_step
 from kcache.backends.triton.gather import gather_kernel
 from kcache.backends.triton.hot import HotRows
-from kcache.backends.triton.score import score_kernel, weight_kernel
+from kcache.backends.triton.score import score_kernel
 from kcache.backends.triton.select import select_kernel
+from kcache.backends.triton.tail import AT_ONCE, tail_kernel
 from kcache.backends.triton.workspace import Workspace
 from kcache.lowrank import LowRank
 
-_HOT_TILE = 128
+_HOT_TILE = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,67 +60,54 @@ class StepInputs:
         )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a step leaves beside its output: picks ``[R, width]`` int32 and the mass they hold ``[R, G]`` fp32."""
+
+    picks: torch.Tensor
+    mass: torch.Tensor
+
+
 class SliceStep:
     """One slice of the batch: its inputs, and the scratch rows and hot rows that belong to it."""
 
-    def __init__(self, ws: Workspace, first: int, last: int, inputs: StepInputs, hot: HotRows | None = None) -> None:
+    def __init__(
+        self, ws: Workspace, first: int, last: int, inputs: StepInputs, results: Results, hot: HotRows | None = None
+    ) -> None:
         self.ws, self.hot = ws, hot
         self.count = (last - first) * ws.heads
         self.rows = slice(first * ws.heads, last * ws.heads)
         self.inputs = inputs.of(first, last)
+        self.picks, self.mass = results.picks[self.rows], results.mass[self.rows]
         self.hot_store = None if hot is None else hot.store[first:last]
 
     def run(self) -> None:
-        """All four verbs, one after the other."""
+        """All of it, one after the other."""
         self.score()
-        self.finish()
-
-    def finish(self) -> None:
-        """What follows the read of K."""
-        self.weigh()
+        self.tail()
         self.select()
         self.gather()
 
     def score(self) -> None:
-        """Stream K once; leave scores and partial sums of exponentials in the workspace."""
+        """Stream K once; leave scores, their maxima by block and partial sums of exponentials in the workspace."""
         ws, tune, rows, given = self.ws, self.ws.tuning, self.rows, self.inputs
         mask = given.length.view(1, -1) if given.mask is None else given.mask
         scales = given.query if given.key_scales is None else given.key_scales
         score_kernel[(self.count * ws.score_splits,)](
-            given.query, given.keys, scales, mask, ws.scores[rows], ws.part_max[rows], ws.part_sum[rows], given.length,
+            given.query, given.keys, scales, mask, ws.scores[rows], ws.block_top[rows], ws.part_max[rows],
+            ws.part_sum[rows], given.length,
             given.query.stride(0), given.query.stride(1),
             given.keys.stride(0), given.keys.stride(1), given.keys.stride(2),
             scales.stride(0), scales.stride(1), mask.stride(0),
-            ws.stride, given.scaling, given.softcap or 1.0, ws.score_splits,
+            ws.stride, ws.blocks, given.scaling, given.softcap or 1.0, ws.score_splits,
             HEADS=ws.heads, REPEAT=ws.repeat, G=ws.group, GP=16, D=ws.dim, BLOCK_D=power_of_two(ws.dim),
-            BLOCK_L=ws.score_block, STAGES=tune.score_stages, HAS_MASK=given.mask is not None,
+            BLOCK_L=ws.score_block, BLOCK=ws.block, STAGES=tune.score_stages, HAS_MASK=given.mask is not None,
             HAS_SOFTCAP=given.softcap is not None, HAS_SCALES=given.key_scales is not None, UPCAST=ws.upcast,
             num_warps=tune.score_warps, num_stages=tune.score_stages,
         )  # fmt: skip
 
-    def weigh(self) -> None:
-        """Scores to log-sum-exps, and what select searches: maxima of blocks, or lists of rows above a threshold."""
-        ws, rows, given = self.ws, self.rows, self.inputs
-        grid = (self.count, ws.chunks)
-        sinks = given.length if given.sinks is None else given.sinks
-        before = (ws.scores[rows], ws.part_max[rows], ws.part_sum[rows], sinks)
-        sizes = {
-            "HEADS": ws.heads, "G": ws.group, "GP": power_of_two(ws.group), "SP": power_of_two(ws.score_splits),
-            "CHUNK": ws.chunk, "HAS_SINKS": given.sinks is not None, "num_warps": ws.tuning.weight_warps,
-        }  # fmt: skip
-        if ws.spread == "even":
-            weight_kernel[grid](
-                *before, ws.lse[rows], ws.block_top[rows], given.length, ws.stride, ws.blocks, ws.score_splits,
-                BLOCK=ws.block, **sizes,
-            )  # fmt: skip
-        else:
-            list_kernel[grid](
-                *before, given.threshold, ws.lse[rows], ws.found[rows], ws.found_count[rows], given.length, ws.stride,
-                ws.chunks, ws.score_splits, **sizes,
-            )  # fmt: skip
-
     def select(self) -> None:
-        """The picked rows, how many there are, and where hot rows are."""
+        """The picked rows, how many there are, and where hot rows are; log-sum-exps on the way."""
         ws, rows, hot, given = self.ws, self.rows, self.hot, self.inputs
         none = given.length
         stored = (
@@ -127,47 +115,68 @@ class SliceStep:
             none if hot is None else hot.clock[rows], none if hot is None else hot.claims[rows],
             ws.hot_slots[rows], ws.hot_inserts[rows], none if hot is None else hot.hits.view(-1)[rows],
         )  # fmt: skip
+        scored = (
+            ws.scores[rows], ws.block_top[rows], ws.part_max[rows], ws.part_sum[rows],
+            none if given.sinks is None else given.sinks,
+        )  # fmt: skip
         sizes = {
-            "HOT_SETS": 1 if hot is None else hot.sets, "HOT_WAYS": 0 if hot is None else hot.ways,
-            "HOT_TILE": min(_HOT_TILE, power_of_two(ws.width)), "num_warps": ws.select_warps,
+            "HEADS": ws.heads, "G": ws.group, "GP": power_of_two(ws.group), "SP": power_of_two(ws.score_splits),
+            "BLOCK": ws.block, "HAS_SINKS": given.sinks is not None, "HOT_SETS": 1 if hot is None else hot.sets,
+            "HOT_WAYS": 0 if hot is None else hot.ways, "HOT_TILE": min(_HOT_TILE, power_of_two(ws.width)),
+            "num_warps": ws.select_warps,
         }  # fmt: skip
         if ws.spread == "even":
             select_kernel[(self.count,)](
-                ws.scores[rows], ws.lse[rows], ws.block_top[rows], ws.candidates[rows], ws.picks[rows],
-                ws.counts[rows], given.length, *stored, ws.stride, ws.blocks,
-                G=ws.group, GS=ws.heads_at_once, N=ws.width, NP=power_of_two(ws.width), BP=power_of_two(ws.blocks),
-                BLOCK=ws.block, **sizes,
+                *scored, ws.lse[rows], ws.candidates[rows], self.picks, ws.counts[rows], given.length, *stored,
+                ws.stride, ws.blocks, ws.score_splits,
+                GS=ws.heads_at_once, N=ws.width, NP=power_of_two(ws.width), BP=power_of_two(ws.blocks), **sizes,
             )  # fmt: skip
             return
         above_kernel[(self.count,)](
-            given.threshold, ws.found[rows], ws.found_count[rows], ws.ends[rows], ws.picks[rows], ws.counts[rows],
-            none if given.tally is None else given.tally, given.length, *stored, ws.stride, ws.chunks,
-            HEADS=ws.heads, CP=power_of_two(ws.chunks), LEVELS=power_of_two(ws.chunks).bit_length() - 1,
-            CHUNK=ws.chunk, MOST=ws.width, TILE=ws.select_tile, HAS_TALLY=given.tally is not None, **sizes,
+            *scored, given.threshold, ws.lse[rows], ws.listed[rows], ws.found[rows], self.picks, ws.counts[rows],
+            none if given.tally is None else given.tally, given.length, *stored, ws.stride, ws.blocks, ws.score_splits,
+            MOST=ws.width, TILE=ws.select_tile, HAS_TALLY=given.tally is not None, **sizes,
+        )  # fmt: skip
+
+    @property
+    def _lowrank(self) -> LowRank:
+        unused = LowRank(self.ws.lse, self.ws.lse, self.ws.lse.view(1, 1, *self.ws.lse.shape))
+        return unused if self.inputs.lowrank is None else self.inputs.lowrank
+
+    def tail(self) -> None:
+        """Sum all rows along the tail's directions."""
+        ws, tune, rows, given = self.ws, self.ws.tuning, self.rows, self.inputs
+        if not ws.tail_splits:
+            return
+        coefficients = self._lowrank.coefficients
+        directions = min(AT_ONCE, power_of_two(ws.rank))
+        tail_kernel[(self.count * ws.tail_splits, -(-ws.rank // directions))](
+            ws.scores[rows], ws.part_max[rows], ws.part_sum[rows], given.length if given.sinks is None else given.sinks,
+            coefficients, ws.shares[rows], ws.held[rows], given.length, *coefficients.stride()[:3],
+            ws.stride, ws.score_splits, ws.tail_splits, ws.pick_splits,
+            HEADS=ws.heads, REPEAT=ws.repeat, G=ws.group, GP=power_of_two(ws.group), SP=power_of_two(ws.score_splits),
+            RANK=ws.rank, WIDTH=ws.shares.shape[3], RP=directions, BLOCK_T=ws.tail_tile,
+            HAS_SINKS=given.sinks is not None, ALIGNED=is_aligned(coefficients), num_warps=tune.tail_warps,
         )  # fmt: skip
 
     def gather(self) -> None:
         """Fetch the picked rows, weigh them, add the tail, write the output."""
-        ws, tune, rows, given = self.ws, self.ws.tuning, self.rows, self.inputs
-        unused = LowRank(ws.lse, ws.lse, ws.lse.view(1, 1, *ws.lse.shape))
-        tail = unused if given.lowrank is None else given.lowrank
+        ws, tune, rows, given, tail = self.ws, self.ws.tuning, self.rows, self.inputs, self._lowrank
         scales = given.query if given.value_scales is None else given.value_scales
-        group2, block_d, directions = power_of_two(ws.group), power_of_two(ws.dim_v), ws.shares.shape[3]
-        gather_kernel[(self.count * (ws.pick_splits + ws.tail_splits),)](
+        group2, block_d = power_of_two(ws.group), power_of_two(ws.dim_v)
+        gather_kernel[(self.count * ws.pick_splits,)](
             given.values, scales, ws.scores[rows], ws.lse[rows], tail.coefficients, tail.base, tail.basis,
-            ws.picks[rows], ws.counts[rows], ws.partial[rows], ws.shares[rows], ws.held[rows], ws.counters[rows],
-            given.out, ws.mass[rows], given.length,
+            self.picks, ws.counts[rows], ws.partial[rows], ws.shares[rows], ws.held[rows], ws.counters[rows],
+            given.out, self.mass,
             given.query if self.hot_store is None else self.hot_store, ws.hot_slots[rows], ws.hot_inserts[rows],
             given.values.stride(0), given.values.stride(1), given.values.stride(2),
-            scales.stride(0), scales.stride(1),
-            tail.coefficients.stride(0), tail.coefficients.stride(1), tail.coefficients.stride(2),
+            scales.stride(0), scales.stride(1), *tail.coefficients.stride()[:3],
             given.out.stride(0), given.out.stride(1), ws.stride, self.count, ws.tail_splits,
             HEADS=ws.heads, REPEAT=ws.repeat, G=ws.group, G2=group2, GP=16, WIDTH=ws.width, ROWS=ws.gather_rows,
-            PARTS=ws.pick_splits, D=ws.dim_v, BLOCK_D=block_d, RANK=max(1, ws.rank), RP=directions,
-            RANK_STEP=reduction_step(group2 * block_d, max(1, ws.rank)), BLOCK_T=tune.tail_tile,
-            STAGES=tune.tail_stages, STEP=reduction_step(group2 * block_d, ws.pick_splits + ws.tail_splits),
-            HAS_TAIL=ws.rank > 0, RENORMALISE=ws.tail == "renormalise",
-            HOT_ROWS=0 if self.hot is None else self.hot.rows, ALIGNED=is_aligned(tail.coefficients),
+            PARTS=ws.pick_splits, D=ws.dim_v, BLOCK_D=block_d, RANK=max(1, ws.rank), RP=ws.shares.shape[3],
+            RANK_STEP=reduction_step(group2 * block_d, max(1, ws.rank)),
+            STEP=reduction_step(group2 * block_d, ws.pick_splits + ws.tail_splits), HAS_TAIL=ws.rank > 0,
+            RENORMALISE=ws.tail == "renormalise", HOT_ROWS=0 if self.hot is None else self.hot.rows,
             HAS_SCALES=given.value_scales is not None, UPCAST=ws.upcast, num_warps=tune.gather_warps,
         )  # fmt: skip
 
@@ -175,6 +184,25 @@ class SliceStep:
 def is_aligned(coefficients: torch.Tensor) -> bool:
     """Whether the rows ``[B, Hkv, r, capacity]`` of coefficients begin at, and have room for, multiples of 16."""
     return coefficients.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in coefficients.stride()[:3])
+
+
+def run_slices(steps: list[SliceStep], side: torch.cuda.Stream | None) -> None:
+    """Run the slices: on one stream scores and tails, which keep the device's memory busy, on ``side`` the rest."""
+    if side is None:
+        for step in steps:
+            step.run()
+        return
+    main = torch.cuda.current_stream(side.device)
+    for step in steps:
+        step.score()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            step.select()
+        step.tail()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            step.gather()
+    main.wait_stream(side)
 
 
 def triton_decode(
@@ -227,7 +255,7 @@ def triton_decode(
     -------
     out : Tensor ``[B, Hq, Dv]``
     picks : Tensor ``[B, Hkv, workspace.width]`` int32, or ``[B, Hkv, G, workspace.width]`` picked per query head
-        Not sorted, filled up with -1. The workspace's own memory, as is ``mass``.
+        Not sorted, filled up with -1.
     mass : Tensor ``[B, Hkv, G]`` fp32
     """
     ws = workspace
@@ -243,22 +271,14 @@ def triton_decode(
         query, keys, values, ws.length_tensor(length), scaling, out, lowrank, mask, softcap, sinks, threshold, tally,
         key_scales, value_scales,
     )  # fmt: skip
+    rows = ws.batch * ws.heads
+    results = Results(
+        query.new_empty(rows, ws.width, dtype=torch.int32), query.new_empty(rows, ws.group, dtype=torch.float32)
+    )
     bounds = [round(ws.batch * piece / ws.slices) for piece in range(ws.slices + 1)]
-    steps = [SliceStep(ws, first, last, inputs, hot) for first, last in pairwise(bounds) if last > first]
+    steps = [SliceStep(ws, first, last, inputs, results, hot) for first, last in pairwise(bounds) if last > first]
     with on_device(query.device):
-        if ws.side is None or len(steps) == 1:
-            for step in steps:
-                step.run()
-        else:
-            main = torch.cuda.current_stream(query.device)
-            ws.side.wait_stream(main)
-            for step in steps[:-1]:
-                step.score()
-                ws.side.wait_stream(main)
-                with torch.cuda.stream(ws.side):
-                    step.finish()
-            steps[-1].run()
-            main.wait_stream(ws.side)
+        run_slices(steps, ws.side)
     per_head = (ws.batch, ws.kv_heads, ws.query_group, ws.width)
-    picks = ws.picks.view(ws.batch, ws.kv_heads, ws.width) if ws.select == "group" else ws.picks.view(per_head)
-    return out, picks, ws.mass.view(ws.batch, ws.kv_heads, ws.query_group)
+    picks = results.picks.view((ws.batch, ws.kv_heads, ws.width) if ws.select == "group" else per_head)
+    return out, picks, results.mass.view(ws.batch, ws.kv_heads, ws.query_group)

@@ -1,8 +1,8 @@
 """Scratch memory of a decode step, and the numbers that tune its kernels.
 
-A workspace is made once for a shape and a capacity and serves every layer of that shape in turn, so a step allocates
-nothing and can be captured in a CUDA graph. The scores are the largest part, fp32 ``[B, Hq, capacity]``, and with a
-threshold the lists of rows above it, int64 ``[B, Hkv, capacity]``.
+A workspace is made once for a shape and a capacity and serves every layer of that shape in turn, so that a step
+allocates its results alone. The scores are the largest part, fp32 ``[B, Hq, capacity]``, and with a threshold the lists
+of rows above it, int64 ``[B, Hkv, capacity]``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from kcache.spread import MOST
 
 _MOST_CANDIDATES = 32768
 _MOST_BLOCKS = 8192
+_LEAST_BLOCK = 16
 _SHARED_BYTES = 227 * 1024
 _WORTH_SLICING = 256 * 2**20  # K that takes longer to read than the launches of a second slice
 
@@ -31,14 +32,12 @@ class Tuning:
     score_block, score_warps, score_stages, score_residency : int
         Rows of K per tile (0 chooses by head size), warps per program, tiles in flight, most programs per
         multiprocessor (fewer where shared memory says so).
-    weight_chunk, weight_warps : int
-        Rows per program of the second pass over the scores.
     select_warps, select_tile : int
-        Warps of the one program per row of work that selects, and rows above a threshold that it takes at a time.
+        Warps of the one program per row of work that selects, and how many rows it looks at in a step.
     gather_rows, gather_warps : int
         Picked rows per program that reads over the link.
-    tail_tile, tail_stages, tail_residency : int
-        Rows of the tail per tile, tiles in flight, and programs per multiprocessor that stream them.
+    tail_tile, tail_warps, tail_residency : int
+        Rows of the tail per tile (fewer where many heads share them), warps per program, programs per multiprocessor.
     dense_block, dense_warps, dense_stages, dense_residency : int
         The same for the dense decode of resident layers.
     slices : int
@@ -51,15 +50,13 @@ class Tuning:
     score_warps: int = 4
     score_stages: int = 3
     score_residency: int = 3
-    weight_chunk: int = 1024
-    weight_warps: int = 4
-    select_warps: int = 8
-    select_tile: int = 1024
-    gather_rows: int = 32
+    select_warps: int = 16
+    select_tile: int = 2048
+    gather_rows: int = 16
     gather_warps: int = 4
-    tail_tile: int = 128
-    tail_stages: int = 3
-    tail_residency: int = 3
+    tail_tile: int = 256
+    tail_warps: int = 8
+    tail_residency: int = 4
     dense_block: int = 0
     dense_warps: int = 4
     dense_stages: int = 3
@@ -75,7 +72,7 @@ def _residency(most: int, tiles: int, rows: int, dim: int) -> int:
 
 def select_block(capacity: int) -> int:
     """Rows per block that select searches by its maximum: few enough blocks for one program."""
-    block = 16
+    block = _LEAST_BLOCK
     while -(-capacity // block) > _MOST_BLOCKS:
         block *= 2
     return block
@@ -135,11 +132,8 @@ class Workspace(DeviceLength):
     ----------
     width : int
         Picks a row of work may have: N, or M of them with a threshold.
-    picks : Tensor ``[R, width]`` int32, filled up with -1
     counts : Tensor ``[R]`` int32
-        How many there are.
-    mass : Tensor ``[R, G']`` fp32
-        R = B * Hkv and G' = G, or, picked per query head, R = B * Hq and G' = 1.
+        How many there are; R = B * Hkv, or, picked per query head, B * Hq.
     """
 
     def __init__(
@@ -180,17 +174,17 @@ class Workspace(DeviceLength):
         self._plan_select(tune)
         self._plan_splits(tune)
         self._allocate()
-        self.side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" and self.slices > 1 else None
+        self.side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def _plan_select(self, tune: Tuning) -> None:
-        """Sizes of blocks, chunks and tiles that rows are selected by."""
-        self.block = select_block(self.capacity)
+        """Sizes of blocks and tiles that rows are selected by."""
+        self.block = _LEAST_BLOCK if self.spread == "need" else select_block(self.capacity)
         self.blocks = -(-self.capacity // self.block)
-        self.chunk = max(self.block, min(tune.weight_chunk, 8192 // power_of_two(self.group)))
-        self.chunks = -(-self.capacity // self.chunk)
-        whole = max(self.chunk, tune.tail_tile)
+        # Sums of a lane: AT_ONCE directions of every head, in a few registers each.
+        self.tail_tile = max(16, min(tune.tail_tile, 2048 // power_of_two(self.group)))
+        whole = max(self.block, self.tail_tile)
         self.stride = -(-self.capacity // whole) * whole
-        self.select_tile = min(tune.select_tile, power_of_two(self.width))
+        self.select_tile = max(self.block, min(tune.select_tile, 16384 // power_of_two(self.group)))
         # Probabilities of the candidates are held 32 to a thread at most.
         candidates = power_of_two(self.width) * self.block if self.spread == "even" else 0
         self.select_warps = min(16, max(tune.select_warps, candidates // 256))
@@ -200,13 +194,13 @@ class Workspace(DeviceLength):
         """Programs that rows of work are cut into."""
         per_slice = -(-self.batch // self.slices) * self.heads
         processors = tune.processors or multiprocessors(self.device)
-        self.score_block = tune.score_block or (128 if self.dim <= 64 else 64)
+        self.score_block = max(self.block, tune.score_block or (128 if self.dim <= 64 else 64))
         tiles = -(-self.capacity // self.score_block)
         resident = _residency(tune.score_residency, tune.score_stages, self.score_block, self.dim)
         self.score_splits = choose_splits(per_slice, tiles, processors * resident)
         self.gather_rows = max(16, min(tune.gather_rows, power_of_two(self.width)))
         self.pick_splits = -(-self.width // self.gather_rows)
-        tail_tiles = -(-self.capacity // tune.tail_tile)
+        tail_tiles = -(-self.capacity // self.tail_tile)
         self.tail_splits = (
             choose_splits(per_slice, tail_tiles, processors * tune.tail_residency, least_tiles=2) if self.rank else 0
         )
@@ -222,13 +216,13 @@ class Workspace(DeviceLength):
 
         self.scores = floats(rows, heads, self.stride)
         self.part_max, self.part_sum = floats(rows, self.score_splits, heads), floats(rows, self.score_splits, heads)
-        self.lse, self.mass = floats(rows, heads), floats(rows, heads)
+        self.lse, self.block_top = floats(rows, heads), floats(rows, heads, self.blocks)
         if self.spread == "even":
-            self.block_top, self.candidates = floats(rows, self.blocks), integers(rows, self.width)
+            self.candidates = integers(rows, self.width)
         else:
             self.found = integers(rows, self.stride, dtype=torch.int64)
-            self.found_count, self.ends = integers(rows, self.chunks), integers(rows, power_of_two(self.chunks))
-        self.picks, self.counts = integers(rows, self.width), integers(rows)
+            self.listed = integers(rows, self.blocks)
+        self.counts = integers(rows)
         self.partial = floats(rows, self.pick_splits, heads, self.dim_v)
         self.shares, self.held = (
             floats(rows, parts, heads, max(16, power_of_two(self.rank))),

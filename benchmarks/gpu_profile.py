@@ -1,0 +1,130 @@
+"""Where a decode step or a prompt of a GPU benchmark's job spends its time: a line per kernel, heaviest first.
+
+    python3 -m benchmarks.gpu_profile batch8_32k/kcache batch8_32k/dense prefill_32k/kcache [--lines 30]
+
+The profiler slows a step a little; the wall time beside the table is of the same steps without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu_jobs import Job, all_jobs, batch_of, spec_of
+from benchmarks.gpu_models import Models
+from benchmarks.pick_trace import FILE, Trace, replayed
+from kcache.attention import attach
+from kcache.bench.cases import Case
+from kcache.bench.context import layer_shapes
+from kcache.bench.engines import make_engine
+from kcache.bench.runner import Runner
+from kcache.cache import KCache
+from kcache.forward import prefill
+from kcache.loading import LoadedModel
+
+
+@dataclass
+class Kernel:
+    """Times of one kernel in microseconds, one per launch."""
+
+    name: str
+    times_us: list[float]
+
+
+def kernels_of(call: Callable[[], object]) -> list[Kernel]:
+    """What ``call`` ran on the device, heaviest first."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = defaultdict(list)
+    for event in profiler.events() or ():
+        if event.device_type.name == "CUDA":
+            found[event.name].append(event.time_range.elapsed_us())
+    return sorted((Kernel(name, times) for name, times in found.items()), key=lambda each: -sum(each.times_us))
+
+
+def show(title: str, kernels: list[Kernel], runs: int, wall_ms: float, lines: int) -> None:
+    """Print the table; counts and times are those of one run."""
+    busy = sum(sum(kernel.times_us) for kernel in kernels) / runs / 1e3
+    count = sum(len(kernel.times_us) for kernel in kernels) / runs
+    print(f"\n{title}: {wall_ms:.2f} ms; kernels {busy:.2f} ms in {count:.0f} launches (overlap counted twice)")
+    for kernel in kernels[:lines]:
+        total, median = sum(kernel.times_us) / runs / 1e3, statistics.median(kernel.times_us)
+        print(f"{total:9.3f} ms {len(kernel.times_us) / runs:7.1f} x {median:9.1f} us  {kernel.name[:90]}", flush=True)
+
+
+def profile_steps(job: Job, lm: LoadedModel, device_bytes: int, lines: int) -> None:
+    """A turn of decode steps."""
+    spec, shapes = replace(spec_of(job), warmup=1, steps=16), layer_shapes(lm.model)
+    engine = make_engine(job.engine, job.policy)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in lm.model.parameters())
+    batch = batch_of(job, engine, shapes, device_bytes, weights)
+    runner = Runner(lm, engine, Case(job.ctx, batch, (engine,)), replace(spec, warmup=24), shapes)
+    with replayed(Trace(FILE, job.ctx, lm.device)) if job.traced else nullcontext():
+        began = time.perf_counter()
+        runner.prepare()
+        prepared_s = time.perf_counter() - began
+        runner.turn()
+        runner._spec = spec
+        runner.turn()
+        wall = statistics.median(runner.measured.turns[-1])
+        kernels = kernels_of(runner.turn)
+    runs = len(runner.measured.turns[-1]) + spec.warmup
+    title = f"{job.name} batch {batch}, {runner.measured.graph}, filled in {prepared_s:.1f} s"
+    show(title, kernels, runs, wall, lines)
+    runner.free()
+
+
+def profile_prompt(job: Job, lm: LoadedModel, lines: int) -> None:
+    """A prompt, the second one; beside it the host's time in the calls that took longest."""
+    ids = torch.randint(0, lm.vocabulary, (1, job.ctx), device=lm.device)
+
+    def run() -> None:
+        gc.collect()
+        cache = KCache(lm.model, job.policy, max_length=job.ctx + 64)
+        with attach(lm.model):
+            for _ in prefill(lm.model, cache, ids, None):
+                pass
+        torch.cuda.synchronize()
+
+    run()
+    began = time.perf_counter()
+    run()
+    wall = (time.perf_counter() - began) * 1e3
+    show(job.name, kernels_of(run), 1, wall, lines)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=50))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", nargs="+", help="names of jobs of the benchmark")
+    parser.add_argument("--lines", type=int, default=30)
+    options = parser.parse_args()
+    device = torch.device("cuda", torch.cuda.current_device())
+    models, by_name = Models(device), {job.name: job for job in all_jobs()}
+    memory = torch.cuda.get_device_properties(device).total_memory
+    for name in options.jobs:
+        job = by_name[name]
+        lm = models.get(job.shape)
+        if job.engine == "prefill":
+            profile_prompt(job, lm, options.lines)
+        else:
+            profile_steps(job, lm, memory, options.lines)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
