@@ -64,12 +64,10 @@ SWEEP: list[tuple[str, dict[str, int]]] = [
     *(("score", {"score_stages": stages, "score_residency": resident}) for stages in (2, 3, 4) for resident in (3, 4)),
     ("score", {"score_block": 128, "score_stages": 2, "score_residency": 3}),
     ("score", {"score_block": 128, "score_stages": 3, "score_residency": 2, "score_warps": 8}),
-    ("select", {"select_warps": 8}),
-    ("select", {"select_tile": 1024}),
-    ("select", {"select_warps": 8, "select_tile": 1024}),
-    ("gather", {"gather_rows": 32}),
-    ("gather", {"gather_rows": 32, "gather_warps": 8}),
-    ("gather", {"gather_warps": 2}),
+    ("fetch", {"select_warps": 16}),
+    ("fetch", {"select_tile": 1024}),
+    ("fetch", {"fetch_rows": 32}),
+    ("fetch", {"select_warps": 16, "fetch_rows": 128}),
     ("tail", {"tail_tile": 128, "tail_warps": 4, "tail_residency": 8}),
     ("tail", {"tail_tile": 256, "tail_warps": 4}),
     ("tail", {"tail_residency": 8}),
@@ -139,7 +137,9 @@ class Inputs:
         )  # fmt: skip
         rows = self.case.rows
         picks = torch.empty(rows, workspace.width, dtype=torch.int32, device=self.device)
-        results = Results(picks, torch.empty(rows, self.case.group, device=self.device))
+        results = Results(
+            picks, torch.empty(rows, self.case.group, device=self.device), torch.empty(picks.shape, device=self.device)
+        )
         return SliceStep(workspace, 0, self.case.batch, inputs, results, hot)
 
     def hot(self) -> HotRows:
@@ -176,9 +176,7 @@ def compile_shard(shard: int, cases: list[Case], processors: int, sweep: bool) -
     base = Tuning(processors=processors, slices=1)
     jobs: list[tuple[Case, str, Tuning]] = []
     for case in cases:
-        jobs += [
-            (case, stage, base) for stage in ("score", "tail", "select", "gather", "dense", "append", "hot", "even")
-        ]
+        jobs += [(case, stage, base) for stage in ("score", "tail", "fetch", "dense", "append", "hot", "even")]
         jobs += [(case, "step", replace(base, slices=pieces)) for pieces in (2, 4) if case.batch >= pieces]
     if sweep:
         jobs += [(cases[0], stage, replace(base, **change)) for stage, change in SWEEP]
@@ -191,10 +189,9 @@ def compile_shard(shard: int, cases: list[Case], processors: int, sweep: bool) -
                 inputs.append()
             elif stage == "hot":
                 step = inputs.step(inputs.workspace(tuning), 0, inputs.hot())
-                step.select()
-                step.gather()
+                step.fetch()
             elif stage == "even":
-                inputs.step(inputs.workspace(tuning, "even"), 0).select()
+                inputs.step(inputs.workspace(tuning, "even"), 0).fetch()
             elif stage == "step":
                 inputs.decode(inputs.workspace(tuning), 0)
             else:

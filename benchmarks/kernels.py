@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 import triton
 
-from benchmarks.kernel_inputs import CASES, SWEEP, Case, Inputs, compile_shard, precompile
+from benchmarks.kernel_inputs import CASES, SWEEP, Inputs, compile_shard, precompile
 from kcache.backends.base import DecodeStep
 from kcache.backends.reference import ReferenceBackend
-from kcache.backends.triton import HotRows, Tuning, Workspace, triton_decode
+from kcache.backends.triton import Tuning, triton_decode
 from kcache.policy import Policy
 
 
@@ -59,12 +59,6 @@ def ceilings(device: torch.device, host: torch.Tensor) -> dict[str, float]:
     bulk = torch.empty(host.shape, dtype=host.dtype, device=device)
     link_us, _ = graph_us([lambda: bulk.copy_(host, non_blocking=True)], replays=5)
     return {"hbm_gb_s": 2 * source.nbytes / copy_us / 1e3, "link_gb_s": host.nbytes / link_us / 1e3}
-
-
-def pick_traces(case: Case, device: torch.device, count: int = 8) -> list[torch.Tensor]:
-    """Random distinct positions, ``count`` times ``[R, N]``: no trace finds the last one's rows in a cache."""
-    noise = (torch.rand(case.rows, case.length, device=device) for _ in range(count))
-    return [values.topk(case.topn, dim=-1).indices.int() for values in noise]
 
 
 @dataclass
@@ -105,14 +99,16 @@ def measure(inputs: Inputs, base: Tuning) -> Iterator[Row]:
     yield Row(case.name, "append", "", *graph_us([inputs.append] * 8), 0)
     yield Row(case.name, "score", plan, *graph_us([step.score for step in steps]), case.kv_bytes + score_bytes)
     yield Row(case.name, "tail", plan, *graph_us([step.tail for step in steps]), case.tail_bytes)
-    yield Row(case.name, "select", "", *graph_us([step.select for step in steps]), 0)
     evenly = inputs.workspace(base, "even")
     even_steps = [inputs.step(evenly, index) for index in range(len(queries))]
     even_steps[0].run()
-    yield Row(case.name, "select", "exactly N", *graph_us([step.select for step in even_steps]), 0)
+    yield Row(case.name, "fetch", "exactly N", *graph_us([step.fetch for step in even_steps]), 0, pick_bytes)
     weights = torch.rand(case.rows, case.length, device=inputs.device)
     yield Row(case.name, "torch.topk", "for comparison", *graph_us([lambda: weights.topk(case.topn)] * 4), 0)
-    yield from measure_gather(inputs, workspace, "", pick_bytes)
+    yield Row(case.name, "fetch", "no hot rows", *graph_us([step.fetch for step in steps]), 0, pick_bytes)
+    warm = inputs.step(workspace, 0, inputs.hot())
+    warm.run()
+    yield Row(case.name, "fetch", "all hot", *graph_us([warm.fetch] * 8), 0)
     for pieces in (1, 2, 4):
         if case.batch >= pieces:
             sliced = inputs.workspace(replace(base, slices=pieces))
@@ -129,34 +125,6 @@ def measure(inputs: Inputs, base: Tuning) -> Iterator[Row]:
     yield Row(case.name, "torch sdpa", "for comparison", *graph_us(calls), 2 * case.kv_bytes)
 
 
-def measure_gather(inputs: Inputs, workspace: Workspace, variant: str, pick_bytes: int) -> Iterator[Row]:
-    """Time gather on N random picks per head: all over the link, four fifths hot, and the tail alone."""
-    case, device = inputs.case, inputs.device
-    room = (0, workspace.width - case.topn)
-    traces = [torch.nn.functional.pad(trace, room, value=-1) for trace in pick_traces(case, device)]
-
-    def traced(hot: HotRows | None, picks: list[torch.Tensor], slots: list[torch.Tensor] | None) -> tuple[float, float]:
-        step = inputs.step(workspace, 0, hot)
-        workspace.counts.copy_((picks[0] >= 0).sum(1))
-
-        def call(index: int) -> None:
-            step.picks = picks[index]
-            if slots is not None:
-                workspace.hot_slots = slots[index]
-            step.gather()
-
-        return graph_us([partial(call, index) for index in range(len(picks))])
-
-    yield Row(case.name, "gather", variant or "no hot rows", *traced(None, traces, None), 0, pick_bytes)
-    if variant:
-        return
-    hot = inputs.hot()
-    slots = [torch.randint(0, hot.rows, traces[0].shape, device=device, dtype=torch.int32) for _ in traces]
-    slots = [torch.where(torch.rand(traces[0].shape, device=device) < 0.8, slot, -1).int() for slot in slots]
-    workspace.hot_inserts.fill_(-1)
-    yield Row(case.name, "gather", "80 % hot", *traced(hot, traces, slots), 0, pick_bytes // 5)
-
-
 def sweep_row(inputs: Inputs, stage: str, change: dict[str, int], base: Tuning) -> Iterator[Row]:
     """Time one stage with some launch parameters changed."""
     case, tuning = inputs.case, replace(base, **change)
@@ -170,10 +138,12 @@ def sweep_row(inputs: Inputs, stage: str, change: dict[str, int], base: Tuning) 
     workspace = inputs.workspace(tuning)
     steps = [inputs.step(workspace, index) for index in range(len(inputs.queries))]
     steps[0].run()
-    if stage == "gather":
-        yield from measure_gather(inputs, workspace, variant, case.rows * case.topn * case.dim * 2)
+    if stage == "fetch":
+        warm = inputs.step(workspace, 0, inputs.hot())
+        warm.run()
+        yield Row(case.name, stage, f"{variant}, all hot", *graph_us([warm.fetch] * 8), 0)
         return
-    moved = {"score": case.kv_bytes + score_bytes, "tail": case.tail_bytes, "select": 0}[stage]
+    moved = {"score": case.kv_bytes + score_bytes, "tail": case.tail_bytes}[stage]
     yield Row(case.name, stage, variant, *graph_us([getattr(step, stage) for step in steps]), moved)
 
 

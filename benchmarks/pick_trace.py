@@ -26,8 +26,10 @@ import triton
 import triton.language as tl
 
 from kcache.backends.triton import step as steps
+from kcache.backends.triton.above import pick_above
 from kcache.backends.triton.common import power_of_two
-from kcache.backends.triton.hot import HotRows, hot_lookup
+from kcache.backends.triton.fetch import complete
+from kcache.backends.triton.hot import HotRows
 from kcache.backends.triton.step import SliceStep
 
 FILE = Path(__file__).parent / "picks_smollm2.npz"
@@ -64,24 +66,46 @@ class Trace:
         return self._layers.setdefault(hot, len(self._layers))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "splits", "sums", "tickets", "first_stream", "first_row"])
 def replay_kernel(
-    trace, picks, counts, tags, stamps, clock, claims, slots, inserts, hits, first_stream, first_row,
-    STEPS: tl.constexpr, STREAMS: tl.constexpr, TRACED: tl.constexpr, WIDTH: tl.constexpr, WP: tl.constexpr,
-    HOT_TILE: tl.constexpr, HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr,
+    trace, first_stream, first_row,
+    scores, block_top, part_max, part_sum, sinks, threshold, lse, listed, found, picks, counts, tally, length_ptr,
+    hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits,
+    values, scales, coefficients, base, basis, hot_store, partial, shares, held, counters, out, mass, pick_weights,
+    stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
+    sums, tickets,
+    capacity, blocks, splits,
+    HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
+    TILE: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr, HOT_SETS: tl.constexpr,
+    HOT_WAYS: tl.constexpr, HOT_TILE: tl.constexpr,
+    REPEAT: tl.constexpr, G2: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    RANK: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, RANK_STEP: tl.constexpr, RENORMALISE: tl.constexpr,
+    HOT_ROWS: tl.constexpr, HAS_SCALES: tl.constexpr, UPCAST: tl.constexpr,
+    STEPS: tl.constexpr, STREAMS: tl.constexpr, TRACED: tl.constexpr, WP: tl.constexpr,
 ):  # fmt: skip
-    """One program per row of work: its picks are those of its stream in the step that its clock is at."""
+    """``above_kernel``, but for its picks: those of its stream in the step that its clock is at."""
     row = tl.program_id(0)
-    at = tl.load(clock + row) % STEPS
+    _own = pick_above(
+        scores, block_top, part_max, part_sum, sinks, threshold, lse, listed, found, picks, tally, length_ptr, row,
+        capacity, blocks, splits, HEADS, G, GP, SP, BLOCK, MOST, TILE, HAS_SINKS, HAS_TALLY,
+    )  # fmt: skip
+    tl.debug_barrier()
+    at = tl.load(hot_clock + row) % STEPS
     stream = (first_stream + first_row + row) % STREAMS
     lane = tl.arange(0, WP)
     pick = tl.load(trace + (at * STREAMS + stream).to(tl.int64) * TRACED + lane, mask=lane < TRACED, other=-1)
-    pick = tl.where(lane < WIDTH, pick, -1)
+    pick = tl.where(lane < MOST, pick, -1)
     kept = tl.sum((pick >= 0).to(tl.int32), 0)
-    tl.store(picks + row * WIDTH + lane, pick, mask=lane < WIDTH)
-    tl.debug_barrier()
+    tl.store(picks + row * MOST + lane, pick, mask=lane < MOST)
     tl.store(counts + row, kept)
-    hot_lookup(picks, tags, stamps, clock, claims, slots, inserts, hits, row, kept, WIDTH, HOT_TILE, HOT_SETS, HOT_WAYS)
+    complete(
+        values, scales, scores, lse, coefficients, base, basis, picks, hot_store, partial, shares, held, counters, out,
+        mass, pick_weights, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits, row, kept,
+        stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
+        sums, tickets, capacity,
+        HEADS, G, MOST, REPEAT, G2, ROWS, D, BLOCK_D, RANK, RP, STEP, RANK_STEP, RENORMALISE, HOT_ROWS, HOT_SETS,
+        HOT_WAYS, HOT_TILE, HAS_SCALES, UPCAST,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -95,22 +119,15 @@ def replayed(trace: Trace) -> Iterator[None]:
             super().__init__(ws, first, last, *rest)
             self._first_row = first * ws.heads
 
-        def select(self) -> None:
-            hot, self.hot = self.hot, None
-            super().select()
-            self.hot = hot
-            if hot is not None:
-                self._replay(hot)
-
-        def _replay(self, hot: HotRows) -> None:
-            ws, rows = self.ws, self.rows
+        def _above(self, *arguments: Any, **sizes: Any) -> None:
+            ws, hot = self.ws, self.hot
+            if hot is None:
+                super()._above(*arguments, **sizes)
+                return
             count, streams, traced = trace.picks.shape
             replay_kernel[(self.count,)](
-                trace.picks, self.picks, ws.counts[rows], hot.tags[rows], hot.stamps[rows],
-                hot.clock[rows], hot.claims[rows], ws.hot_slots[rows], ws.hot_inserts[rows],
-                hot.hits.view(-1)[rows], trace.layer(hot) * ws.batch * ws.heads, self._first_row,
-                STEPS=count, STREAMS=streams, TRACED=traced, WIDTH=ws.width, WP=power_of_two(max(ws.width, traced)),
-                HOT_TILE=min(512, power_of_two(ws.width)), HOT_SETS=hot.sets, HOT_WAYS=hot.ways, num_warps=16,
+                trace.picks, trace.layer(hot) * ws.batch * ws.heads, self._first_row, *arguments,
+                STEPS=count, STREAMS=streams, TRACED=traced, WP=power_of_two(max(ws.width, traced)), **sizes,
             )  # fmt: skip
 
     before = steps.SliceStep

@@ -34,6 +34,7 @@ from kcache.spread import spread_of
 from kcache.stepwise import Look, no_look
 from kcache.support import context_length
 from kcache.telemetry import Stats, StepSnapshot
+from kcache.tiers.link import Link
 from kcache.tiers.validity import Validity
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Shared:
         self._config = weakref.ref(text_config(model))
         self._modules = frozenset(id(module) for module in model.modules())
         self._backends: dict[torch.device, Backend] = {}
+        self._links: dict[torch.device, Link] = {}
         self.make_tape = tape_for(input_device(model)) if policy.graph == "auto" else None
         self._graph: GraphDecoder | None = None
 
@@ -115,6 +117,12 @@ class Shared:
             self._backends[device] = choose_backend(self.policy.backend, device)
         return self._backends[device]
 
+    def link(self, device: torch.device) -> Link:
+        """What moves rows between a device and the host tier."""
+        if device not in self._links:
+            self._links[device] = Link(device)
+        return self._links[device]
+
     @property
     def graph(self) -> GraphDecoder | None:
         """Who decodes by replaying recorded steps; None where nothing records them, or the policy does without."""
@@ -162,7 +170,18 @@ class Shared:
 
     def plan_residency(self, layer: TieredLayer, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
         """Make sure ``end`` rows will fit, moving V of the last resident layers out if they have to make room."""
+        before = self.residency.planned
         self.residency.plan(layer, keys, values, end)
+        if self.residency.planned != before and self.residency.leaves_at(end):
+            for device, sizes in self.residency.host_bytes.items():
+                if device.type == "cuda":
+                    self.link(device).arena.prepare(sizes)
+
+    def let_go(self) -> None:
+        """Give back memory that the links keep for copies under way and for rows to come."""
+        for link in self._links.values():
+            link.let_go()
+            link.arena.drop()
 
 
 class KCache(Cache):
@@ -253,6 +272,15 @@ class KCache(Cache):
             self.shared.force_exact = before
 
     @contextmanager
+    def expecting(self, length: int) -> Iterator[None]:
+        """Plan for ``length`` tokens inside this block, however few come at a time."""
+        self.shared.residency.expected = length
+        try:
+            yield
+        finally:
+            self.shared.residency.expected = 0
+
+    @contextmanager
     def stepwise(self, look: Look = no_look) -> Iterator[None]:
         """Inside this block, take several new tokens of a forward as that many decode steps (:mod:`kcache.stepwise`).
 
@@ -279,6 +307,7 @@ class KCache(Cache):
         self.shared.validity = Validity()
         self.shared.spread = spread_of(self.policy, self.shared.ranks)
         self.shared.residency.forget()
+        self.shared.let_go()
         self._latest = None
 
     def _renew_stock_layers(self) -> None:

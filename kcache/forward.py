@@ -21,7 +21,7 @@ def prefill(
     """Run the prompt through the model in even chunks; yields the last logits and the ids taken in (first row)."""
     past, taken = cache.get_seq_length(), iter(ids[0].tolist())  # asked for now: later the host would wait for chunks
     pieces = -(-ids.shape[1] // cache.policy.prefill_chunk)
-    with cache.exact():
+    with cache.exact(), cache.expecting(past + ids.shape[1]):
         for piece in ids.tensor_split(pieces, dim=1):
             past += piece.shape[1]
             logits = step_logits(model, cache, piece, None if mask is None else mask[:, :past])

@@ -154,6 +154,23 @@ def pci_slot(device: torch.device) -> PciSlot | None:
     return PciSlot(int(node) if node.isdigit() else None, link("current"), link("max"))
 
 
+def cpus_near(device: torch.device | None) -> frozenset[int]:
+    """CPUs of the NUMA node that a CUDA device is attached to; none where there is one node, or it is not known."""
+    nodes = numa_nodes() if device is not None and device.type == "cuda" and torch.cuda.is_available() else []
+    slot = pci_slot(device) if device is not None and len(nodes) > 1 else None
+    found = [node.cpus for node in nodes if slot is not None and node.index == slot.numa_node]
+    return frozenset(cpu for cpus in found for cpu in _cpu_list(cpus))
+
+
+def _cpu_list(text: str) -> list[int]:
+    """CPUs as the kernel lists them: ``0-2,5``."""
+    numbers: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")

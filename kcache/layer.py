@@ -7,21 +7,21 @@ which answers a prefill chunk exactly and a single new token with the TopN decod
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
 from kcache import dense
 from kcache.backends.base import DecodeResult, DecodeStep, HotStore
+from kcache.counted import CountedLayer, Picked
 from kcache.errors import CacheStateError
 from kcache.handles import AttentionCall, Chunk, with_handle
 from kcache.lowrank import LowRankTail
-from kcache.sizes import SCALE_BYTES
+from kcache.masks import as_bool, is_row_mask, rows_of
 from kcache.stepwise import Block
-from kcache.telemetry import LayerKind, Stats, StepMode
+from kcache.telemetry import LayerKind
 from kcache.tiers.bytes import ByteRows
 from kcache.tiers.rows import RowBuffer
 from kcache.tiers.values import ValueStore
@@ -41,7 +41,7 @@ class Buffers(NamedTuple):
     value_scales: torch.Tensor | None
 
 
-class TieredLayer(CacheLayerMixin):
+class TieredLayer(CountedLayer):
     """K and V of one layer across the tiers.
 
     Parameters
@@ -65,12 +65,9 @@ class TieredLayer(CacheLayerMixin):
     def _forget(self) -> None:
         self.is_initialized = False
         self.length = 0
-        self.mode: StepMode = "idle"
-        self.picks: torch.Tensor | None = None
-        self.mass: torch.Tensor | None = None
-        self.steps = self._even_rows = 0
         self._k: RowBuffer | ByteRows | None = None
         self._v: ValueStore | None = None
+        self._begin_to_count()
 
     # -- what transformers asks ------------------------------------------------------------------------------------
 
@@ -94,19 +91,15 @@ class TieredLayer(CacheLayerMixin):
         """``"tiered"`` when the layer's V may leave the device, ``"resident"`` when it stays."""
         return "resident" if self.shared.is_resident(self) else "tiered"
 
-    @property
-    def batch_size(self) -> int:
-        """Sequences in the layer, or -1 while empty."""
-        return -1 if self._k is None or self._k.data is None else self._k.data.shape[0]
-
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Learn device, dtype and shapes from the first K and V."""
         self.dtype, self.device = key_states.dtype, key_states.device
         plan = self.shared.residency
         self._k = RowBuffer(self.device, partial(plan.key_room, self))
         self._v = ValueStore(
-            self.device, self.shared.policy, self.shared.validity, plan.room, partial(plan.resident_room, self)
-        )
+            self.device, self.shared.policy, self.shared.validity, plan.room, partial(plan.resident_room, self),
+            self.shared.link(self.device),
+        )  # fmt: skip
         self.is_initialized = True
 
     def update(
@@ -214,7 +207,7 @@ class TieredLayer(CacheLayerMixin):
         """Keep the sequences ``indices`` ``[B']``, in that order."""
         if self._k is None or self._v is None or not self.length:
             return
-        self.picks = self.mass = None
+        self.picked = None
         self._k.select(indices)
         self._v.select(indices)
 
@@ -225,43 +218,44 @@ class TieredLayer(CacheLayerMixin):
         assert self._k is not None and self._v is not None
         count = call.query.shape[2]
         mask = None if call.mask is None else call.mask[..., : self.length]
-        allowed = _as_bool(mask)
+        allowed = as_bool(mask)
         if allowed is not None:
             allowed = allowed.expand(call.query.shape[0], -1, -1, -1)
         self.shared.validity.record(self.length, allowed)
         self._v.settle()
         if count == 1 and self._decodes_topn(mask):
             return self._decode(call, mask)
-        self.mode = "dense" if count == 1 else "prefill"
-        self.picks = self.mass = None
-        if count == 1 and self._v.resident is not None and _is_row_mask(mask):
-            step = self.step_of(call, _rows_of(mask))
+        self._note("dense" if count == 1 else "prefill")
+        if count == 1 and self._v.resident is not None and is_row_mask(mask):
+            step = self.step_of(call, rows_of(mask))
             if self.shared.probing and self.kind == "tiered":
-                self.picks, self.mass = would_pick(step)
+                self._note("dense", Picked(*would_pick(step)))
             return self.shared.backend(self.device).dense(step).unsqueeze(2)
         values = self._v.whole(call.value)
         if self.following is not None:
             self.following.prefetch_values(call.key.shape[2])
         keys = self._k.followed_by(call.key, self.length)
-        return dense.attend(call.query, keys, values, mask, call.scaling, call.softcap, call.sinks)
+        out = dense.attend(call.query, keys, values, mask, call.scaling, call.softcap, call.sinks)
+        if self.following is None:
+            self._v.release()
+        return out
 
     def _decodes_topn(self, mask: torch.Tensor | None) -> bool:
         if not self.offloaded or self.shared.force_exact or self.length < self.shared.policy.dense_below:
             return False
-        return _is_row_mask(mask)
+        return is_row_mask(mask)
 
     def _decode(self, call: AttentionCall, mask: torch.Tensor | None) -> torch.Tensor:
         """The TopN decode step: score, select, fetch, combine."""
         assert self._v is not None and self._v.host is not None
-        backend, step = self.shared.backend(self.device), self._with_choice(self.step_of(call, _rows_of(mask)))
+        backend, step = self.shared.backend(self.device), self._with_choice(self.step_of(call, rows_of(mask)))
         kernels = getattr(backend, "workspace", None)  # where they do not take a step's sizes, the host reads
         if backend.reads_host_by_kernel and (kernels is None or kernels(step) is not None):
             self.ready_for_kernels()
         else:
             self._v.finish_sending()
         result = backend.decode(step)
-        self.mode, self.picks, self.mass = "topn", result.picks, result.mass
-        self._count(result.picks)
+        self._note("topn", Picked(result.picks, result.mass, result.weights))
         return result.out.unsqueeze(2)
 
     def step_of(self, call: AttentionCall, mask: torch.Tensor | None) -> DecodeStep:
@@ -300,10 +294,6 @@ class TieredLayer(CacheLayerMixin):
             step = step if self._v.hot is None else replace(step, hot=self._v.hot)
         return step
 
-    def follows_threshold(self, length: int) -> bool:
-        """Whether a step over ``length`` rows picks by a threshold: where there is one, and something to choose."""
-        return self.shared.spread is not None and self.shared.policy.topn < length
-
     @property
     def hot(self) -> HotStore | None:
         """The store of hot rows, once a TopN step has made one."""
@@ -327,84 +317,10 @@ class TieredLayer(CacheLayerMixin):
             held.scales if isinstance(held, ByteRows) else None,
         )
 
-    def stepped_on_device(
-        self, picks: torch.Tensor | None, mass: torch.Tensor | None, event: torch.cuda.Event | None
-    ) -> None:
+    def stepped_on_device(self, picked: Picked | None, event: torch.cuda.Event | None) -> None:
         """Take in a decode step that a recording has run: K and V are stored, ``event`` ends it."""
         assert self._v is not None
         self.length += 1
         self.steps += 1
         self._v.stored_by_kernel(event)
-        self.mode, self.picks, self.mass = "dense" if picks is None else "topn", picks, mass
-        if picks is not None:
-            self._count(picks)
-
-    def _count(self, picks: torch.Tensor) -> None:
-        """Count the rows of a step that picked the same number everywhere; others are tallied on the device."""
-        if not self.follows_threshold(self.length):
-            self._even_rows += picks[..., 0].numel() * min(picks.shape[-1], self.length)
-
-    # -- telemetry -------------------------------------------------------------------------------------------------
-
-    @property
-    def key_bytes(self) -> int:
-        """Bytes of K of the tokens held, which a decode step reads."""
-        if self._k is None or self._k.data is None:
-            return 0
-        scale = SCALE_BYTES if isinstance(self._k, ByteRows) else 0
-        return self.batch_size * self._k.heads * (self._k.row_bytes + scale) * self.length
-
-    @property
-    def rows_fetched(self) -> int:
-        """V rows that decode steps took from the host tier; waits for the device, which counts them."""
-        spread = self.shared.spread
-        return self._even_rows + (0 if spread is None else spread.fetched(self.index))
-
-    def stats(self) -> Stats:
-        """Counters and bytes of this layer."""
-        return Stats(*self.counts())
-
-    def counts(self) -> tuple[int, ...]:
-        """The values of :meth:`stats` in the order of its fields: all that a frame needs of them, and quicker."""
-        if self._k is None or self._v is None:
-            return (0,) * len(fields(Stats))
-        k_bytes = self._k.nbytes + (self._k.scale_bytes if isinstance(self._k, ByteRows) else 0)
-        resident, overhead = self._v.resident_bytes, self._v.overhead_bytes
-        v = self._v.host or self._v.resident
-        rows, hits = self.rows_fetched, self._v.hot_hits
-        row_bytes = 0 if self._v.host is None else self._v.host.row_bytes
-        per_token = 0
-        if v is not None:
-            per_token = self.batch_size * (self._k.heads * self._k.full_row_bytes + v.heads * v.full_row_bytes)
-        return (
-            self._v.bytes_h2d + (rows - hits) * row_bytes,
-            self._v.bytes_d2h,
-            rows,
-            hits,
-            k_bytes + resident + overhead,
-            self._v.host_bytes,
-            k_bytes,
-            resident,
-            overhead,
-            per_token * self.length,
-            self.steps,
-            self.length,
-            self._v.hot_bytes,
-        )
-
-
-def _rows_of(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A row mask ``[B, 1, 1, L]`` as ``[B, L]``."""
-    return None if mask is None else mask[:, 0, 0]
-
-
-def _is_row_mask(mask: torch.Tensor | None) -> bool:
-    """Whether one query's mask says, for all heads alike, which rows it may attend, and nothing more."""
-    return mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
-
-
-def _as_bool(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The mask as bool ``[B, 1, Q, L]``; an additive one attends where it is above half of its dtype's minimum."""
-    if mask is None or mask.dtype == torch.bool:
-        return mask
-    return mask > torch.finfo(mask.dtype).min / 2
+        self._note("dense" if picked is None else "topn", picked)

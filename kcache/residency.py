@@ -32,6 +32,10 @@ class Residency:
         The layers it plans for, first to last.
     devices : dict
         The device of each layer by its index; a layer that is not named is on the one that first has rows.
+    host_bytes : dict
+        By device, what each layer whose V may leave it takes of host memory under the plan.
+    expected : int
+        Rows that are known to come, whatever has come; 0 where that is not known.
     """
 
     def __init__(
@@ -47,8 +51,9 @@ class Residency:
 
     def forget(self) -> None:
         """Back to no plan."""
-        self.planned = self.batch = 0
+        self.planned = self.batch = self.expected = 0
         self.keeps_young = True
+        self.host_bytes: dict[torch.device, list[int]] = {}
         self._resident: frozenset[int] | None = None
 
     def room(self) -> int:
@@ -74,16 +79,21 @@ class Residency:
 
     def leaves(self, layer: TieredLayer, length: int) -> bool:
         """Whether V of a layer goes to the host tier at ``length`` rows."""
-        return not self.is_resident(layer) and (length >= self.policy.dense_below or not self.keeps_young)
+        return not self.is_resident(layer) and self.leaves_at(length)
+
+    def leaves_at(self, length: int) -> bool:
+        """Whether V of layers that are not resident is in the host tier at ``length`` rows."""
+        return length >= self.policy.dense_below or not self.keeps_young
 
     def plan(self, layer: TieredLayer, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
-        """Plan for ``end`` rows if that is more than was planned for, or the batch is another.
+        """Plan for ``end`` rows, and those expected, if that is more than was planned for, or the batch is another.
 
         Raises
         ------
         DoesNotFitError
             If K (and what must stay beside it) does not fit a device, or offloaded V does not fit host memory.
         """
+        end = max(end, self.expected)
         if end <= self.planned and keys.shape[0] == self.batch:
             return
         rows = (_row_bytes(keys), _row_bytes(values), values.shape[3], values.element_size())
@@ -105,6 +115,7 @@ class Residency:
         self._resident = frozenset(each.index for place in places for each in place.layers[: place.resident])
         young = min(length, max(0, self.policy.dense_below - 1))
         self.keeps_young = all(place.keeps(length, young) for place in places)
+        self.host_bytes = {place.device: place.host_bytes(length) for place in places}
         for late in self.layers:
             if late.length and not late.offloaded and self.leaves(late, late.length):
                 late.spill()
@@ -226,6 +237,11 @@ class Place:
         """Bytes of RAM at ``rows`` rows: the host tier, and the other tier where the device is the host."""
         here = self.sizes.device(rows, self.resident) if self.device.type == "cpu" else 0
         return self.sizes.host(rows, self.resident) + here
+
+    def host_bytes(self, rows: int) -> list[int]:
+        """Bytes of the host tier at ``rows`` rows, for each layer that may have one."""
+        away = len(self.layers) - self.resident
+        return [self.sizes.host(rows, len(self.layers) - 1)] * away
 
     @property
     def held_in_ram(self) -> int:

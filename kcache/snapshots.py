@@ -22,6 +22,7 @@ def layer_snapshot(index: int, layer: Any, picks: bool) -> LayerSnapshot:
             stats=layer.stats(),
             picks=_frozen(layer.picks, torch.int32) if picks else None,
             mass=_frozen(layer.mass, torch.float32) if picks else None,
+            weights=_frozen(layer.weights, torch.float32) if picks else None,
         )
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     k_bytes, held = _nbytes(keys), sum(_nbytes(value) for value in vars(layer).values())

@@ -70,8 +70,9 @@ class LayerSnapshot:
     """One layer of a :class:`StepSnapshot`.
 
     ``picks`` are the picked positions of the last decode step, ``[B, Hkv, N]`` (``[B, Hkv, G, N]`` when picked per
-    query head), ``mass`` the share of attention they hold per query head, ``[B, Hkv, G]``; both ``None`` when the
-    last step was not a TopN step. Arrays are read-only.
+    query head), ``mass`` the share of attention they hold per query head, ``[B, Hkv, G]``, ``weights`` what each of
+    them holds, in the shape of ``picks``, mean over the query heads it was picked for; all ``None`` when the last step
+    was not a TopN step. Arrays are read-only.
     """
 
     index: int
@@ -80,6 +81,7 @@ class LayerSnapshot:
     stats: Stats
     picks: np.ndarray | None = field(default=None, compare=False)
     mass: np.ndarray | None = field(default=None, compare=False)
+    weights: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

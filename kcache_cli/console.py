@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -24,18 +24,21 @@ def console() -> Console:
 
 
 @contextmanager
-def working(label: str) -> Iterator[None]:
-    """Show a spinner with the elapsed time for as long as the body runs, where standard error is a terminal."""
+def working(label: str) -> Iterator[Callable[[str], None]]:
+    """Show a spinner with the elapsed time for as long as the body runs, where standard error is a terminal.
+
+    Yields what to call with another label; where there is no terminal, that one is a line.
+    """
     from rich.progress import Progress as Bars
     from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
     if not sys.stderr.isatty():
-        yield
+        yield lambda label: print(f"kcache: {one_line(label)}", file=sys.stderr, flush=True)
         return
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
     with Bars(*columns, console=console(), transient=True) as bars:
-        bars.add_task(one_line(label), total=None)
-        yield
+        task = bars.add_task(one_line(label), total=None)
+        yield lambda label: bars.update(task, description=one_line(label), refresh=True)
 
 
 @contextmanager

@@ -124,6 +124,11 @@ def check(result: DecodeResult, step: DecodeStep, want: torch.Tensor, mass: torc
         assert len(set(picked)) == len(picked)
     torch.testing.assert_close(result.out.double(), want.double(), atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(result.mass.double(), mass.double(), atol=tolerance, rtol=tolerance)
+    assert result.weights.shape == result.picks.shape
+    assert result.weights.dtype == torch.float32
+    held = result.weights.masked_fill(result.picks < 0, 0).sum(-1).double()
+    wanted = mass.double() if step.policy.select == "head" else mass.double().mean(2)
+    torch.testing.assert_close(held, wanted, atol=tolerance, rtol=tolerance)
 
 
 policies = st.builds(
@@ -172,7 +177,10 @@ def test_cpu_equals_the_reference_bitwise_picks() -> None:
     @given(problems)
     def run(step: DecodeStep) -> None:
         want, got = reference.decode(step), cpu.decode(step)
-        assert torch.equal(want.picks.sort(-1).values, got.picks.sort(-1).values)
+        mine, other = got.picks.sort(-1), want.picks.sort(-1)
+        assert torch.equal(other.values, mine.values)
+        weights = got.weights.gather(-1, mine.indices), want.weights.gather(-1, other.indices)
+        torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
         check(got, step, want.out, want.mass, 1e-5)
 
     run()

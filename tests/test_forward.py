@@ -10,6 +10,7 @@ from kcache.cache import KCache
 from kcache.forward import prefill
 from kcache.policy import Policy
 from tests.models import make, tokens
+from tests.pair import WHOLE
 
 
 def test_a_prompt_is_not_waited_for_between_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,3 +30,27 @@ def test_a_prompt_is_not_waited_for_between_chunks(monkeypatch: pytest.MonkeyPat
     assert reads == [0], "ids were read at these lengths"
     assert [len(piece) for piece in got] == [13, 13, 12, 12]
     assert [token for piece in got for token in piece] == want
+
+
+def test_memory_for_a_prompt_is_made_once() -> None:
+    """Its length is known before its first chunk, also where the cache does not know how long it will be."""
+    model = make("llama")
+    cache = KCache(model, WHOLE.replace(prefill_chunk=32))
+    places = set()
+    with attach(model):
+        for _ in prefill(model, cache, tokens(1, 1, 200), None):
+            places.add(tuple((k.data_ptr(), v.data_ptr()) for k, v in cache))
+    assert len(places) == 1
+    assert cache.stats.host_bytes == sum(*cache.shared.residency.host_bytes.values(), 0)
+    assert cache.shared.residency.expected == 0
+
+
+def test_host_memory_is_prepared_for_the_layers_that_leave() -> None:
+    model = make("llama")
+    for policy in (WHOLE, WHOLE.replace(dense_layers=1), WHOLE.replace(v_bits=8), Policy(offload="none")):
+        cache = KCache(model, policy, max_length=70)
+        with attach(model):
+            for _ in prefill(model, cache, tokens(1, 2, 40), None):
+                pass
+        (sizes,) = cache.shared.residency.host_bytes.values()
+        assert sizes == [layer.stats().host_bytes for layer in cache.tiered_layers if layer.offloaded]

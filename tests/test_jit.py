@@ -53,6 +53,12 @@ def rows_of(result: DecodeResult) -> list[set[int]]:
     return [{row for row in rows if row >= 0} for rows in result.picks.flatten(0, -2).tolist()]
 
 
+def by_position(result: DecodeResult, step: DecodeStep) -> torch.Tensor:
+    """What each row weighs as a pick, ``[..., L]``; 0 for the others."""
+    weights = result.weights.masked_fill(result.picks < 0, 0)
+    return torch.zeros(*weights.shape[:-1], step.length).scatter_add_(-1, result.picks.clamp(min=0).long(), weights)
+
+
 def check_decode(step: DecodeStep, kernels: Kernels = KERNELS) -> None:
     got, want = kernels.decode(step), ReferenceBackend().decode(step)
     if got is None:
@@ -63,6 +69,7 @@ def check_decode(step: DecodeStep, kernels: Kernels = KERNELS) -> None:
     assert got.mass.shape == want.mass.shape
     assert rows_of(got) == rows_of(want)
     torch.testing.assert_close(got.mass, want.mass, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(by_position(got, step), by_position(want, step), atol=1e-5, rtol=1e-4)
     error = (got.out.float() - want.out.float()).square().mean().sqrt()
     assert error <= tolerance * want.out.float().square().mean().sqrt() + 1e-6
 

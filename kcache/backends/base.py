@@ -105,11 +105,14 @@ class DecodeResult:
         With a threshold N is at least the largest number any head picked, and what heads did not pick is -1.
     mass : Tensor ``[B, Hkv, G]`` fp32
         Probability the picks hold, per query head.
+    weights : Tensor of the shape of ``picks``, fp32
+        Probability of each pick, mean over the query heads it was made for; anything where a pick is -1.
     """
 
     out: torch.Tensor
     picks: torch.Tensor
     mass: torch.Tensor
+    weights: torch.Tensor
 
 
 def count_picks(picks: torch.Tensor, step: DecodeStep) -> None:

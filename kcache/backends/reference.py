@@ -79,6 +79,7 @@ class ReferenceBackend:
             per_head = per_head.masked_fill(missing, 0)
             weights = probs.gather(3, per_head).masked_fill_(missing, 0)
         mass = weights.sum(-1)
+        each = weights if picks.dim() == 4 else weights.mean(2)
         tail = None
         if step.policy.tail == "renormalise":
             weights = weights / mass.unsqueeze(-1).clamp(min=torch.finfo(torch.float32).tiny)
@@ -90,7 +91,7 @@ class ReferenceBackend:
             out = torch.matmul(weights, rows.float())
         if tail is not None:
             out = out + tail
-        return DecodeResult(out.flatten(1, 2).to(step.query.dtype), picks, mass)
+        return DecodeResult(out.flatten(1, 2).to(step.query.dtype), picks, mass, each)
 
     def lowrank(self, rest: torch.Tensor, step: DecodeStep) -> torch.Tensor:
         """What rows contribute by their directions, weighed by ``rest`` ``[B, Hkv, G, at least L]``, 0 at the picks."""

@@ -5,8 +5,9 @@ once the caller has seen the token it was made of. A step that was launched and 
 past the end of the cache, which nothing reads; whoever changes the cache meanwhile has it taken back first
 (``pause``), and the run it was for goes on with a forward.
 
-A new recording is not believed: its first steps are also taken without it, and the logits compared. Whatever goes
-wrong, decoding goes on without, for a reason that is logged and kept in :attr:`GraphDecoder.reason`.
+A new recording is not believed: its first steps are also taken without it, and the logits compared. One with kernels in
+place of the model's own small ones that goes wrong is made once more without them. Whatever goes wrong then, decoding
+goes on without, for a reason that is logged and kept in :attr:`GraphDecoder.reason`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from transformers import PreTrainedModel
 
 from kcache.cache import KCache
 from kcache.graph.fit import may_begin, never, not_now
+from kcache.graph.fuse import Fusion
 from kcache.graph.step import GraphStep
 from kcache.graph.tape import Tape
 from kcache.watch.capture import Capture, watchers_of
@@ -50,6 +52,8 @@ class GraphDecoder:
         Why steps are no more recorded; None while they are.
     replayed, recorded : int
         Steps taken by replaying, and recordings made.
+    fused : dict
+        How many norms and the like run as one kernel in the present recording.
     """
 
     def __init__(self, make_tape: Callable[[], Tape]) -> None:
@@ -67,6 +71,7 @@ class GraphDecoder:
         self._launched = self._advanced = False
         self._run = 0
         self._not_now: str | None = None
+        self._may_fuse = True
         self.forget()
 
     def forget(self) -> None:
@@ -79,6 +84,7 @@ class GraphDecoder:
         self._scratch: tuple[object, ...] = ()
         self._kept: list[torch.Tensor] = []
         self._proofs = 0
+        self.fused: dict[str, int] = {}
 
     def begin(self, model: PreTrainedModel, cache: KCache) -> int:
         """Serve a run of decode steps until :meth:`leave`, or until another begins; returns its number."""
@@ -215,17 +221,18 @@ class GraphDecoder:
         step.feed(tokens, going, end)
         self._step = step
         self._kept = [tensor.clone() for tensor in cache.shared.step_state]
-        tape = self._make_tape()
+        tape, fusion = self._make_tape(), Fusion(self._model)
         try:
-            with _without_collector():
+            with _without_collector(), fusion.applied() if self._may_fuse else nullcontext():
                 self._logits = tape.record(step.run, tokens.device)
         finally:
+            self.fused = fusion.used
             self._take_back(cache)
         self._tape = tape
         self._scratch = cache.shared.scratch
         self._key = self._fingerprint(cache, padded)
         self.recorded += 1
-        _log.debug("recorded a decode step at %d rows", end)
+        _log.debug("recorded a decode step at %d rows; in one kernel each: %s", end, self.fused or "nothing")
 
     def _fingerprint(self, cache: KCache, padded: bool) -> tuple[object, ...]:
         assert self._step is not None
@@ -248,7 +255,12 @@ class GraphDecoder:
         self._advanced, self._at = False, -1
 
     def _give_up(self, reason: str) -> None:
+        fused = bool(self.fused)
         self.forget()
+        if fused:
+            self._may_fuse = False
+            _log.warning("recording again with the model's own small kernels: %s", reason)
+            return
         self.reason = reason
         _log.warning("decoding goes on without a recorded step: %s", reason)
 

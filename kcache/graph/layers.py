@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 
 from kcache.backends.base import DecodeStep
 from kcache.backends.triton import append
+from kcache.counted import Picked
 from kcache.errors import GraphError
 from kcache.handles import AttentionCall, with_handle
 from kcache.layer import TieredLayer
@@ -88,7 +89,7 @@ class CapturedTiered(_Captured):
     def __init__(self, layer: TieredLayer, inputs: Inputs) -> None:
         super().__init__()
         self.layer, self.inputs = layer, inputs
-        self.latest: list[torch.Tensor] = []  # picks and mass, where a replay writes them
+        self.latest: list[torch.Tensor] = []  # picks, mass and weights, where a replay writes them
         self.shown: list[torch.Tensor] = []  # those of the step taken in last
 
     def update(
@@ -112,7 +113,7 @@ class CapturedTiered(_Captured):
         if not layer.offloaded:
             return layer.shared.backend(layer.device).dense(step).unsqueeze(2)
         result = layer.decode_step(step)
-        self.latest = [result.picks, result.mass]
+        self.latest = [result.picks, result.mass, result.weights]
         return result.out.unsqueeze(2)
 
     def fingerprint(self) -> tuple[object, ...]:
@@ -129,8 +130,7 @@ class CapturedTiered(_Captured):
 
     def advance(self, event: torch.cuda.Event | None) -> None:
         """Take in a step that was replayed; ``event`` ends it."""
-        picks, mass = self.shown or (None, None)
-        self.layer.stepped_on_device(picks, mass, event)
+        self.layer.stepped_on_device(Picked(*self.shown) if self.shown else None, event)
 
 
 class CapturedWindow(_Captured):

@@ -95,11 +95,11 @@ class GraphStep:
         cache.shared.validity.grow(end, self.inputs.valid)
 
     def _show(self) -> None:
-        """Copy picks and mass of all layers to where the next replay does not reach, in two launches."""
+        """Copy what all layers picked to where the next replay does not reach, in a launch each for its parts."""
         picking = [layer for layer in self.layers if isinstance(layer, CapturedTiered) and layer.latest]
         for layer in picking:
             layer.shown = layer.shown or [torch.empty_like(tensor) for tensor in layer.latest]
-        for part in range(2 if picking else 0):
+        for part in range(len(picking[0].latest) if picking else 0):
             torch._foreach_copy_([layer.shown[part] for layer in picking], [layer.latest[part] for layer in picking])
 
     def leave(self) -> None:

@@ -21,7 +21,10 @@ class Tape(Protocol):
     """One recorded step."""
 
     def record(self, step: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
-        """Run ``step`` and record it; returns its result, which each replay writes anew."""
+        """Run ``step`` at least once, then record it; returns its result, which each replay writes anew.
+
+        The first run may wait for the device: it is where trials are made.
+        """
         ...
 
     def replay(self) -> None:

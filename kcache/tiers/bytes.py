@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from kcache.tiers.arena import Arena
 from kcache.tiers.rows import RowBuffer
 
 PIECE = 2048
@@ -43,7 +44,7 @@ class ByteRows:
         Where the rows live.
     scale_device : torch.device
         Where the scales do.
-    room, reader
+    room, reader, arena
         As for a RowBuffer.
 
     Attributes
@@ -58,9 +59,10 @@ class ByteRows:
         scale_device: torch.device,
         room: Callable[[], int] | None = None,
         reader: torch.device | None = None,
+        arena: Arena | None = None,
     ) -> None:
         self.dtype = torch.float32
-        self.rows = RowBuffer(device, room, reader)
+        self.rows = RowBuffer(device, room, reader, arena=arena)
         self._scales = RowBuffer(scale_device, room)
 
     @property

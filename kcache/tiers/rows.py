@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from kcache.tiers.arena import Arena
 from kcache.tiers.pinned import pinned_empty
 
 
@@ -30,6 +31,8 @@ class RowBuffer:
     axis : int
         Where the rows are counted: 2 for ``[B, H, capacity, D]``, 3 for ``[B, H, D, capacity]``; the capacity is a
         multiple of 16 then, so that kernels may read 16 rows at a time.
+    arena : Arena, optional
+        Where registered memory may have been prepared.
     """
 
     def __init__(
@@ -38,11 +41,13 @@ class RowBuffer:
         room: Callable[[], int] | None = None,
         reader: torch.device | None = None,
         axis: int = 2,
+        arena: Arena | None = None,
     ) -> None:
         self.device = device
         self.reader = reader
         self.axis = axis
         self._room = room
+        self._arena = arena
         self.data: torch.Tensor | None = None
 
     @property
@@ -121,7 +126,7 @@ class RowBuffer:
     def __deepcopy__(self, memo: dict[int, Any]) -> RowBuffer:
         """A buffer of its own in the same kind of memory; a plain copy of a pinned tensor would not be pinned."""
         memo[id(self)] = twin = RowBuffer(self.device, reader=self.reader, axis=self.axis)
-        twin._room = copy.deepcopy(self._room, memo)
+        twin._room, twin._arena = copy.deepcopy((self._room, self._arena), memo)
         if self.data is not None:
             twin.data = twin._empty(tuple(self.data.shape), self.data.dtype).copy_(self.data)
         return twin
@@ -129,6 +134,8 @@ class RowBuffer:
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Allocate; a buffer made in inference mode must still be writable outside of it."""
         with torch.inference_mode(False):
+            if self.reader is not None and self._arena is not None:
+                return pinned_empty(shape, dtype, self.reader, self._arena)
             if self.reader is not None:
                 return pinned_empty(shape, dtype, self.reader)
             # Zeros, since a product over the whole buffer weighs rows not yet filled with 0, and 0 x NaN is NaN.

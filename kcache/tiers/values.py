@@ -39,6 +39,8 @@ class ValueStore:
         Tells how many rows to make room for when a buffer has to grow.
     resident_room : callable
         The same for V on the device, which a young layer soon leaves; default ``room``.
+    link : Link, optional
+        The one that all layers on the device use; default one of its own.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class ValueStore:
         validity: Validity,
         room: Callable[[], int] | None = None,
         resident_room: Callable[[], int] | None = None,
+        link: Link | None = None,
     ) -> None:
         self.device = device
         self.length = 0
@@ -56,7 +59,7 @@ class ValueStore:
         self.host: RowBuffer | ByteRows | None = None
         self.tail: LowRankTail | None = None
         self.hot: HotStore | None = None
-        self.link = Link(device)
+        self.link = link or Link(device)
         self._policy = policy
         self._validity = validity
         self._room = room
@@ -100,10 +103,11 @@ class ValueStore:
             self.release()
 
     def _host_rows(self) -> RowBuffer | ByteRows:
-        cpu, reader = torch.device("cpu"), self.device if self.device.type == "cuda" else None
+        cpu = torch.device("cpu")
+        reader, arena = (self.device, self.link.arena) if self.device.type == "cuda" else (None, None)
         if self._policy.v_bits == 8:
-            return ByteRows(cpu, self.device, self._room, reader)
-        return RowBuffer(cpu, self._room, reader)
+            return ByteRows(cpu, self.device, self._room, reader, arena)
+        return RowBuffer(cpu, self._room, reader, arena=arena)
 
     def _send(self, rows: torch.Tensor, start: int) -> None:
         """Start the copy of rows to the host tier, as rows ``start`` and following."""
@@ -147,6 +151,7 @@ class ValueStore:
     def release(self) -> None:
         """Let go of the latest rows' device memory, though the tail has not seen them."""
         self._untailed = None
+        self.link.let_go()
 
     def _bring_back(self, start: int, end: int) -> torch.Tensor:
         """Rows ``start:end`` from the host tier, on the device."""
@@ -183,7 +188,9 @@ class ValueStore:
         self.bytes_h2d += rows.numel() * rows.element_size()
         if self.device.type == "cpu":
             return self.host.view(room), None
-        return self.link.to_device(rows, room)
+        # One size for all chunks of a prompt: what an earlier one has freed fits the next.
+        whole, arrived = self.link.to_device(rows, max(room, self._room() if self._room is not None else 0))
+        return whole[:, :, :room], arrived
 
     def prefetch(self, chunk: int) -> None:
         """Start bringing all rows to the device for the exact pass over ``chunk`` more that is about to come."""

@@ -16,7 +16,7 @@ import numpy as np
 from kcache.arriving import Arriving
 from kcache.watch.capture import Captured
 from kcache.watch.codec import Message
-from kcache.watch.columns import NO_SHARE, PARTS, PHASES, ROLES, STATS
+from kcache.watch.columns import NO_SHARE, PARTS, PHASES, ROLES, ROOTS, STATS
 from kcache.watch.frame import MOST_BUCKETS, Memory, Phase, SequenceFrame, Speed, bucket_tokens
 from kcache.watch.tokens import Tokens
 
@@ -53,6 +53,7 @@ def build(
         "modes": captured.modes,
         "counts": counts,
         "histogram": np.zeros((layers, MOST_BUCKETS), np.uint32),
+        "held": np.zeros((layers, MOST_BUCKETS), np.uint8),
         "overlap": np.full(layers, NO_SHARE, np.uint8),
         "heads": np.zeros(layers, np.uint16),
         "mass": np.zeros(0, np.uint8),
@@ -72,13 +73,17 @@ def _add_picks(message: Message, captured: Captured, width: int) -> None:
     assert picks is not None
     layers = len(picks.shapes)
     plan = _plan(tuple(shape[:-1] for shape in picks.shapes), 3)
-    now = _sorted(_values(captured.positions), picks.shapes, plan)
+    now, order = _sorted(_values(captured.positions), picks.shapes, plan)
     of = plan.layer_of[now >> _ROW]
     total = np.bincount(of, minlength=layers)
     buckets = (now & _POSITION) // width + of * MOST_BUCKETS
     message["histogram"] = np.bincount(buckets, minlength=layers * MOST_BUCKETS).reshape(layers, MOST_BUCKETS)
+    weights = _values(captured.weights)
+    rows = np.maximum(np.bincount(plan.layer_of, minlength=layers), 1)
+    held = np.bincount(buckets, weights[order] / rows[of], layers * MOST_BUCKETS)
+    message["held"] = _roots(held).reshape(layers, MOST_BUCKETS)
     if captured.before:
-        before = _sorted(_values(captured.before), captured.shapes_before, plan)
+        before, _ = _sorted(_values(captured.before), captured.shapes_before, plan)
         both = np.concatenate([now, before])
         both.sort(kind="stable")  # which merges two runs that are sorted
         again = np.bincount(plan.layer_of[both[1:][both[1:] == both[:-1]] >> _ROW], minlength=layers)
@@ -86,7 +91,9 @@ def _add_picks(message: Message, captured: Captured, width: int) -> None:
         message["overlap"] = np.where(total > 0, shares, NO_SHARE).astype(np.uint8)
     if any(len(shape) == 4 for shape in picks.shapes):  # those of a group's query heads together
         plan = _plan(tuple(shape[:-1] for shape in picks.shapes), 2)
-        now = _sorted(_values(captured.positions), picks.shapes, plan)
+        now, order = _sorted(_values(captured.positions), picks.shapes, plan)
+        heads_of = np.array([shape[2] if len(shape) == 4 else 1 for shape in picks.shapes])
+        weights = weights / np.repeat(heads_of, [math.prod(shape) if shape else 0 for shape in picks.shapes])
     row = now >> _ROW
     position = now & _POSITION
     differences = position.copy()
@@ -97,6 +104,7 @@ def _add_picks(message: Message, captured: Captured, width: int) -> None:
     message["shapes"] = np.array([shape[:2] or (0, 0) for shape in picks.shapes], np.uint32)
     message["rows"] = np.bincount(row, minlength=len(plan.layer_of))
     message["picks"] = differences
+    message["weights"] = _roots(weights[order])
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,20 +125,27 @@ def _plan(shapes: Shapes, depth: int) -> _Plan:
     return _Plan(each[each > 0], np.repeat(np.arange(len(shapes)), each))
 
 
-def _sorted(flat: np.ndarray, shapes: Shapes, plan: _Plan) -> np.ndarray:
-    """Picks as one ascending array of row and position; -1, which fills up rows, is left out."""
+def _sorted(flat: np.ndarray, shapes: Shapes, plan: _Plan) -> tuple[np.ndarray, np.ndarray]:
+    """Picks as one ascending array of row and position, and where each stood; -1, which fills up rows, is left out."""
     sizes = np.array([math.prod(shape) for shape in shapes if shape])
     row = np.repeat(np.arange(len(plan.layer_of)), np.repeat(sizes // plan.rows, plan.rows))
-    picked = flat >= 0
+    picked = np.flatnonzero(flat >= 0)
     keys: np.ndarray = (row[picked] << _ROW) | flat[picked]
-    if not (keys[1:] >= keys[:-1]).all():
-        keys.sort()
-    return keys
+    if (keys[1:] >= keys[:-1]).all():
+        return keys, picked
+    order = keys.argsort()
+    return keys[order], picked[order]
 
 
 def _values(parts: Sequence[Arriving]) -> np.ndarray:
     arrays = [part.numpy() for part in parts]
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _roots(shares: np.ndarray) -> np.ndarray:
+    """Shares as :data:`~kcache.watch.columns.ROOTS` has them."""
+    roots: np.ndarray = np.rint(np.sqrt(np.clip(shares, 0, 1)) * ROOTS).astype(np.uint8)
+    return roots
 
 
 def _shares(mass: np.ndarray, heads: np.ndarray, observed: int) -> np.ndarray:

@@ -54,7 +54,7 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class Picks:
-    """Picks and mass of the observed sequences of all layers, flat, layer after layer.
+    """Picks, what each weighs, and mass of the observed sequences of all layers, flat, layer after layer.
 
     ``shapes`` has per layer the shape of its picks ``[S, Hkv, N]`` or ``[S, Hkv, G, N]``, which heads that picked
     fewer fill up with -1; ``heads`` its query heads; ``()`` and 0 where it picked nothing.
@@ -66,6 +66,7 @@ class Picks:
     heads: tuple[int, ...]
     positions: tuple[torch.Tensor, ...]
     mass: tuple[torch.Tensor, ...]
+    weights: tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class Captured:
     picks: Picks | None = None
     positions: tuple[Arriving, ...] = ()
     mass: tuple[Arriving, ...] = ()
+    weights: tuple[Arriving, ...] = ()
     before: tuple[Arriving, ...] = ()
     shapes_before: tuple[tuple[int, ...], ...] = ()
     prompt: bool | None = None
@@ -249,24 +251,25 @@ def watchers_of(model: PreTrainedModel) -> list[Capture]:
 
 def _picks(cache: KCache, run: int) -> Picks | None:
     """Put the picks of all layers together; None where no layer has any."""
-    layers = [layer if isinstance(layer, TieredLayer) and layer.picks is not None else None for layer in cache.layers]
-    picking = [layer for layer in layers if layer is not None]
+    layers = [layer.picked if isinstance(layer, TieredLayer) else None for layer in cache.layers]
+    picking = [picked for picked in layers if picked is not None]
     if not picking:
         return None
-    batch = picking[0].batch_size
-    total = sum(layer.picks.numel() for layer in picking if layer.picks is not None)
+    batch = cache.batch_size
+    total = sum(picked.picks.numel() for picked in picking)
     observed = max(1, min(batch, MOST_PICKS * batch // max(1, total)))
-    positions = [layer.picks[:observed] for layer in picking if layer.picks is not None]
-    mass = [layer.mass[:observed] for layer in picking if layer.mass is not None]
+    positions = [picked.picks[:observed] for picked in picking]
+    mass = [picked.mass[:observed] for picked in picking]
     shapes = iter([tuple(tensor.shape) for tensor in positions])
     heads = iter([math.prod(tensor.shape[1:]) for tensor in mass])
     return Picks(
-        step=(run, max(layer.steps for layer in picking)),
+        step=(run, max(layer.steps for layer in cache.tiered_layers)),
         observed=observed,
-        shapes=tuple(() if layer is None else next(shapes) for layer in layers),
-        heads=tuple(0 if layer is None else next(heads) for layer in layers),
+        shapes=tuple(() if picked is None else next(shapes) for picked in layers),
+        heads=tuple(0 if picked is None else next(heads) for picked in layers),
         positions=_together(positions),
         mass=_together(mass),
+        weights=_together([picked.weights[:observed] for picked in picking]),
     )
 
 
@@ -313,6 +316,7 @@ def _captured(
         picks,
         () if picks is None else _sent(picks.positions, torch.int32),
         () if picks is None else _sent(picks.mass, torch.float32),
+        () if picks is None else _sent(picks.weights, torch.float32),
         _sent(before.positions, torch.int32) if follows and before is not None else (),
         before.shapes if follows and before is not None else (),
         prompt,

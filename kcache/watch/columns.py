@@ -5,12 +5,15 @@
 ========== =============================== ==========================================================================
 counts     ``[fields of Stats, layers]``   whole numbers; older recordings lack the last fields, which are 0 then
 histogram  ``[layers, 128]``               picks per bucket, or fewer and wider ones: 64, 32, 16
+held       the same                        attention that each bucket's picks hold, mean over heads, as a square root in
+                                           1/255; not in all frames of a recording
 overlap    ``[layers]``                    in 1/100, 255 for none
 heads      ``[layers]``                    entries of ``mass`` that are this layer's, 0 for none
 mass       ``[sum of heads]``              in 1/100
 shapes     ``[layers, 2]``                 S and Hkv of the layer's picks, zeros for none
 rows       ``[sum of S * Hkv]``            how many picks each head of each sequence has
 picks      ``[sum of rows]``               ascending per head, as differences from the one before
+weights    ``[sum of rows]``               attention that each holds, like ``held``; not in recordings
 ========== =============================== ==========================================================================
 """
 
@@ -41,9 +44,13 @@ from kcache.watch.frame import (
 WIDTHS = (MOST_BUCKETS, 64, 32, 16)
 PARTS = 100
 """A share is sent as a whole number of so many parts."""
+ROOTS = 255
+"""The square root of a share that may be small is sent as a whole number of so many parts."""
 NO_SHARE = 255
-PICKS = ("picks", "shapes", "rows")
+PICKS = ("picks", "shapes", "rows", "weights")
 """The columns that make up exact picks; a frame may come without."""
+SOMETIMES = (*PICKS, "held")
+"""What a recording has in some frames only."""
 KINDS: tuple[LayerKind, ...] = get_args(LayerKind)
 MODES: tuple[StepMode, ...] = get_args(StepMode)
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -79,6 +86,7 @@ def read_frame(columns: Message) -> Frame:
     if len(modes) != count:
         raise FormatError("modes: not one per layer")
     masses, picks = _masses(columns, count), _picks(columns, count, tokens)
+    held = _squares(columns, "held", heat.shape)
     stats = [Stats(*map(int, values)) for values in counts.T]
     layers = tuple(
         LayerFrame(
@@ -89,7 +97,8 @@ def read_frame(columns: Message) -> Frame:
             None if overlap[index] > PARTS else float(overlap[index]) / PARTS,
             frozen(heat[index, :buckets]),
             masses[index],
-            picks[index],
+            None if held is None or masses[index] is None else frozen(held[index, :buckets]),
+            *picks[index],
         )
         for index in range(count)
     )
@@ -138,30 +147,46 @@ def _masses(columns: Message, count: int) -> list[np.ndarray | None]:
     return [frozen(mass[end - size : end]) if size else None for size, end in zip(heads, ends, strict=True)]
 
 
-def _picks(columns: Message, count: int, tokens: int) -> list[np.ndarray | None]:
+def _squares(columns: Message, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Shares that were sent as roots; None where they were not."""
+    if name not in columns:
+        return None
+    shares: np.ndarray = (array(columns, name, shape, most=ROOTS) / ROOTS).astype(np.float32) ** 2
+    return shares
+
+
+def _picks(columns: Message, count: int, tokens: int) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
+    """Picks and weights of each layer."""
     if "picks" not in columns:
-        return [None] * count
+        return [(None, None)] * count
     shapes = array(columns, "shapes", (count, 2), most=_MOST_PICKS)
     heads = [int(sequences) * int(each) for sequences, each in shapes]
     rows = array(columns, "rows", (sum(heads),), most=_MOST_PICKS)
     flat = array(columns, "picks", (int(rows.sum()),), most=2**31)
+    weights = _squares(columns, "weights", flat.shape)
     ends = np.cumsum(rows)
     run = np.concatenate([[0], np.cumsum(flat)])
     positions = run[1:] - np.repeat(run[ends - rows], rows)
     if positions.size and positions.max() >= tokens:
         raise FormatError("picks: positions outside of the context")
-    found: list[np.ndarray | None] = []
+    found: list[tuple[np.ndarray | None, np.ndarray | None]] = []
     first = 0
     for shape, size in zip(shapes, heads, strict=True):
         lengths = rows[first : first + size]
         if size * int(lengths.max(initial=0)) > _MOST_PICKS:
             raise FormatError("rows: too many picks in a layer")
-        table = np.full((size, int(lengths.max(initial=0))), -1, np.int32)
         start, end = (int(ends[first] - rows[first]), int(ends[first + size - 1])) if size else (0, 0)
-        table[np.arange(table.shape[1]) < lengths[:, None]] = positions[start:end]
-        found.append(frozen(table.reshape(*shape, -1)) if table.size else None)
+        table = _table(positions[start:end].astype(np.int32), shape, lengths, -1)
+        found.append((table, None if weights is None else _table(weights[start:end], shape, lengths, 0)))
         first += size
     return found
+
+
+def _table(flat: np.ndarray, shape: np.ndarray, lengths: np.ndarray, fill: int) -> np.ndarray | None:
+    """Rows of ``lengths``, filled up, as ``[*shape, N]``; None where there is nothing."""
+    table = np.full((len(lengths), int(lengths.max(initial=0))), fill, flat.dtype)
+    table[np.arange(table.shape[1]) < lengths[:, None]] = flat
+    return frozen(table.reshape(*shape, -1)) if table.size else None
 
 
 # -- checked reading -----------------------------------------------------------------------------------------------

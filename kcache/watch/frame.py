@@ -157,10 +157,16 @@ class LayerFrame:
     mass : ndarray ``[Hq]`` float32, or None
         Share of attention the picks hold per query head, mean over observed sequences, to 1/100. Heads of one KV head
         follow each other.
+    held : ndarray ``[W]`` float32, or None
+        Share of attention that the picks of each bucket hold, mean over all query heads and observed sequences. In
+        recordings coarse, 0 below a hundredth, and in some frames only.
     picks : ndarray ``[S, Hkv, N]`` int32, or None
         The exact picked positions, ascending; heads that picked fewer than others are filled up with -1 at the end.
         Picked per query head, they are those of the group together, and some repeat.
         Only in some frames: see :meth:`Source.ask <kcache.watch.source.Source.ask>`.
+    weights : ndarray ``[S, Hkv, N]`` float32, or None
+        Share of attention that each of them holds, mean over its KV head's query heads; 0 where a pick is -1. Not in
+        recordings.
     """
 
     index: int
@@ -170,7 +176,9 @@ class LayerFrame:
     overlap: float | None
     histogram: np.ndarray
     mass: np.ndarray | None = None
+    held: np.ndarray | None = None
     picks: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -113,4 +113,4 @@ def without_picks(frame: Frame) -> Frame:
     """The same frame without its exact picks."""
     if all(layer.picks is None for layer in frame.layers):
         return frame
-    return replace(frame, layers=tuple(replace(layer, picks=None) for layer in frame.layers))
+    return replace(frame, layers=tuple(replace(layer, picks=None, weights=None) for layer in frame.layers))

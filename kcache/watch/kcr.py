@@ -5,8 +5,10 @@ the payload: a letter for its kind and a message (:mod:`kcache.watch.codec`), de
 the publisher's Info, first and once; ``K`` a frame that stands alone, ``D`` one that is added to the frame before;
 ``T`` text; ``E`` the end, missing if the process died.
 
-Arrays named in a frame's ``delta`` are differences; what is missing, but for exact picks, is as in the frame before. A
-frame stands alone at least every :data:`KEY_EVERY` frames, so that a reader can begin there.
+Arrays named in a frame's ``delta`` are differences; what is missing, but for exact picks and what buckets hold, is as
+in the frame before. A frame stands alone at least every :data:`KEY_EVERY` frames, so that a reader can begin there. A
+reader passes over columns that it does not know, and does without those that an older writer did not: the version
+stays.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 
 from kcache.errors import FormatError
 from kcache.watch.codec import LARGEST_MESSAGE, Message, pack, unpack
-from kcache.watch.columns import PICKS
+from kcache.watch.columns import SOMETIMES
 
 MAGIC = b"\x89KCR\r\n\x1a\n"
 VERSION = 1
@@ -92,7 +94,7 @@ def thicken(thinned: Message, before: Message) -> Message:
     delta = thinned.get("delta", [])
     if not isinstance(delta, list):
         raise FormatError("delta: a list was expected")
-    frame = {name: value for name, value in before.items() if name not in PICKS}
+    frame = {name: value for name, value in before.items() if name not in SOMETIMES}
     frame |= {name: value for name, value in thinned.items() if name != "delta"}
     for name in delta:
         if not isinstance(name, str):

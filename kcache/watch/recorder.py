@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from kcache.errors import InputError
 from kcache.watch.codec import Message
-from kcache.watch.columns import PICKS, STATS, WIDTHS
+from kcache.watch.columns import PICKS, ROOTS, SOMETIMES, STATS, WIDTHS
 from kcache.watch.frame import MOST_BUCKETS
 from kcache.watch.kcr import DELTA, END, HEADER, KEY, KEY_EVERY, MAGIC, START, TEXT, VERSION, record, thin
 from kcache.watch.tokens import Tokens
@@ -20,9 +21,12 @@ BUDGET = 62
 """Bytes per layer and step that a recording keeps to in the long run, of 32 layers (1,984) or more; text aside.
 
 Counters, mass and histograms come first. Where they take more than that, the histograms get half the buckets, twice as
-wide. Exact picks, many times the size of the rest, are written whenever what has been saved so far pays for them. Only
-steps earn: frames of a prompt, or in the middle of a step, live on what is left.
+wide. What buckets hold is written where the step itself pays for it, or what has been saved so far; exact picks, many
+times the size of the rest, where what has been saved does. Only steps earn: frames of a prompt, or in the middle of a
+step, live on what is left.
 """
+_COARSE = 8
+_LEAST_HELD = 0.01
 _LEAST_LAYERS = 32
 _WINDOW = 8
 _ROOM = 0.45
@@ -58,7 +62,7 @@ class Recorder:
         self._step = (0, 0)
         self._buckets = MOST_BUCKETS
         self._sizes: deque[int] = deque(maxlen=_WINDOW)
-        self._picks_cost = 0
+        self._costs = {"held": 0, "picks": 0}
         try:
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         except FileExistsError:
@@ -75,8 +79,7 @@ class Recorder:
         """Write the text that is new, then the frame."""
         while (text := self.text.next(tokens)) is not None:
             self._append(record(TEXT, text))
-        picks: Message = {name: frame[name] for name in PICKS if name in frame}
-        plain = {name: value for name, value in frame.items() if name not in picks}
+        plain = {name: value for name, value in frame.items() if name not in SOMETIMES}
         plain["histogram"] = _merged(plain["histogram"], self._buckets)
         pay = BUDGET * max(_LEAST_LAYERS, len(frame["kinds"]))
         step = plain["run"], int(plain["counts"][_STEPS].max(initial=0))
@@ -89,14 +92,23 @@ class Recorder:
         data = record(kind, thinned)
         if advanced and not alone:
             self._fit_buckets(len(data), pay)
-        if picks and self._spent + len(data) + self._picks_cost <= self._earned:
-            with_picks = record(kind, {**thinned, **picks})
-            self._picks_cost = len(with_picks) - len(data)
-            if self._spent + len(with_picks) <= self._earned:
-                data = with_picks
+        for name, extra in self._extras(frame):
+            room = max(self._earned - self._spent, pay if advanced and name == "held" else 0)
+            if len(data) + self._costs[name] <= room:
+                more = {**thinned, **extra}
+                larger = record(kind, more)
+                self._costs[name] = len(larger) - len(data)
+                if len(larger) <= room:
+                    data, thinned = larger, more
         self._spent += len(data)
         self._before = plain
         self._append(data)
+
+    def _extras(self, frame: Message) -> Iterator[tuple[str, Message]]:
+        """What is written where there is room for it, the cheaper first."""
+        if "picks" in frame:
+            yield "held", {"held": _coarse(frame["held"], self._buckets)}
+            yield "picks", {name: frame[name] for name in PICKS if name != "weights"}
 
     def _fit_buckets(self, size: int, pay: int) -> None:
         """Fewer buckets while frames are larger than what they earn, more where there is room; a key frame follows."""
@@ -132,3 +144,11 @@ def _merged(histogram: np.ndarray, buckets: int) -> np.ndarray:
         2, dtype=np.int64
     )
     return merged
+
+
+def _coarse(held: np.ndarray, buckets: int) -> np.ndarray:
+    """What neighbouring buckets hold together, ``[layers, buckets]``: little, or noise from step to step, left out."""
+    shares = ((held / ROOTS) ** 2).reshape(len(held), buckets, held.shape[1] // buckets).sum(2)
+    roots = np.rint(np.sqrt(np.where(shares < _LEAST_HELD, 0, shares)) * ROOTS / _COARSE) * _COARSE
+    coarse: np.ndarray = np.minimum(roots, ROOTS).astype(np.uint8)
+    return coarse

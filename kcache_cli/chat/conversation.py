@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kcache import Session
 
 Write = Callable[[str], None]
+STOPPING = "stopping after this piece of the prompt…"
 _LONG_PROMPT = 1024
 
 
@@ -48,6 +49,7 @@ class Conversation:
     host_only: bool
     document: str | None = None
     quiet: bool = False
+    _reading: Write | None = field(default=None, init=False, repr=False)
 
     def compose(self, message: str) -> str:
         """Put the document before the first question, in the same message."""
@@ -73,10 +75,21 @@ class Conversation:
                 "give a shorter one, or use --allow-overflow"
             )
 
-    def ask(self, message: str, write: Write) -> Reply:
+    def stop(self) -> None:
+        """Ask the reply to stop: at its next token, or after the piece of the prompt that is being read, and say so.
+
+        Safe from a signal handler and from any thread.
+        """
+        self.session.interrupt()
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            reading(STOPPING)
+
+    def ask(self, message: str, write: Write, remark: Write | None = None) -> Reply:
         """Send a message and stream the answer to ``write``.
 
-        Ctrl-C is left to the caller; what was said until then stays in the conversation.
+        Ctrl-C is left to the caller; what was said until then stays in the conversation. What there is to say while the
+        prompt is read goes to standard error, or of a quiet conversation to ``remark``.
         """
         if not message.strip():
             raise InputError("the message is empty")
@@ -87,8 +100,8 @@ class Conversation:
         with ExitStack() as waiting:
             waiting.callback(events.close)
             spinner = waiting.enter_context(ExitStack())
-            if not self.quiet:
-                spinner.enter_context(working(self._label(text)))
+            self._reading = remark if self.quiet else spinner.enter_context(working(self._label(text)))
+            spinner.callback(self._has_read)
             for event in events:
                 spinner.close()
                 said.append(event.text)
@@ -99,6 +112,9 @@ class Conversation:
         if said:
             reply.figures = Figures.of(self.session)
         return reply
+
+    def _has_read(self) -> None:
+        self._reading = None
 
     def _label(self, text: str) -> str:
         """What to say while the prompt is read; long prompts are named on standard error in any case."""
@@ -116,7 +132,7 @@ def write_text(piece: str) -> None:
 
 
 @contextmanager
-def stop_on_ctrl_c(session: Session) -> Iterator[None]:
+def stop_on_ctrl_c(conversation: Conversation) -> Iterator[None]:
     """Let Ctrl-C stop the reply alone: at the next token or piece of the prompt, or at once when pressed again."""
     pressed = False
 
@@ -125,7 +141,7 @@ def stop_on_ctrl_c(session: Session) -> Iterator[None]:
         if pressed:
             raise KeyboardInterrupt
         pressed = True
-        session.interrupt()
+        conversation.stop()
 
     before = signal.signal(signal.SIGINT, handle)
     try:

@@ -84,7 +84,7 @@ class Repl:
         stopped = False
         reply = None
         try:
-            with stop_on_ctrl_c(self.conversation.session):
+            with stop_on_ctrl_c(self.conversation):
                 reply = self.conversation.ask(message, write)
                 stopped = reply.interrupted
         except KeyboardInterrupt:

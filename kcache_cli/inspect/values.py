@@ -32,11 +32,11 @@ def state(source: Source) -> dict[str, Any]:
 
 
 def rows(frame: Frame) -> list[dict[str, Any]]:
-    """A row for each layer, without histogram and mass of single heads."""
+    """A row for each layer, without histograms and mass of single heads."""
     return [
         {
             **{name: value for name, value in _moment(frame).items() if name not in ("memory", "sequences")},
-            **{name: value for name, value in _layer(layer).items() if name not in ("histogram", "mass")},
+            **{name: value for name, value in _layer(layer).items() if name not in ("histogram", "held", "mass")},
             "mean_mass": None if layer.mass is None else round(float(layer.mass.mean()), 4),
         }
         for layer in frame.layers
@@ -65,4 +65,5 @@ def _layer(layer: LayerFrame) -> dict[str, Any]:
         "overlap": layer.overlap,
         "mass": None if layer.mass is None else [round(float(share), 4) for share in layer.mass],
         "histogram": layer.histogram.tolist(),
+        "held": None if layer.held is None else [round(float(share), 6) for share in layer.held],
     }

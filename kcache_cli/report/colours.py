@@ -22,6 +22,8 @@ class Picture:
         The value at the end of the scale; the colour goes with its square root.
     cells : str
         Values as bytes, 255 the end of the scale, row after row, in base64.
+    held : str
+        Shares of attention in the same way, 254 all of it, 255 where nobody knows.
     """
 
     light: str
@@ -30,21 +32,32 @@ class Picture:
     columns: int
     top: float
     cells: str
+    held: str
 
 
-def picture(values: np.ndarray) -> Picture:
+def picture(values: np.ndarray, held: np.ndarray) -> Picture:
     """Colour ``[rows, columns]``; the scale ends where only the brightest few cells lie above."""
     bright = values[values > 0]
     top = float(np.quantile(bright, 0.97)) if bright.size else 1.0
-    cells = np.rint(np.sqrt(np.clip(values / top, 0, 1)) * 255).astype(np.uint8)
+    cells = _roots(values / top, 255)
     return Picture(
         light=_png(cells, dark=False),
         dark=_png(cells, dark=True),
         rows=values.shape[0],
         columns=values.shape[1],
         top=top,
-        cells=base64.b64encode(cells.tobytes()).decode("ascii"),
+        cells=_base64(cells),
+        held=_base64(np.where(np.isnan(held), 255, _roots(np.nan_to_num(held), 254)).astype(np.uint8)),
     )
+
+
+def _roots(shares: np.ndarray, most: int) -> np.ndarray:
+    roots: np.ndarray = np.rint(np.sqrt(np.clip(shares, 0, 1)) * most).astype(np.uint8)
+    return roots
+
+
+def _base64(cells: np.ndarray) -> str:
+    return base64.b64encode(cells.tobytes()).decode("ascii")
 
 
 def ramp(dark: bool) -> str:

@@ -27,6 +27,9 @@ class Maps:
         Shares of each layer's picks at the last step, and decayed over the steps before.
     steps : ndarray ``[rows, buckets]``
         Mean over layers, a row for ``steps_per_row`` steps from ``first_step`` on.
+    held : dict of str to ndarray
+        The attention that those picks hold, for each of ``last``, ``history`` and ``steps``; NaN where a recording does
+        not say.
     first_step, steps_per_row : int
     run, tokens, bucket_tokens : int
         Of the frame the buckets are those of.
@@ -39,6 +42,7 @@ class Maps:
     last: np.ndarray
     history: np.ndarray
     steps: np.ndarray
+    held: dict[str, np.ndarray]
     first_step: int
     steps_per_row: int
     run: int
@@ -53,9 +57,9 @@ class Heat:
 
     def __init__(self) -> None:
         self._latest: Frame | None = None
-        self._history = np.zeros((0, 0))
+        self._history = _Decaying(0, (0, 0))
+        self._held = _Decaying(0, (0, 0))
         self._rows: list[tuple[int, int, np.ndarray]] = []
-        self._step = 0
 
     def add(self, frame: Frame) -> None:
         """Take in a frame."""
@@ -64,18 +68,21 @@ class Heat:
             return
         before = self._latest
         if before is None or before.run != frame.run or before.tokens > frame.tokens + before.bucket_tokens:
-            self._history, self._rows, self._step = np.zeros(heat.shape), [], frame.step - 1
-            before = None
+            self._history, self._held = _Decaying(frame.step - 1, heat.shape), _Decaying(frame.step - 1, heat.shape)
+            self._rows, before = [], None
         if before is not None and frame.step == before.step:
             self._latest = frame
             return
-        shares = _shares(heat)
-        if before is not None:
-            self._history = rebucketed(self._history, before.bucket_tokens, frame.bucket_tokens, frame.buckets)
-        decay = 0.5 ** ((frame.step - self._step) / HALF_LIFE_STEPS)
-        self._history = decay * self._history + (1 - decay) * shares
-        self._step, self._latest = frame.step, frame
-        self._rows.append((frame.step, frame.bucket_tokens, shares[heat.any(1)].mean(0).astype(np.float32)))
+        shares, held = _normal(heat.astype(np.float64)), _held_in(frame)
+        for past in (self._history, self._held) if before is not None else ():
+            assert before is not None
+            past.sums = rebucketed(past.sums, before.bucket_tokens, frame.bucket_tokens, frame.buckets)
+        self._history.add(frame.step, shares)
+        if not np.isnan(held).any():
+            self._held.add(frame.step, held)
+        self._latest = frame
+        row = np.stack([shares, held])[:, heat.any(1)].mean(1).astype(np.float32)
+        self._rows.append((frame.step, frame.bucket_tokens, row))
 
     def maps(self) -> Maps | None:
         """What was found; None where nothing was picked."""
@@ -83,15 +90,18 @@ class Heat:
         if frame is None:
             return None
         width, buckets = frame.bucket_tokens, frame.buckets
-        picking = [index for index in range(len(frame.layers)) if self._history[index].any()]
+        picking = [index for index in range(len(frame.layers)) if self._history.sums[index].any()]
         rows = np.stack([rebucketed(row, old, width, buckets) for _, old, row in self._rows])
         each = -(-len(rows) // MOST_ROWS)
         starts = np.arange(0, len(rows), each)
         sizes = np.diff(np.append(starts, len(rows)))
+        steps = np.add.reduceat(rows, starts, axis=0) / sizes[:, None, None]
+        held = {"last": _held_in(frame)[picking], "history": self._held.mean()[picking], "steps": steps[:, 1]}
         return Maps(
-            last=_shares(frame.heat)[picking],
-            history=_normal(self._history)[picking],
-            steps=np.add.reduceat(rows, starts, axis=0) / sizes[:, None],
+            last=_normal(frame.heat.astype(np.float64))[picking],
+            history=_normal(self._history.sums)[picking],
+            steps=steps[:, 0],
+            held=held,
             first_step=self._rows[0][0],
             steps_per_row=each,
             run=frame.run,
@@ -102,8 +112,29 @@ class Heat:
         )
 
 
-def _shares(heat: np.ndarray) -> np.ndarray:
-    return _normal(heat.astype(np.float64))
+class _Decaying:
+    """A mean over steps from ``step`` on that weighs older ones less."""
+
+    def __init__(self, step: int, shape: tuple[int, ...]) -> None:
+        self.sums = np.zeros(shape)
+        self._step, self._weight = step, 0.0
+
+    def add(self, step: int, values: np.ndarray) -> None:
+        decay = 0.5 ** ((step - self._step) / HALF_LIFE_STEPS)
+        self.sums = decay * self.sums + (1 - decay) * values
+        self._weight = decay * self._weight + (1 - decay)
+        self._step = step
+
+    def mean(self) -> np.ndarray:
+        """NaN before the first step."""
+        return self.sums / (self._weight or np.nan)
+
+
+def _held_in(frame: Frame) -> np.ndarray:
+    """Shares of attention ``[layers, buckets]``; NaN where a layer picked and does not say."""
+    unknown = np.where(frame.heat.any(1, keepdims=True), np.nan, np.zeros(frame.heat.shape))
+    rows = [row if layer.held is None else layer.held for layer, row in zip(frame.layers, unknown, strict=True)]
+    return np.stack(rows).astype(np.float64)
 
 
 def _normal(heat: np.ndarray) -> np.ndarray:

@@ -145,7 +145,7 @@ def _begins(samples: Samples, axis: Axis) -> list[float]:
 
 
 def _pictures(maps: Maps) -> dict[str, Any]:
-    return {"last": picture(maps.last), "history": picture(maps.history), "steps": picture(maps.steps)}
+    return {name: picture(getattr(maps, name), maps.held[name]) for name in ("last", "history", "steps")}
 
 
 def _row_names(maps: Maps) -> dict[str, list[str]]:

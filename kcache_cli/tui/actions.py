@@ -49,6 +49,10 @@ class Actions(App[None]):
     def show_words(self) -> None:
         """Fill the text panel; see the app."""
 
+    @abstractmethod
+    def place_panels(self) -> None:
+        """Share the terminal anew; see the app."""
+
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Whether a key does something now: the filter's is a letter like any other while something is written."""
         return not (action == "filter" and isinstance(self.focused, Input))
@@ -73,16 +77,25 @@ class Actions(App[None]):
 
     def action_sort(self) -> None:
         """The layer table's next order."""
+        self._show_layers()
         self.query_one(LayersPanel).next_sort()
 
     def action_reverse(self) -> None:
         """The layer table the other way round."""
+        self._show_layers()
         panel = self.query_one(LayersPanel)
         panel.backwards = not panel.backwards
 
+    def _show_layers(self) -> None:
+        """Go to the layer table, where there is no room to show it all the time."""
+        if not self.query_one(LayersPanel).display:
+            self.action_panel("layers")
+
     def action_filter(self) -> None:
         """Ask what layers must meet."""
+        self._show_layers()
         self.query_one("#filter", Input).add_class("open").focus()
+        self.place_panels()
 
     @on(Input.Changed, "#filter")
     def _filter(self, event: Input.Changed) -> None:
@@ -102,6 +115,7 @@ class Actions(App[None]):
             self.notify(str(error), severity="warning", markup=False)
             return
         event.input.remove_class("open")
+        self.place_panels()
         self.action_panel("layers")
 
     @on(HeatPanel.Looked)
@@ -205,6 +219,7 @@ class Actions(App[None]):
             field.remove_class("open")
             field.value = ""
             self.query_one(LayersPanel).filter = ""
+            self.place_panels()
             self.action_panel("layers")
         elif isinstance(self.focused, Input):
             heat.focus()
@@ -223,6 +238,8 @@ class Actions(App[None]):
         stop = self.stop_work if self.conversation is None else self.conversation.stop
         if stop is None or not stop():
             self.notify("there is nothing to stop; q leaves the dashboard", timeout=3)
+        elif self.conversation is None:
+            self.notify("stopping at the next token, or after this piece of the prompt…", timeout=10)
 
     @on(Input.Submitted, "#say")
     def _said(self, event: Input.Submitted) -> None:

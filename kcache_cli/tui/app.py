@@ -207,6 +207,7 @@ class Dashboard(Actions):
         screen = self.screen_stack[0]
         width, height = self.size
         height -= 2 + self.has_class("stepping") + self.has_class("closed") + 3 * self.has_class("talking")
+        height -= 3 * screen.query_one("#filter").has_class("open")
         layers = 30 if self.moment is None or self.moment.frame is None else max(1, len(self.moment.frame.layers))
         lines = -(-layers // 2) if self.look.halves else layers
         plan = arrange(
@@ -246,7 +247,7 @@ class Dashboard(Actions):
             return
         frame, panel, heat = moment.frame, self.query_one(WordsPanel), self.query_one(HeatPanel)
         room = max(64, panel.size.width * panel.size.height // 2)
-        positions = heat.positions()
+        positions = None if self._writes else heat.positions()
         panel.passage = positions is not None
         if positions is None:
             start, end, layer = max(0, frame.tokens - room), frame.tokens, None
@@ -261,6 +262,16 @@ class Dashboard(Actions):
         panel.pieces = tuple(
             pieces_of(frame, texts, start, None if positions is None else weights(frame, layer, start, end))
         )
+
+    @property
+    def _writes(self) -> bool:
+        """Whether the user is writing to the model: what is said then goes before what is under the cursor."""
+        return self.focused is not None and self.focused.id == "say"
+
+    def on_descendant_focus(self) -> None:
+        """Show the conversation, or what is under the cursor again."""
+        if self.conversation is not None:
+            self.show_words()
 
     def quote(self, layer: int, positions: range, width: int) -> Text:
         """The words at positions, picked ones lit, the one that was picked most in the first third."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from rich.text import Text
@@ -64,7 +65,7 @@ class Conversing:
     def stop(self) -> bool:
         """See :class:`~kcache_cli.tui.talk.Talk`."""
         if self._busy:
-            self.conversation.session.interrupt()
+            self.conversation.stop()
         return self._busy
 
     def close(self) -> None:
@@ -83,6 +84,7 @@ class Conversing:
         text = Text()
         with self._lock:
             lines = [(who, "".join(parts)) for who, parts in self._lines]
+        lines = [(who, said) for who, said in lines if said or who != "model"]
         for number, (who, said) in enumerate(lines):
             if number:
                 text.append("\n")
@@ -109,25 +111,31 @@ class Conversing:
     def _answer(self, asked: str) -> None:
         command = slash.parse(asked)
         if command is not None:
-            slash.run(self.conversation, *command, lambda remark: self._add("remark", remark))
+            slash.run(self.conversation, *command, self._remark)
             return
-        self._add("model", "")
-        reply = self.conversation.ask(asked, self._write)
+        answer = self._add("model", "")
+        reply = self.conversation.ask(asked, partial(self._write, answer), self._remark)
         if reply.interrupted:
-            self._add("remark", "stopped")
+            self._remark("stopped")
         if reply.figures is not None:
             tokens, _, _ = reply.figures.footer(self.conversation.host_only).partition("\n")
-            self._add("remark", tokens)  # the panels say the rest
+            self._remark(tokens)  # the panels say the rest
 
-    def _write(self, piece: str) -> None:
+    def _remark(self, text: str) -> None:
+        self._add("remark", text)
+
+    def _write(self, parts: list[str], piece: str) -> None:
         with self._lock:
-            self._lines[-1][1].append(piece)
+            parts.append(piece)
         self._tell()
 
-    def _add(self, who: Who, text: str) -> None:
+    def _add(self, who: Who, text: str) -> list[str]:
+        """Begin a line; returns its parts, for :meth:`_write`."""
+        parts = [text]
         with self._lock:
-            self._lines.append((who, [text]))
+            self._lines.append((who, parts))
         self._tell()
+        return parts
 
     def _tell(self) -> None:
         """Tell the screen, unless it knows and has not looked yet."""

@@ -47,7 +47,8 @@ def arrange(
     top = 9 if height >= 38 else 8
     if talking:
         low = max(9, height // 3)
-        return Layout(top, height - top - low, low, frozenset({"memory", "link", "heat", "speed", "words"}))
+        beside = "layers" if chosen == "layers" else "speed"
+        return Layout(top, height - top - low, low, frozenset({"memory", "link", "heat", beside, "words"}))
     wanted = lines + _HEAT_AROUND
     low = max(7, height - top - wanted)
     if height - top - low > wanted + 4:

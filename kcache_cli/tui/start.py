@@ -30,7 +30,7 @@ def check_terminal() -> None:
 
 def has_terminal() -> bool:
     """Whether there is somebody to draw for and to ask."""
-    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
 
 
 def dashboard(source: Source, stop: Callable[[], bool] | None = None, *, talk: Talk | None = None) -> Dashboard:

@@ -84,6 +84,23 @@ def test_ctrl_c_stops_the_reply_only(capsys: pytest.CaptureFixture[str]) -> None
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_ctrl_c_while_a_prompt_is_read_says_at_once_what_it_waits_for(capsys: pytest.CaptureFixture[str]) -> None:
+    session = FakeSession(FakeModel(), Policy(), [["a"] * 5, ["b"]])
+    seen = []
+
+    def press(number: int) -> None:
+        if number == 1 and not seen:
+            os.kill(os.getpid(), signal.SIGINT)
+            seen.append(capsys.readouterr())
+
+    session.before_token = press
+    type_into(Conversation(session, "fake", 100, True), "hi", "again")  # type: ignore[arg-type]
+    assert "stopping after this piece" in seen[0].err and seen[0].out == ""
+    out, err = capsys.readouterr()
+    assert out == "b\n"
+    assert "stopped" in err and "stopping" not in err
+
+
 def test_ctrl_c_twice_stops_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     session = FakeSession(FakeModel(), Policy(), [["a"] * 50, ["b"]])
     session.interrupt = lambda: None  # type: ignore[method-assign]  # an engine deep in a long step

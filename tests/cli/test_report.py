@@ -296,11 +296,12 @@ def test_rebucketing_keeps_sums(width: int, wanted: int) -> None:
     assert np.allclose(found.reshape(3, tokens // wide, -1).sum(2), values.reshape(3, tokens // wide, -1).sum(2))
 
 
-def looking(at: int, step: int, run: int = 1) -> Frame:
+def looking(at: int, step: int, run: int = 1, says: bool = True) -> Frame:
     frame = one_frame()
     histogram = np.zeros_like(frame.layers[0].histogram)
     histogram[at] = 10
-    layers = tuple(replace(layer, histogram=histogram) for layer in frame.layers)
+    held = np.where(histogram > 0, at / 10, 0).astype(np.float32) if says else None
+    layers = tuple(replace(layer, histogram=histogram, held=held) for layer in frame.layers)
     return replace(frame, layers=layers, step=step, run=run)
 
 
@@ -318,6 +319,24 @@ def test_the_history_fades_by_half() -> None:
     assert maps.steps[:HALF_LIFE_STEPS, 3].all() and not maps.steps[:HALF_LIFE_STEPS, 9].any()
 
 
+def test_what_picks_hold_beside_where_they_are() -> None:
+    heat = Heat()
+    for step, says in enumerate((True, False, True), 1):
+        heat.add(looking(2 * step, step, says=says))
+    maps = heat.maps()
+    assert maps is not None
+    assert maps.held["last"][:, 6].tolist() == pytest.approx([0.6] * len(maps.layers))
+    assert np.nansum(maps.held["steps"], 1).tolist() == pytest.approx([0.2, 0, 0.6])
+    assert np.isnan(maps.held["steps"][1]).all() and not np.isnan(maps.held["steps"][[0, 2]]).any()
+    first, last = maps.held["history"][0, 2], maps.held["history"][0, 6]
+    weight = 0.5 ** (2 / HALF_LIFE_STEPS)
+    assert last / 0.6 > first / 0.2 * weight and first / 0.2 + last / 0.6 == pytest.approx(1)
+    silent = Heat()
+    silent.add(looking(3, 1, says=False))
+    unknown = silent.maps()
+    assert unknown is not None and all(np.isnan(values).any() for values in unknown.held.values())
+
+
 def test_a_new_run_has_a_heat_map_of_its_own() -> None:
     heat = Heat()
     heat.add(looking(3, 1))
@@ -329,13 +348,14 @@ def test_a_new_run_has_a_heat_map_of_its_own() -> None:
 
 
 def test_a_picture_is_as_large_as_its_cells() -> None:
-    found = picture(np.array([[0.0, 0.5], [1.0, 0.25]]))
+    found = picture(np.array([[0.0, 0.5], [1.0, 0.25]]), np.array([[0.0, 0.25], [1.0, np.nan]]))
     for image in (found.light, found.dark):
         data = base64.b64decode(image.removeprefix("data:image/png;base64,"))
         assert data.startswith(b"\x89PNG")
         assert (int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")) == (2, 2)
     cells = list(base64.b64decode(found.cells))
     assert cells[0] == 0 and cells[2] == 255 and cells[1] > cells[3]
+    assert list(base64.b64decode(found.held)) == [0, 127, 254, 255]
 
 
 def test_text_is_cut_where_buckets_and_turns_begin() -> None:

@@ -52,6 +52,7 @@ def test_long_contexts_in_every_dtype(policy: Policy, dtype: torch.dtype) -> Non
     twins.prefill(ids_of(1, 2, 5000))
     twins.decode(24)
     replays(twins, 24 - PROOFS - 1)
+    assert set(twins.graph.fused) == {"norm", "gated", "rotary"}
 
 
 @pytest.mark.parametrize("policy", [MIXED, OFFLOADED.replace(spread="even")], ids=["need", "even"])

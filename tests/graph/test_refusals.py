@@ -24,7 +24,7 @@ POLICY = Policy(
     tail="none", hot_rows=0,
 )  # fmt: skip
 SMALL = {"head_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-STEPS = 4
+STEPS = 6
 
 
 def run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from transformers import PreTrainedModel
 
@@ -14,6 +15,7 @@ from kcache.decoding import decode
 from kcache.forward import prefill
 from kcache.graph.decoder import GraphDecoder
 from kcache.policy import Policy
+from kcache.telemetry import LayerSnapshot
 from tests.graph.samplers import Forced
 from tests.models import tokens
 
@@ -122,9 +124,12 @@ class Twins:
         for got, want in zip(taped.snapshot().layers, plain.snapshot().layers, strict=True):
             assert got.mode == want.mode
             if want.picks is not None and self.exact:
-                assert _sets(got.picks) == _sets(want.picks)
+                for mine, theirs in zip(_weighed(got), _weighed(want), strict=True):
+                    assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
-def _sets(picks: Any) -> list[set[int]]:
-    """The picks of each head; recordings have room for more, filled up with -1."""
-    return [set(row.tolist()) - {-1} for row in picks.reshape(-1, picks.shape[-1])]
+def _weighed(layer: LayerSnapshot) -> list[dict[int, float]]:
+    """What each pick of each head weighs; recordings have room for more, filled up with -1."""
+    assert layer.picks is not None and layer.weights is not None
+    heads = (values.reshape(-1, values.shape[-1]).tolist() for values in (layer.picks, layer.weights))
+    return [{at: share for at, share in zip(*rows, strict=True) if at >= 0} for rows in zip(*heads, strict=True)]

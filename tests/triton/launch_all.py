@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kcache.backends.triton import DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode, triton_decode
+from kcache.backends.triton.pointwise import gated, rms_norm, rotate
 from kcache.lowrank import LowRank
 from kcache.sizes import rank_of
 
@@ -27,7 +28,7 @@ def launch_all(
     bits: int = 16,
     tuning: Tuning | None = None,
 ) -> None:
-    """Run append, one TopN step and one dense step."""
+    """Run append, one TopN step, one dense step and what lies between products."""
     tuning = tuning or Tuning(processors=132, slices=1)
     cpu = torch.device("cpu")
     query = torch.empty(batch, kv_heads * group, dim, dtype=dtype)
@@ -61,3 +62,7 @@ def launch_all(
         query, keys, keys, length, scaling=dim**-0.5, mask=mask, softcap=softcap, sinks=sink,
         workspace=DenseWorkspace(batch, kv_heads, group, dim, dim, capacity, cpu, tuning=tuning),
     )  # fmt: skip
+    hidden, inner = torch.empty(batch, 1, 32 * dim, dtype=dtype), torch.empty(batch, 1, 112 * dim, dtype=dtype)
+    rms_norm(hidden, hidden[0, 0], 1e-5, "rounded")
+    rotate(query, new, query[:, 0], query[:, 0], rounded=True)
+    gated(inner, inner, "silu")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kcache.backends.base import DecodeStep
+from kcache.backends.base import DecodeResult, DecodeStep
 from kcache.backends.reference import ReferenceBackend
 from kcache.backends.triton.backend import TritonBackend
 from kcache.backends.triton.common import interpreted
@@ -25,6 +25,12 @@ def make_step(policy: Policy, device: torch.device, **sizes: object) -> DecodeSt
         lowrank=problem.lowrank, threshold=threshold,
         tally=None if threshold is None else torch.tensor([3, 0], device=device),
     )  # fmt: skip
+
+
+def weighed(result: DecodeResult) -> list[dict[int, float]]:
+    """What each pick weighs, for each row of picks."""
+    rows = zip(result.picks.flatten(0, -2).tolist(), result.weights.flatten(0, -2).tolist(), strict=True)
+    return [{at: weight for at, weight in zip(*row, strict=True) if at >= 0} for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -59,10 +65,12 @@ def test_triton_backend_equals_reference(policy: Policy, sizes: dict[str, Any], 
         torch.testing.assert_close(got.out, want.out, rtol=1e-4 if exact else 1e-2, atol=1e-5 if exact else 1e-3)
         torch.testing.assert_close(got.mass, want.mass, rtol=1e-5, atol=1e-6)
         assert got.picks.shape[:-1] == want.picks.shape[:-1]
+        assert got.weights.shape == got.picks.shape
         width = want.picks.shape[-1]
         assert (got.picks[..., width:] == -1).all()
-        for mine_row, row in zip(got.picks.flatten(0, -2).tolist(), want.picks.flatten(0, -2).tolist(), strict=True):
-            assert sorted(p for p in mine_row if p >= 0) == sorted(p for p in row if p >= 0)
+        for mine_row, row in zip(weighed(got), weighed(want), strict=True):
+            assert mine_row.keys() == row.keys()
+            assert list(mine_row.values()) == pytest.approx([row[at] for at in mine_row], rel=1e-4, abs=1e-6)
     if step.tally is not None:
         assert torch.equal(tallies[0], tallies[2])
         assert torch.equal(tallies[2] - step.tally, (want.picks >= 0).flatten(1).sum(1))

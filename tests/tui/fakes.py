@@ -136,7 +136,21 @@ def _layer(
     now: StepMode = "prefill" if phase == "prefill" else "dense" if resident else mode
     mass = None if chosen is None else np.linspace(0.99, 0.7 + index / 150, KV_HEADS * GROUP, dtype=np.float32)
     overlap = None if chosen is None or step < 2 else 0.5 + index / 100
-    return LayerFrame(index, kind, now, stats, overlap, histogram, mass, chosen if picks else None)
+    weights = held = None
+    if chosen is not None and mass is not None:
+        weights = _weights(chosen, mass)
+        held = (
+            np.bincount(chosen.reshape(-1) // width, weights.reshape(-1), len(histogram)).astype(np.float32) / KV_HEADS
+        )
+    exact = (chosen, weights) if picks else (None, None)
+    return LayerFrame(index, kind, now, stats, overlap, histogram, mass, held, *exact)
+
+
+def _weights(picks: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    """The first tokens weigh a third, the needle most of the rest where it is seen."""
+    found = np.where(picks < 3, 0.1, np.where((picks >= NEEDLE.start) & (picks < NEEDLE.stop), 0.04, 0.001))
+    wanted = mass.reshape(KV_HEADS, -1).mean(1)[None, :, None]
+    return (found / found.sum(2, keepdims=True) * wanted).astype(np.float32)
 
 
 def _picks(index: int, step: int, tokens: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,41 @@ def step(driver: Driver) -> int:
     moment = driver.app.moment
     assert moment is not None and moment.frame is not None
     return moment.frame.step
+
+
+def test_the_cursor_reads_a_cell() -> None:
+    async def body(driver: Driver) -> None:
+        panel = heat(driver)
+        panel.at_layer, panel.cursor = 15, 3305
+        await driver.settle()
+        where = r"layer 15 tiered · tokens 3,\d+–3,\d+ · \d+ picks, \d+ % of the layer's · "
+        assert re.search(where + r"mass \d+ % of \d+ % in all", driver.text())
+        assert "blue lighthouse" in driver.text()
+        await driver.press("v", "v")
+        assert re.search(
+            r"layer 15 head 0 tiered · .* picks, \d+ % of the head's · mass \d+ % of 9\d % in all", driver.text()
+        )
+
+    run(body)
+
+    async def narrow(driver: Driver) -> None:
+        panel = heat(driver)
+        panel.at_layer, panel.cursor = 15, 3305
+        await driver.settle()
+        assert re.search(r"layer 15 · tokens 3,2\d\d–3,3\d\d · ~\d+ picks, \d+ % · mass ~\d+ % of \d+ %", driver.text())
+
+    run(narrow, FakeSource(conversation(picks=False)), size=(80, 24))
+
+    async def unknown(driver: Driver) -> None:
+        panel = heat(driver)
+        panel.at_layer, panel.cursor = 15, 3305
+        await driver.settle()
+        assert "mass - of 90 % in all" in driver.text()
+
+    bare = [
+        replace(it, layers=tuple(replace(layer, held=None) for layer in it.layers)) for it in conversation(picks=False)
+    ]
+    run(unknown, FakeSource(bare))
 
 
 def test_quit() -> None:
@@ -95,6 +131,7 @@ def test_arrows_step_through_time_when_paused_and_move_the_cursor_otherwise() ->
     async def body(driver: Driver) -> None:
         await driver.press("left")
         assert step(driver) == 8 and heat(driver).cursor is not None
+        assert heat(driver).at_layer == 2  # the first that picks
         await driver.press("space", "left", "left")
         assert step(driver) == 6
         await driver.press("right")
@@ -206,7 +243,7 @@ def test_heads_shows_a_layer_that_picks_and_goes_on_to_the_next() -> None:
     async def body(driver: Driver) -> None:
         await driver.press("v", "v")
         assert heat(driver).at_layer == 2  # the first two attend exactly
-        await driver.press("down", "down", "down")
+        await driver.press("down", "down", "down", "down")
         assert (heat(driver).at_layer, heat(driver).head) == (3, 0)
         await driver.press("up")
         assert (heat(driver).at_layer, heat(driver).head) == (2, 2)
@@ -218,9 +255,9 @@ def test_cursor_and_zoom() -> None:
     async def body(driver: Driver) -> None:
         await driver.press("down", "down", "a", "a")
         panel = heat(driver)
-        assert panel.at_layer == 2 and panel.cursor is not None
-        assert "layer 2 tiered" in driver.text()
-        assert layers(driver).at_layer == 2
+        assert panel.at_layer == 3 and panel.cursor is not None
+        assert "layer 3 tiered" in driver.text()
+        assert layers(driver).at_layer == 3
         await driver.press("z", "z")
         start, end = panel.window.within(6008)
         assert end - start == 1502 and start <= panel.cursor < end
@@ -262,7 +299,7 @@ def test_the_text_is_that_of_the_cells_after_a_step_in_time() -> None:
 
 def test_enter_opens_a_layer_and_arrows_go_to_its_neighbours() -> None:
     async def body(driver: Driver) -> None:
-        await driver.press("down", "down", "down", "enter")
+        await driver.press("down", "down", "enter")
         screen = driver.app.screen
         assert isinstance(screen, DetailScreen)
         assert "error bound" in driver.text() and "layer 3" in driver.text()

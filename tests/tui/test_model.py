@@ -13,8 +13,9 @@ from kcache.errors import InputError
 from kcache.watch.frame import Frame, Info, Mark, Memory, bucket_tokens
 from kcache_cli.tui.layout import PANELS, arrange
 from kcache_cli.tui.model import words
+from kcache_cli.tui.model.cell import cell
 from kcache_cli.tui.model.detail import detail
-from kcache_cli.tui.model.heat import Grid, Mode, Window, cell, grid, rebin, scaled
+from kcache_cli.tui.model.heat import Grid, Mode, Window, grid, rebin, scaled
 from kcache_cli.tui.model.layers import SORTS, error_bound, layer_rows, parse_filter, sort_rows
 from kcache_cli.tui.model.link import link_view, rates
 from kcache_cli.tui.model.memory import Segment, lengths, memory_view
@@ -234,6 +235,39 @@ def test_cells() -> None:
     near = cell(moment(conversation(picks=False)), 15, range(3264, 3328))
     assert near is not None and not near.is_exact and near.count >= len(NEEDLE) * KV_HEADS
     assert cell(moment(), 99, range(3)) is None
+
+
+def test_what_a_cell_holds() -> None:
+    exact, nearly = moment(), moment(conversation(picks=False))
+    layer = exact.frame.layers[15] if exact.frame is not None else None
+    assert layer is not None and layer.picks is not None and layer.weights is not None and layer.mass is not None
+    found = cell(exact, 15, range(NEEDLE.start, NEEDLE.stop))
+    inside = (layer.picks >= NEEDLE.start) & (layer.picks < NEEDLE.stop)
+    assert found is not None and found.held is not None and found.held.is_exact
+    assert found.held.share == pytest.approx(float(layer.weights[inside].sum()) / KV_HEADS)
+    assert found.mass == pytest.approx(float(layer.mass.mean()))
+    everything = cell(exact, 15, range(6100))
+    assert everything is not None and everything.held is not None
+    assert everything.held.share == pytest.approx(everything.mass, abs=1e-5)
+    one = cell(exact, 15, range(6100), 1)
+    assert one is not None and one.held is not None and one.mass == pytest.approx(float(layer.mass[3:6].mean()))
+    assert one.held.share == pytest.approx(one.mass, abs=1e-5)
+    bucket = range(3264, 3328)
+    near, same = cell(nearly, 15, bucket), cell(exact, 15, bucket)
+    assert near is not None and near.held is not None and not near.held.is_exact and near.held.at_step is None
+    assert same is not None and same.held is not None and near.held.share == pytest.approx(same.held.share, rel=1e-4)
+
+
+def test_what_a_cell_holds_where_a_recording_says_it_now_and_then() -> None:
+    frames = conversation(6, picks=False)
+    bare = [replace(frame, layers=tuple(replace(layer, held=None) for layer in frame.layers)) for frame in frames]
+    bucket = range(3264, 3328)
+    seen = cell(moment([*frames[:5], *bare[5:]]), 15, bucket)
+    earlier = cell(moment(frames[:5]), 15, bucket)
+    assert seen is not None and seen.held is not None and seen.held.at_step == 4
+    assert earlier is not None and earlier.held is not None and seen.held.share == earlier.held.share
+    unknown = cell(moment(bare), 15, bucket)
+    assert unknown is not None and unknown.held is None and unknown.mass is not None
 
 
 def test_windows() -> None:

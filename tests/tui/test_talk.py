@@ -109,6 +109,63 @@ def test_ctrl_c_stops_the_reply_and_the_screen_goes_on_meanwhile() -> None:
     asyncio.run(whole())
 
 
+def test_ctrl_c_while_a_prompt_is_read_says_at_once_what_it_waits_for() -> None:
+    talk, session = chat(["one", " two"])
+    reached, go = threading.Event(), threading.Event()
+
+    def wait(number: int) -> None:
+        if number == 1:
+            reached.set()
+            go.wait(20)
+
+    session.before_token = wait
+
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=talk) as driver:
+            await write(driver, "count")
+            await until(driver, reached.is_set)
+            await driver.press("ctrl+c", "ctrl+c")
+            await until(driver, lambda: "stopping after this piece" in said(driver))
+            assert said(driver).count("stopping") == 1 and "stopped" not in said(driver)
+            go.set()
+            await until(driver, lambda: "stopped" in said(driver))
+            assert "one" not in said(driver)
+
+    asyncio.run(whole())
+
+
+def test_what_is_said_goes_before_what_is_under_the_cursor() -> None:
+    talk, _ = chat()
+
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=talk) as driver:
+            await driver.press("escape", "a", "a")
+            assert "text from token" in driver.text() and "write below" not in driver.text()
+            await driver.press("i")
+            assert "write below" in driver.text() and "text from token" not in driver.text()
+            await driver.press("escape")
+            assert "text from token" in driver.text()
+
+    asyncio.run(whole())
+
+
+def test_the_layer_table_comes_when_it_is_asked_for() -> None:
+    talk, _ = chat()
+
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=talk) as driver:
+            await driver.press("escape")
+            assert "4 layers" not in driver.text()
+            await driver.press("s")
+            assert "4 layers" in driver.text() and "mass▼" in driver.text()
+            await driver.press("slash", *"mass<0.9")
+            assert "6 text" in driver.text() and "mass<0.9" in driver.text()
+            await driver.press("enter")
+            assert "mass<0.9  1-8 of 15" in driver.text()
+
+    asyncio.run(whole())
+
+
 def test_keys_are_text_in_the_input_and_keys_outside_of_it() -> None:
     talk, _ = chat()
 

@@ -47,6 +47,7 @@ class Steps:
         self._before: torch.Tensor | None = None
         self._counts = np.zeros((layers, len(STATS)), np.int64)
         self._mass = self.random.uniform(0.7, 0.98, layers * kv_heads * group)
+        self._worth = self.random.pareto(0.7, tokens + 10_000) + 1e-3
         self.text.take(self._forward(0, tokens, True))
 
     def _forward(self, past: int, count: int, prompt: bool) -> Forward:
@@ -70,6 +71,13 @@ class Steps:
                 recent.remove(position)
             recent.append(position)
         return list(chosen)
+
+    def _weights(self, flat: torch.Tensor) -> torch.Tensor:
+        """What each pick holds: a few of a head's, much the same from step to step, hold most of its mass."""
+        found = self._worth[flat.numpy().reshape(-1, self.topn)]
+        found = found * np.exp(self.random.normal(0, 0.3, found.shape))
+        mass = self._mass.reshape(len(found), -1).mean(1, keepdims=True)
+        return torch.as_tensor(found / found.sum(1, keepdims=True) * mass, dtype=torch.float32).flatten()
 
     def step(self) -> Message:
         """The columns of the next step's frame."""
@@ -95,6 +103,7 @@ class Steps:
             (self.kv_heads * self.group,) * self.layers,
             (flat,),
             (),
+            (),
         )
         captured = Captured(
             1,
@@ -106,6 +115,7 @@ class Steps:
             picks,
             (Arriving(flat),),
             (Arriving(torch.as_tensor(self._mass, dtype=torch.float32)),),
+            (Arriving(self._weights(flat)),),
             () if self._before is None else (Arriving(self._before),),
             () if self._before is None else picks.shapes,
         )

@@ -47,6 +47,11 @@ def test_histogram_overlap_and_mass_are_those_of_the_picks(steps: Steps) -> None
         again = sum(len(np.intersect1d(now, then)) for now, then in zip(layer.picks[0], earlier.picks[0], strict=True))
         assert layer.overlap == pytest.approx(again / 32, abs=0.006)
         assert layer.mass is not None and layer.mass.shape == (6,)
+        assert layer.held is not None and layer.weights is not None
+        held = [float(layer.weights[layer.picks // 64 == bucket].sum()) / 2 for bucket in range(79)]
+        assert layer.held.tolist() == pytest.approx(held, rel=0.02, abs=1e-3)
+        assert layer.held.sum() == pytest.approx(float(layer.mass.mean()), abs=0.03)
+        assert (layer.held[layer.histogram == 0] == 0).all()
     assert np.abs(np.concatenate([layer.mass for layer in frame.layers]) - steps._mass).max() <= 0.0051
     assert frame.totals.rows_fetched == sum(layer.stats.rows_fetched for layer in frame.layers)
     assert frame.totals.tokens == frame.tokens
@@ -59,13 +64,25 @@ def test_layers_of_different_shapes_and_picks_per_query_head(steps: Steps) -> No
     flat = torch.tensor(
         [5, 1, 3, 2, 9, 8, 7, 0, 4, 1, 7, 3, 2, 9, 0, -1, 6, 2, -1, 4, -1, -1, -1, 8], dtype=torch.int32
     )
-    picks = Picks((1, 1), 1, shapes, (2, 0, 2, 2), (flat,), ())
+    picks = Picks((1, 1), 1, shapes, (2, 0, 2, 2), (flat,), (), ())
     mass = Arriving(torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]))
+    weights = torch.arange(24) / 100
     counts = [tuple(10 if name == "tokens" else 0 for name in STATS)] * 4
     before = torch.tensor([3, 1, 9, 8, 9, 2, -1, 2, -1, -1], dtype=torch.int32)
     shapes_before = ((1, 2, 3), (), (1, 1, 2, 1), (1, 2, 1))
     captured = Captured(
-        9, 1.0, 1, counts, bytes(4), bytes(4), picks, (Arriving(flat),), (mass,), (Arriving(before),), shapes_before
+        9,
+        1.0,
+        1,
+        counts,
+        bytes(4),
+        bytes(4),
+        picks,
+        (Arriving(flat),),
+        (mass,),
+        (Arriving(weights),),
+        (Arriving(before),),
+        shapes_before,
     )
     frame = read_frame(unpack(pack(build(captured, steps.text, Memory(), "decode", 1))))
     assert [None if layer.picks is None else layer.picks.tolist() for layer in frame.layers] == [
@@ -74,6 +91,17 @@ def test_layers_of_different_shapes_and_picks_per_query_head(steps: Steps) -> No
         [[[0, 1, 2, 3, 4, 7, 7, 9]]],
         [[[0, 2, 6], [4, 8, -1]]],
     ]
+    near = {"abs": 0.005, "rel": 0.02}
+    first, nothing, per_head, last = frame.layers
+    assert first.weights is not None and per_head.weights is not None and last.weights is not None
+    assert first.weights.ravel().tolist() == pytest.approx([0.01, 0.02, 0, 0.03, 0.05, 0.04], **near)
+    wanted = [0.07, 0.09, 0.12, 0.11, 0.08, 0.06, 0.10, 0.13]  # in the order of picks, those of 7 either way
+    assert per_head.weights.ravel().tolist() == pytest.approx([weight / 2 for weight in wanted], **near)
+    assert last.weights.ravel().tolist() == pytest.approx([0.14, 0.17, 0.16, 0.19, 0.23, 0], **near)
+    assert nothing.weights is None and nothing.held is None
+    assert first.held is not None and per_head.held is not None
+    assert first.held.tolist() == pytest.approx([0, 0.005, 0.015, 0.01, 0, 0, 0, 0, 0.025, 0.02], **near)
+    assert per_head.held.tolist() == pytest.approx([0.035, 0.045, 0.06, 0.055, 0.04, 0, 0, 0.08, 0, 0.065], **near)
     assert [layer.overlap for layer in frame.layers] == [0.83, None, 0.12, 0]
     assert frame.layers[1].mass is None
     assert frame.layers[2].mass is not None and frame.layers[2].mass.tolist() == pytest.approx([0.3, 0.4])
@@ -114,6 +142,9 @@ def test_since_is_never_negative() -> None:
         ("histogram", np.array(3)),
         ("histogram", np.zeros((4, 100), np.int64)),
         ("overlap", None),
+        ("held", np.zeros((4, 64), np.uint8)),
+        ("held", np.full((4, 128), 256, np.uint16)),
+        ("weights", np.zeros(3, np.uint8)),
         ("heads", np.full(4, 2**25, np.int64)),
         ("mass", np.full(24, 101, np.uint8)),
         ("shapes", np.full((4, 2), 2**25, np.int64)),

@@ -80,6 +80,9 @@ def test_a_recording_has_every_step_and_the_caches_own_figures(lm: LoadedModel, 
         wanted = np.bincount(shot.picks.reshape(-1), minlength=last.tokens)
         assert layer.histogram.tolist() == wanted.tolist()
         assert np.abs(layer.mass - shot.mass[0].reshape(-1)).max() <= 0.0051
+        assert shot.weights is not None and layer.held is not None
+        held = np.bincount(shot.picks.reshape(-1), shot.weights.reshape(-1), last.tokens) / shot.picks.shape[1]
+        assert layer.held == pytest.approx(np.where(held < 0.01, 0, held), rel=0.15, abs=0.011)
     size = len(PROMPT)
     assert last.marks == (Mark(0, "prompt"), Mark(size, "answer"))
     assert "".join(recording.pieces(0, size)) == PROMPT

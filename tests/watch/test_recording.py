@@ -54,6 +54,9 @@ def alike(one: Frame, other: Frame) -> None:
         assert np.array_equal(layer.histogram, twin.histogram)
         assert layer.mass is not None and twin.mass is not None
         assert np.array_equal(layer.mass, twin.mass)
+        if layer.held is not None:
+            assert twin.held is not None
+            assert layer.held == pytest.approx(np.where(twin.held < 0.01, 0, twin.held), rel=0.15, abs=0.011)
 
 
 def small() -> Steps:
@@ -99,6 +102,34 @@ def test_two_kib_a_step_at_32_layers(tmp_path: Path) -> None:
         recorder.write(steps.step(), steps.text)
     recorder.close("done")
     assert (path.stat().st_size - before) / 100 <= 2048
+
+
+def test_what_buckets_hold_is_written_where_there_is_room(tmp_path: Path) -> None:
+    for name, steps, least in (
+        ("small", small(), 40),
+        ("demo", Steps(layers=30, kv_heads=3, group=3, topn=32, tokens=6000), 20),
+        ("large", Steps(layers=32, kv_heads=4, group=4, topn=64, tokens=32_000), 15),
+    ):
+        written(tmp_path / f"{name}.kcr", steps, 40)
+        recording = open_recording(tmp_path / f"{name}.kcr")
+        frames = [recording.frame(index) for index in recording.span()]
+        assert sum(frame.layers[0].held is not None for frame in frames) >= least
+        for frame in frames:
+            for layer in frame.layers:
+                assert layer.weights is None
+                assert layer.held is None or layer.held.shape == layer.histogram.shape
+
+
+def test_a_recording_of_before_buckets_said_what_they_hold() -> None:
+    """Twelve steps of :func:`small`, written by kcache as it was then."""
+    recording, steps = open_recording(Path(__file__).parent / "earlier.kcr"), small()
+    assert recording.closed is None and recording.span() == range(12)
+    for index in recording.span():
+        frame, twin = recording.frame(index), read_frame(steps.step())
+        assert (frame.tokens, frame.step) == (twin.tokens, twin.step)
+        for layer in frame.layers:
+            assert layer.histogram.any() and layer.mass is not None
+            assert layer.held is None and layer.weights is None
 
 
 def test_only_steps_pay_for_picks(tmp_path: Path) -> None:

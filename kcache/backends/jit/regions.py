@@ -35,7 +35,7 @@ _NAMES = (
     "threads number size barrier items kv_heads length piece group rank most passes renormalises "
     "k_words v_words half half_v k_capacity v_capacity c_capacity mask_stride "
     "query keys values mask sinks scores peaks totals weights threshold lists counts picks found "
-    "coefficients base basis along mass out"
+    "coefficients base basis along mass each out"
 )
 FIELDS = _NAMES.split()
 _FIELDS = len(FIELDS)
@@ -46,7 +46,7 @@ SCORE, COMBINE = 1, 2
     _THREADS, _NUMBER, _SIZE, _BARRIER, _ITEMS, _KV_HEADS, _LENGTH, _PIECE, _GROUP, _RANK, _MOST, _PASSES,
     _RENORMALISES, _K_WORDS, _V_WORDS, _HALF, _HALF_V, _K_CAPACITY, _V_CAPACITY, _C_CAPACITY, _MASK_STRIDE,
     _QUERY, _KEYS, _VALUES, _MASK, _SINKS, _SCORES, _PEAKS, _TOTALS, _WEIGHTS, _THRESHOLD, _LISTS, _COUNTS, _PICKS,
-    _FOUND, _COEFFICIENTS, _BASE, _BASIS, _ALONG, _MASS, _OUT,
+    _FOUND, _COEFFICIENTS, _BASE, _BASIS, _ALONG, _MASS, _EACH, _OUT,
 ) = range(_FIELDS)  # fmt: skip
 
 
@@ -149,6 +149,7 @@ def combine_all(at: Any, thread: Any, words: Any, single: Any) -> None:
     picks = carray(pointer(at[_PICKS]), (items, most), np.int64)
     found = carray(pointer(at[_FOUND]), (items,), np.int64)
     mass = carray(pointer(at[_MASS]), (items, group), np.float32)
+    each = carray(pointer(at[_EACH]), (items, most), np.float32)
     out = carray(pointer(at[_OUT]), (items, group, 2 * half_v), np.float32)
     parts = carray(pointer(at[_ALONG]), (items, pieces, group, rank + 1), np.float32)
     coefficients = carray(pointer(at[_COEFFICIENTS]), (items, rank, at[_C_CAPACITY]), single)
@@ -161,11 +162,13 @@ def combine_all(at: Any, thread: Any, words: Any, single: Any) -> None:
         if at[_THRESHOLD] != 0:
             found[item] = gather_picks(at, item)
         count = min(found[item], most)
+        each[item, :count] = np.float32(0.0)
         for g in range(group):
             held = np.float32(0.0)
             for nth in range(count):
                 row = picks[item, nth]
                 held += scores[item, row // piece, g, row % piece]
+                each[item, nth] += scores[item, row // piece, g, row % piece] / np.float32(group)
             mass[item, g] = held
             scale[g] = np.float32(1.0) / held if at[_RENORMALISES] != 0 and held > 0 else np.float32(1.0)
         halves[:] = np.float32(0.0)

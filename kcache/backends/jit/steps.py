@@ -65,11 +65,13 @@ class Kernels:
         count = min(policy.topn, step.length)
         most = count if step.threshold is None else min(MOST * count, step.length)
         picks = torch.empty(items, most, dtype=torch.int64, device="cpu")
-        mass, out = _floats(items, group), _floats(items, group, dim_v)
+        mass, each, out = _floats(items, group), _floats(items, most), _floats(items, group, dim_v)
         rank = 0 if tail is None else tail.basis.shape[2]
         call = self._begin(step, out)
         call.set(rank=rank, most=most, renormalises=int(policy.tail == "renormalise"))
-        call.point(picks=picks, mass=mass, along=self._take("along", items * rows // _PIECE * group * (rank + 1)))
+        call.point(
+            picks=picks, mass=mass, each=each, along=self._take("along", items * rows // _PIECE * group * (rank + 1))
+        )
         if tail is not None:
             call.point(
                 base=tail.base.float().contiguous(),
@@ -93,9 +95,10 @@ class Kernels:
             longest = int(found.max())
             if longest > most:
                 return None
-            picks = picks[:, : max(1, longest)]
+            picks, each = picks[:, : max(1, longest)], each[:, : max(1, longest)]
         joined = out.view(batch, kv_heads * group, dim_v).to(step.query.dtype)
-        return DecodeResult(joined, picks.view(batch, kv_heads, -1), mass.view(batch, kv_heads, group))
+        shape = (batch, kv_heads, -1)
+        return DecodeResult(joined, picks.view(shape), mass.view(batch, kv_heads, group), each.view(shape))
 
     def dense(self, step: DecodeStep) -> torch.Tensor:
         """Exact attention, ``[B, Hq, Dv]``."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kcache.backends.triton.hot import hot_lookup
+from kcache.backends.triton.fetch import complete
 from kcache.backends.triton.score import log_sum_exp
 from kcache.backends.triton.select import count_three
 
@@ -111,17 +111,14 @@ def keep_largest(found, picks, row, total, least, MOST: tl.constexpr, TILE: tl.c
         kept += tl.sum(over.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["blocks", "splits"])
-def above_kernel(
-    scores, block_top, part_max, part_sum, sinks, threshold, lse, listed, found, picks, counts, tally, length_ptr,
-    hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits,
+@triton.jit
+def pick_above(
+    scores, block_top, part_max, part_sum, sinks, threshold, lse, listed, found, picks, tally, length_ptr, row,
     capacity, blocks, splits,
     HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
-    TILE: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr, HOT_SETS: tl.constexpr,
-    HOT_WAYS: tl.constexpr, HOT_TILE: tl.constexpr,
+    TILE: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr,
 ):  # fmt: skip
-    """One program per row of work, which also writes its heads' log-sum-exps. ``GP``, ``SP``: powers of two."""
-    row = tl.program_id(0)
+    """Write a row's picks, filled up with -1, and its heads' log-sum-exps; returns how many rows were picked."""
     length = tl.load(length_ptr)
     least = tl.load(threshold + row // HEADS)
     heads = tl.arange(0, GP)
@@ -140,12 +137,38 @@ def above_kernel(
     lane = tl.arange(0, TILE)
     for first in range(0, MOST, TILE):
         tl.store(picks + row * MOST + first + lane, -1, mask=(first + lane >= kept) & (first + lane < MOST))
-    tl.store(counts + row, kept)
     if HAS_TALLY:
         tl.atomic_add(tally + row // HEADS, kept.to(tl.int64))
-    if HOT_WAYS > 0:
-        tl.debug_barrier()
-        hot_lookup(
-            picks, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits, row, kept,
-            MOST, HOT_TILE, HOT_SETS, HOT_WAYS,
-        )  # fmt: skip
+    return kept
+
+
+@triton.jit(do_not_specialize=["blocks", "splits", "sums", "tickets"])
+def above_kernel(
+    scores, block_top, part_max, part_sum, sinks, threshold, lse, listed, found, picks, counts, tally, length_ptr,
+    hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits,
+    values, scales, coefficients, base, basis, hot_store, partial, shares, held, counters, out, mass, pick_weights,
+    stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
+    sums, tickets,
+    capacity, blocks, splits,
+    HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
+    TILE: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr, HOT_SETS: tl.constexpr,
+    HOT_WAYS: tl.constexpr, HOT_TILE: tl.constexpr,
+    REPEAT: tl.constexpr, G2: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    RANK: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, RANK_STEP: tl.constexpr, RENORMALISE: tl.constexpr,
+    HOT_ROWS: tl.constexpr, HAS_SCALES: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One program per row of work. ``GP``, ``SP``: powers of two that hold the heads, the pieces of the length."""
+    row = tl.program_id(0)
+    kept = pick_above(
+        scores, block_top, part_max, part_sum, sinks, threshold, lse, listed, found, picks, tally, length_ptr, row,
+        capacity, blocks, splits, HEADS, G, GP, SP, BLOCK, MOST, TILE, HAS_SINKS, HAS_TALLY,
+    )  # fmt: skip
+    tl.store(counts + row, kept)
+    complete(
+        values, scales, scores, lse, coefficients, base, basis, picks, hot_store, partial, shares, held, counters, out,
+        mass, pick_weights, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits, row, kept,
+        stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
+        sums, tickets, capacity,
+        HEADS, G, MOST, REPEAT, G2, ROWS, D, BLOCK_D, RANK, RP, STEP, RANK_STEP, RENORMALISE, HOT_ROWS, HOT_SETS,
+        HOT_WAYS, HOT_TILE, HAS_SCALES, UPCAST,
+    )  # fmt: skip

@@ -53,13 +53,14 @@ class TritonBackend:
         workspace = self.workspace(step)
         if workspace is None:
             return self._reference.decode(_on_host(step))
+        weights = step.query.new_empty(workspace.batch * workspace.heads, workspace.width, dtype=torch.float32)
         out, picks, mass = triton_decode(
             step.query, step.keys, step.values, _length(step), scaling=step.scaling, workspace=workspace,
             lowrank=step.lowrank, mask=step.mask, softcap=step.softcap, sinks=step.sinks, threshold=step.threshold,
             tally=step.tally, hot=step.hot if isinstance(step.hot, HotRows) else None,
-            key_scales=step.key_scales, value_scales=step.value_scales,
+            key_scales=step.key_scales, value_scales=step.value_scales, weights=weights,
         )  # fmt: skip
-        return DecodeResult(out, picks[..., : step.length], mass)
+        return DecodeResult(out, picks[..., : step.length], mass, weights.view(picks.shape)[..., : step.length])
 
     def keep_hot(self, step: DecodeStep) -> HotRows | None:
         """A store of as many rows as the policy asks for, for the layer of this step."""

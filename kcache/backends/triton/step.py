@@ -1,8 +1,8 @@
 """The Triton decode step of a tiered layer: score, select, fetch and combine.
 
-Nothing waits for the host, so a step can be captured in a CUDA graph with the length as a device tensor. With more than
-one slice of the batch, select and fetch of a slice run on a side stream while K of the next slice is scored: the link
-and the device's memory then work at the same time.
+Nothing waits for the host, so a step can be captured in a CUDA graph with the length as a device tensor. Rows are
+selected and fetched on a side stream, beside the sums of the tail and, with more than one slice of the batch, while K
+of the next slice is scored: the link and the device's memory then work at the same time.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ import torch
 
 from kcache.backends.triton.above import above_kernel
 from kcache.backends.triton.common import on_device, power_of_two, reduction_step
-from kcache.backends.triton.gather import gather_kernel
 from kcache.backends.triton.hot import HotRows
 from kcache.backends.triton.score import score_kernel
 from kcache.backends.triton.select import select_kernel
-from kcache.backends.triton.tail import AT_ONCE, tail_kernel
+from kcache.backends.triton.tail import DIRECTIONS, tail_kernel
 from kcache.backends.triton.workspace import Workspace
 from kcache.lowrank import LowRank
 
-_HOT_TILE = 512
+_HOT_TILE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +61,15 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What a step leaves beside its output: picks ``[R, width]`` int32 and the mass they hold ``[R, G]`` fp32."""
+    """What a step leaves beside its output.
+
+    Picks ``[R, width]`` int32, and the probability they hold, fp32: together ``[R, G]``, and each, mean over heads,
+    ``[R, width]``.
+    """
 
     picks: torch.Tensor
     mass: torch.Tensor
+    weights: torch.Tensor
 
 
 class SliceStep:
@@ -79,14 +83,14 @@ class SliceStep:
         self.rows = slice(first * ws.heads, last * ws.heads)
         self.inputs = inputs.of(first, last)
         self.picks, self.mass = results.picks[self.rows], results.mass[self.rows]
+        self.weights = results.weights[self.rows]
         self.hot_store = None if hot is None else hot.store[first:last]
 
     def run(self) -> None:
         """All of it, one after the other."""
         self.score()
         self.tail()
-        self.select()
-        self.gather()
+        self.fetch()
 
     def score(self) -> None:
         """Stream K once; leave scores, their maxima by block and partial sums of exponentials in the workspace."""
@@ -106,79 +110,84 @@ class SliceStep:
             num_warps=tune.score_warps, num_stages=tune.score_stages,
         )  # fmt: skip
 
-    def select(self) -> None:
-        """The picked rows, how many there are, and where hot rows are; log-sum-exps on the way."""
+    def tail(self) -> None:
+        """Sum all rows along the tail's directions."""
+        ws, rows, given = self.ws, self.rows, self.inputs
+        if not ws.tail_splits:
+            return
+        assert given.lowrank is not None
+        tail, at_once = given.lowrank, min(DIRECTIONS, power_of_two(ws.rank))
+        tail_kernel[(self.count * ws.tail_splits, -(-ws.rank // at_once))](
+            ws.scores[rows], ws.part_max[rows], ws.part_sum[rows], given.length if given.sinks is None else given.sinks,
+            tail.coefficients, tail.base, tail.basis, ws.partial[rows], ws.shares[rows], ws.held[rows],
+            ws.counters[rows], given.out, self.mass, given.length, *tail.coefficients.stride()[:3],
+            given.out.stride(0), given.out.stride(1), ws.stride, ws.score_splits, ws.tail_splits + 1, self._tickets,
+            SP=power_of_two(ws.score_splits), AT_ONCE=at_once, BLOCK_T=ws.tail_tile, HAS_SINKS=given.sinks is not None,
+            ALIGNED=is_aligned(tail.coefficients), num_warps=ws.tuning.tail_warps, **self._sizes,
+        )  # fmt: skip
+
+    def fetch(self) -> None:
+        """Select the rows, fetch and weigh them: log-sum-exps, picks and where hot rows are come on the way."""
         ws, rows, hot, given = self.ws, self.rows, self.hot, self.inputs
         none = given.length
+        scored = (
+            ws.scores[rows], ws.block_top[rows], ws.part_max[rows], ws.part_sum[rows],
+            none if given.sinks is None else given.sinks,
+        )  # fmt: skip
         stored = (
             none if hot is None else hot.tags[rows], none if hot is None else hot.stamps[rows],
             none if hot is None else hot.clock[rows], none if hot is None else hot.claims[rows],
             ws.hot_slots[rows], ws.hot_inserts[rows], none if hot is None else hot.hits.view(-1)[rows],
         )  # fmt: skip
-        scored = (
-            ws.scores[rows], ws.block_top[rows], ws.part_max[rows], ws.part_sum[rows],
-            none if given.sinks is None else given.sinks,
+        unused = LowRank(ws.lse, ws.lse, ws.lse.view(1, 1, *ws.lse.shape))
+        tail = unused if given.lowrank is None else given.lowrank
+        scales = given.query if given.value_scales is None else given.value_scales
+        fetched = (
+            given.values, scales, tail.coefficients, tail.base, tail.basis,
+            given.query if self.hot_store is None else self.hot_store, ws.partial[rows], ws.shares[rows],
+            ws.held[rows], ws.counters[rows], given.out, self.mass, self.weights, *given.values.stride()[:3],
+            *scales.stride()[:2], *tail.coefficients.stride()[:3], given.out.stride(0), given.out.stride(1),
+            ws.tail_splits + 1, self._tickets, ws.stride, ws.blocks, ws.score_splits,
         )  # fmt: skip
         sizes = {
-            "HEADS": ws.heads, "G": ws.group, "GP": power_of_two(ws.group), "SP": power_of_two(ws.score_splits),
-            "BLOCK": ws.block, "HAS_SINKS": given.sinks is not None, "HOT_SETS": 1 if hot is None else hot.sets,
+            **self._sizes, "GP": power_of_two(ws.group), "SP": power_of_two(ws.score_splits), "BLOCK": ws.block,
+            "HAS_SINKS": given.sinks is not None, "HOT_SETS": 1 if hot is None else hot.sets,
             "HOT_WAYS": 0 if hot is None else hot.ways, "HOT_TILE": min(_HOT_TILE, power_of_two(ws.width)),
-            "num_warps": ws.select_warps,
+            "ROWS": ws.fetch_rows, "HOT_ROWS": 0 if hot is None else hot.rows,
+            "HAS_SCALES": given.value_scales is not None, "UPCAST": ws.upcast, "num_warps": ws.select_warps,
         }  # fmt: skip
         if ws.spread == "even":
             select_kernel[(self.count,)](
                 *scored, ws.lse[rows], ws.candidates[rows], self.picks, ws.counts[rows], given.length, *stored,
-                ws.stride, ws.blocks, ws.score_splits,
+                *fetched,
                 GS=ws.heads_at_once, N=ws.width, NP=power_of_two(ws.width), BP=power_of_two(ws.blocks), **sizes,
             )  # fmt: skip
             return
-        above_kernel[(self.count,)](
+        self._above(
             *scored, given.threshold, ws.lse[rows], ws.listed[rows], ws.found[rows], self.picks, ws.counts[rows],
-            none if given.tally is None else given.tally, given.length, *stored, ws.stride, ws.blocks, ws.score_splits,
+            none if given.tally is None else given.tally, given.length, *stored, *fetched,
             MOST=ws.width, TILE=ws.select_tile, HAS_TALLY=given.tally is not None, **sizes,
         )  # fmt: skip
 
+    def _above(self, *arguments: object, **sizes: object) -> None:
+        above_kernel[(self.count,)](*arguments, **sizes)
+
     @property
-    def _lowrank(self) -> LowRank:
-        unused = LowRank(self.ws.lse, self.ws.lse, self.ws.lse.view(1, 1, *self.ws.lse.shape))
-        return unused if self.inputs.lowrank is None else self.inputs.lowrank
+    def _tickets(self) -> int:
+        """Programs that add to a row's output."""
+        ws = self.ws
+        return 1 + (ws.tail_splits * -(-ws.rank // min(DIRECTIONS, power_of_two(ws.rank))) if ws.tail_splits else 0)
 
-    def tail(self) -> None:
-        """Sum all rows along the tail's directions."""
-        ws, tune, rows, given = self.ws, self.ws.tuning, self.rows, self.inputs
-        if not ws.tail_splits:
-            return
-        coefficients = self._lowrank.coefficients
-        directions = min(AT_ONCE, power_of_two(ws.rank))
-        tail_kernel[(self.count * ws.tail_splits, -(-ws.rank // directions))](
-            ws.scores[rows], ws.part_max[rows], ws.part_sum[rows], given.length if given.sinks is None else given.sinks,
-            coefficients, ws.shares[rows], ws.held[rows], given.length, *coefficients.stride()[:3],
-            ws.stride, ws.score_splits, ws.tail_splits, ws.pick_splits,
-            HEADS=ws.heads, REPEAT=ws.repeat, G=ws.group, GP=power_of_two(ws.group), SP=power_of_two(ws.score_splits),
-            RANK=ws.rank, WIDTH=ws.shares.shape[3], RP=directions, BLOCK_T=ws.tail_tile,
-            HAS_SINKS=given.sinks is not None, ALIGNED=is_aligned(coefficients), num_warps=tune.tail_warps,
-        )  # fmt: skip
-
-    def gather(self) -> None:
-        """Fetch the picked rows, weigh them, add the tail, write the output."""
-        ws, tune, rows, given, tail = self.ws, self.ws.tuning, self.rows, self.inputs, self._lowrank
-        scales = given.query if given.value_scales is None else given.value_scales
+    @property
+    def _sizes(self) -> dict[str, object]:
+        """Compile-time constants of both kernels that may finish a row."""
+        ws = self.ws
         group2, block_d = power_of_two(ws.group), power_of_two(ws.dim_v)
-        gather_kernel[(self.count * ws.pick_splits,)](
-            given.values, scales, ws.scores[rows], ws.lse[rows], tail.coefficients, tail.base, tail.basis,
-            self.picks, ws.counts[rows], ws.partial[rows], ws.shares[rows], ws.held[rows], ws.counters[rows],
-            given.out, self.mass,
-            given.query if self.hot_store is None else self.hot_store, ws.hot_slots[rows], ws.hot_inserts[rows],
-            given.values.stride(0), given.values.stride(1), given.values.stride(2),
-            scales.stride(0), scales.stride(1), *tail.coefficients.stride()[:3],
-            given.out.stride(0), given.out.stride(1), ws.stride, self.count, ws.tail_splits,
-            HEADS=ws.heads, REPEAT=ws.repeat, G=ws.group, G2=group2, GP=16, WIDTH=ws.width, ROWS=ws.gather_rows,
-            PARTS=ws.pick_splits, D=ws.dim_v, BLOCK_D=block_d, RANK=max(1, ws.rank), RP=ws.shares.shape[3],
-            RANK_STEP=reduction_step(group2 * block_d, max(1, ws.rank)),
-            STEP=reduction_step(group2 * block_d, ws.pick_splits + ws.tail_splits), HAS_TAIL=ws.rank > 0,
-            RENORMALISE=ws.tail == "renormalise", HOT_ROWS=0 if self.hot is None else self.hot.rows,
-            HAS_SCALES=given.value_scales is not None, UPCAST=ws.upcast, num_warps=tune.gather_warps,
-        )  # fmt: skip
+        return {
+            "HEADS": ws.heads, "REPEAT": ws.repeat, "G": ws.group, "G2": group2, "D": ws.dim_v, "BLOCK_D": block_d,
+            "RANK": ws.rank, "RP": ws.shares.shape[3], "STEP": reduction_step(group2 * block_d, ws.tail_splits + 1),
+            "RANK_STEP": reduction_step(group2 * block_d, max(1, ws.rank)), "RENORMALISE": ws.tail == "renormalise",
+        }  # fmt: skip
 
 
 def is_aligned(coefficients: torch.Tensor) -> bool:
@@ -197,11 +206,8 @@ def run_slices(steps: list[SliceStep], side: torch.cuda.Stream | None) -> None:
         step.score()
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            step.select()
+            step.fetch()
         step.tail()
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            step.gather()
     main.wait_stream(side)
 
 
@@ -223,6 +229,7 @@ def triton_decode(
     value_scales: torch.Tensor | None = None,
     hot: HotRows | None = None,
     out: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Score, select, fetch and combine for one layer and one new token. N and tail are the workspace's.
 
@@ -250,6 +257,8 @@ def triton_decode(
     hot : HotRows or None
     out : Tensor ``[B, Hq, Dv]`` or None
         Written and returned; by default a new tensor in the query's dtype.
+    weights : Tensor like ``picks`` fp32 or None
+        Gets what each pick holds, mean over the heads it was made for; where there is none it stays as it is.
 
     Returns
     -------
@@ -272,8 +281,12 @@ def triton_decode(
         key_scales, value_scales,
     )  # fmt: skip
     rows = ws.batch * ws.heads
+    if weights is None:
+        weights = query.new_empty(rows, ws.width, dtype=torch.float32)
     results = Results(
-        query.new_empty(rows, ws.width, dtype=torch.int32), query.new_empty(rows, ws.group, dtype=torch.float32)
+        query.new_empty(rows, ws.width, dtype=torch.int32),
+        query.new_empty(rows, ws.group, dtype=torch.float32),
+        weights.view(rows, ws.width),
     )
     bounds = [round(ws.batch * piece / ws.slices) for piece in range(ws.slices + 1)]
     steps = [SliceStep(ws, first, last, inputs, results, hot) for first, last in pairwise(bounds) if last > first]

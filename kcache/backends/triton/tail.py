@@ -12,9 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kcache.backends.triton.fetch import finish
 from kcache.backends.triton.score import log_sum_exp
 
-AT_ONCE = 8
+DIRECTIONS = 8
 """Directions of a program: with G heads, it holds so many times G sums in every lane."""
 
 
@@ -54,31 +55,40 @@ def along_directions(
     return tl.sum(along, 2), tl.sum(held, 1)
 
 
-@triton.jit(do_not_specialize=["splits", "tail_splits", "pick_splits"])
+@triton.jit(do_not_specialize=["splits", "sums", "tickets"])
 def tail_kernel(
-    scores, part_max, part_sum, sinks, coefficients, shares, held, length_ptr, stride_cb, stride_ch, stride_cr,
-    capacity, splits, tail_splits, pick_splits,
-    HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr,
-    RANK: tl.constexpr, WIDTH: tl.constexpr, RP: tl.constexpr, BLOCK_T: tl.constexpr, HAS_SINKS: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    scores, part_max, part_sum, sinks, coefficients, base, basis, partial, shares, held, counters, out, mass,
+    length_ptr, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh, capacity, splits, sums, tickets,
+    HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, SP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCK_T: tl.constexpr, STEP: tl.constexpr, RANK_STEP: tl.constexpr, RENORMALISE: tl.constexpr,
+    HAS_SINKS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One program: one share of one row of work along ``RP`` directions; ``WIDTH``: room for directions in a sum."""
+    """One program: one share of one row of work along ``AT_ONCE`` of its ``RANK`` directions.
+
+    ``RP``: room for directions in a sum.
+    """
     pid = tl.program_id(0)
-    first_direction = tl.program_id(1) * RP
-    row = pid // tail_splits
-    share = pid % tail_splits
+    first_direction = tl.program_id(1) * AT_ONCE
+    row = pid // (sums - 1)
+    share = pid % (sums - 1)
     batch = (row // HEADS).to(tl.int64)
     head = row % HEADS
-    heads = tl.arange(0, GP)
-    directions = first_direction + tl.arange(0, RP)
-    norm = log_sum_exp(part_max, part_sum, sinks, row, head, splits, G, GP, SP, HAS_SINKS)
-    own = coefficients + batch * stride_cb + (head // REPEAT).to(tl.int64) * stride_ch
-    along, sums = along_directions(
-        scores, norm, own, row, share, tail_splits, tl.load(length_ptr), capacity, stride_cr, first_direction,
-        G, GP, RANK, RP, BLOCK_T, ALIGNED,
+    kv_head = head // REPEAT
+    heads = tl.arange(0, G2)
+    directions = first_direction + tl.arange(0, AT_ONCE)
+    norm = log_sum_exp(part_max, part_sum, sinks, row, head, splits, G, G2, SP, HAS_SINKS)
+    along, total = along_directions(
+        scores, norm, coefficients + batch * stride_cb + kv_head.to(tl.int64) * stride_ch, row, share, sums - 1,
+        tl.load(length_ptr), capacity, stride_cr, first_direction, G, G2, RANK, AT_ONCE, BLOCK_T, ALIGNED,
     )  # fmt: skip
-    place = row * (pick_splits + tail_splits) + share
-    s_ptrs = shares + (place * G + heads)[:, None] * WIDTH + directions[None, :]
+    place = row * sums + share
+    s_ptrs = shares + (place * G + heads)[:, None] * RP + directions[None, :]
     tl.store(s_ptrs, along, mask=(heads < G)[:, None] & (directions < RANK)[None, :])
     if first_direction == 0:
-        tl.store(held + place * G + heads, sums, mask=heads < G)
+        tl.store(held + place * G + heads, total, mask=heads < G)
+    finish(
+        counters, partial, shares, held, base, basis, out, mass, row, batch, head,
+        batch * (HEADS // REPEAT) + kv_head, sums, tickets, stride_ob, stride_oh,
+        G, G2, D, BLOCK_D, RANK, RP, STEP, RANK_STEP, RENORMALISE,
+    )  # fmt: skip

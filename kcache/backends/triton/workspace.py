@@ -34,8 +34,8 @@ class Tuning:
         multiprocessor (fewer where shared memory says so).
     select_warps, select_tile : int
         Warps of the one program per row of work that selects, and how many rows it looks at in a step.
-    gather_rows, gather_warps : int
-        Picked rows per program that reads over the link.
+    fetch_rows : int
+        Picked rows that it reads over the link at a time.
     tail_tile, tail_warps, tail_residency : int
         Rows of the tail per tile (fewer where many heads share them), warps per program, programs per multiprocessor.
     dense_block, dense_warps, dense_stages, dense_residency : int
@@ -50,10 +50,9 @@ class Tuning:
     score_warps: int = 4
     score_stages: int = 3
     score_residency: int = 3
-    select_warps: int = 16
+    select_warps: int = 8
     select_tile: int = 2048
-    gather_rows: int = 16
-    gather_warps: int = 4
+    fetch_rows: int = 64
     tail_tile: int = 256
     tail_warps: int = 8
     tail_residency: int = 4
@@ -198,15 +197,14 @@ class Workspace(DeviceLength):
         tiles = -(-self.capacity // self.score_block)
         resident = _residency(tune.score_residency, tune.score_stages, self.score_block, self.dim)
         self.score_splits = choose_splits(per_slice, tiles, processors * resident)
-        self.gather_rows = max(16, min(tune.gather_rows, power_of_two(self.width)))
-        self.pick_splits = -(-self.width // self.gather_rows)
+        self.fetch_rows = max(16, min(tune.fetch_rows, power_of_two(self.width), 8192 // power_of_two(self.dim_v)))
         tail_tiles = -(-self.capacity // self.tail_tile)
         self.tail_splits = (
             choose_splits(per_slice, tail_tiles, processors * tune.tail_residency, least_tiles=2) if self.rank else 0
         )
 
     def _allocate(self) -> None:
-        rows, heads, parts = self.batch * self.heads, self.group, self.pick_splits + self.tail_splits
+        rows, heads, parts = self.batch * self.heads, self.group, self.tail_splits + 1
 
         def floats(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -223,7 +221,7 @@ class Workspace(DeviceLength):
             self.found = integers(rows, self.stride, dtype=torch.int64)
             self.listed = integers(rows, self.blocks)
         self.counts = integers(rows)
-        self.partial = floats(rows, self.pick_splits, heads, self.dim_v)
+        self.partial = floats(rows, heads, self.dim_v)
         self.shares, self.held = (
             floats(rows, parts, heads, max(16, power_of_two(self.rank))),
             floats(rows, parts, heads),

@@ -38,7 +38,8 @@
     if (!spans.has(bucket) && span.dataset.sequence === "0") spans.set(bucket, span);
   }
   for (const map of document.querySelectorAll(".map")) {
-    const cells = Uint8Array.from(atob(map.dataset.cells), (character) => character.charCodeAt(0));
+    const bytes = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+    const cells = bytes(map.dataset.cells), held = bytes(map.dataset.held);
     const rows = +map.dataset.rows, columns = +map.dataset.columns, top = +map.dataset.top;
     const find = (event) => {
       const box = map.getBoundingClientRect();
@@ -47,13 +48,15 @@
     };
     map.addEventListener("pointermove", (event) => {
       const [row, column] = find(event);
-      const value = cells[row * columns + column];
+      const value = cells[row * columns + column], weight = held[row * columns + column];
       const share = (value / 255) ** 2 * top;
       const first = column * data.bucket, last = Math.min(data.tokens, first + data.bucket) - 1;
       const words = spans.get(column);
       const text = words ? words.textContent.trim().slice(0, 220) : "";
       show(event, `${data.rows[map.dataset.map][row]} · tokens ${first.toLocaleString("en")}–${last.toLocaleString("en")}\n` +
-        `${value === 255 ? "≥ " : ""}${(share * 100).toFixed(2)} % of its picks` + (text ? `\n\n${text}` : ""));
+        `${value === 255 ? "≥ " : ""}${(share * 100).toFixed(2)} % of its picks · ` +
+        `mass ${weight === 255 ? "-" : weight < 26 ? "<1 %" : ((weight / 254) ** 2 * 100).toFixed(1) + " %"}` +
+        (text ? `\n\n${text}` : ""));
     });
     map.addEventListener("pointerleave", hide);
     map.addEventListener("click", (event) => {

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from kcache.watch.frame import Frame, LayerFrame
+from kcache.watch.frame import Frame
 from kcache_cli.tui.model.moment import Moment
 
 GAMMA = 0.4
@@ -112,7 +112,7 @@ def grid(moment: Moment, mode: Mode, columns: int, window: Window, layer: int) -
         ages = np.where(past.last_step < 0, OLDEST_STEPS, frame.step - past.last_step)
         values = 1 - np.log2(1 + np.clip(ages, 0, OLDEST_STEPS)) / np.log2(1 + OLDEST_STEPS)
         return Grid(_nearest(values, frame, start, end, columns), layers, start, end, _note(frame))
-    seen = _seen(moment)
+    seen = seen_in(moment)
     if mode is Mode.LAST:
         counts = _exact(seen, start, end, columns)
         if counts is None:
@@ -122,7 +122,7 @@ def grid(moment: Moment, mode: Mode, columns: int, window: Window, layer: int) -
     return Grid(scaled(counts, start, end, past.heads), layers, start, end, _note(seen))
 
 
-def _seen(moment: Moment) -> Frame:
+def seen_in(moment: Moment) -> Frame:
     """The frame whose picks are shown: an earlier one, where a run came to rest at a step not asked for any."""
     frame, before = moment.frame, moment.past.picked
     assert frame is not None
@@ -207,48 +207,3 @@ def _reached(frame: Frame) -> str:
     lengths = [layer.stats.tokens for layer in frame.layers if layer.kind != "stock"]
     done = sum(length == frame.tokens for length in lengths)
     return f", layer {done} of {len(lengths)}" if done < len(lengths) else ""
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """What is known about one cell.
-
-    Attributes
-    ----------
-    layer : LayerFrame
-    head : int or None
-    positions : range
-    count : int
-        Picks of the last step in it; nearly, where only histograms are there.
-    is_exact : bool
-    share : float
-        Of the layer's picks.
-    mass : float or None
-        Share of attention that all of the layer's picks hold, mean over query heads.
-    """
-
-    layer: LayerFrame
-    head: int | None
-    positions: range
-    count: int
-    is_exact: bool
-    share: float
-    mass: float | None
-
-
-def cell(moment: Moment, layer: int, positions: range, head: int | None = None) -> Cell | None:
-    """Look at one cell; None where there is no such layer."""
-    if moment.frame is None or not 0 <= layer < len(moment.frame.layers):
-        return None
-    frame = _seen(moment)
-    it = frame.layers[layer]
-    mass = None if it.mass is None else float(it.mass.mean())
-    picks = it.picks
-    if picks is not None:
-        chosen = picks if head is None else picks[:, min(head, picks.shape[1] - 1)]
-        count = int(((chosen >= positions.start) & (chosen < positions.stop)).sum())
-        total = int((chosen >= 0).sum())
-        return Cell(it, head, positions, count, True, count / max(1, total), mass)
-    found = rebin(it.histogram[None], frame.bucket_tokens, positions.start, positions.stop, 1)
-    count, total = round(float(found.sum())), int(it.histogram.sum())
-    return Cell(it, None, positions, count, False, count / max(1, total), mass)

@@ -48,6 +48,8 @@ class Past:
         Rows of picks a layer has: KV heads times observed sequences; at least 1.
     picked : Frame or None
         The latest frame that has exact picks; frames of a recording have them now and then.
+    weighed : Frame or None
+        The latest frame that says what buckets of it hold; frames of a recording do so now and then.
     earlier : Frame or None
         The decode frame of this run that is a window back, or as far back as there is one.
     """
@@ -57,6 +59,7 @@ class Past:
     last_step: np.ndarray
     heads: int
     picked: Frame | None
+    weighed: Frame | None = None
     earlier: Frame | None = None
 
     def window(self, count: int = _WINDOW) -> tuple[Point, Point] | None:
@@ -88,6 +91,7 @@ class Trace:
         self._weight = 0.0
         self._heads = 1
         self._picked: Frame | None = None
+        self._weighed: Frame | None = None
         self._recent: deque[Frame] = deque(maxlen=_WINDOW)
 
     def add(self, frame: Frame) -> None:
@@ -118,14 +122,17 @@ class Trace:
         """The histories as they are now."""
         earlier = self._recent[0] if self._recent else None
         heat = self._decayed / max(self._weight, 1e-9), self._last_step.copy()
-        return Past(tuple(self._points), *heat, self._heads, self._picked, earlier)
+        return Past(tuple(self._points), *heat, self._heads, self._picked, self._weighed, earlier)
 
     def _begin(self, frame: Frame) -> None:
         shape = (len(frame.layers), frame.buckets)
         self._decayed, self._last_step = np.zeros(shape), np.full(shape, -1, np.int64)
-        self._picked, self._heads, self._weight = None, 1, 0.0
+        self._picked = self._weighed = None
+        self._heads, self._weight = 1, 0.0
 
     def _note_picks(self, frame: Frame) -> None:
+        if any(layer.held is not None for layer in frame.layers):
+            self._weighed = frame
         shapes = [layer.picks.shape for layer in frame.layers if layer.picks is not None]
         if shapes:
             self._picked = frame

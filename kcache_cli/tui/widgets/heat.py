@@ -38,11 +38,12 @@ class HeatPanel(HeatMap):
         return 0 if self.moment is None or self.moment.frame is None else self.moment.frame.tokens
 
     def action_row(self, by: int) -> None:
-        """Move the cursor to another layer, or head."""
+        """Move the cursor to another layer, or head; where there is none, put one."""
         count = len(self._grid.rows) if self._grid is not None else 0
         layers = 0 if self.moment is None or self.moment.frame is None else len(self.moment.frame.layers)
         if self.cursor is None:
             self.action_column(0)
+            return
         if self.mode is Mode.HEADS and 0 <= self.head + by < count:
             self.head += by
             self._tell()
@@ -54,6 +55,8 @@ class HeatPanel(HeatMap):
         """Move the cursor along the context, by columns of the map."""
         if self._grid is None or not self._grid.values.shape[1]:
             return
+        if self.cursor is None:
+            self.go_where_picks_are()
         last = self._grid.values.shape[1] - 1
         at = last if self.cursor is None else self._column_of(self.cursor) + by
         if (at < 0 or at > last) and self.window.end is not None:

@@ -8,7 +8,9 @@ from rich.text import Text
 from textual.message import Message
 from textual.reactive import reactive
 
-from kcache_cli.tui.model.heat import Cell, Grid, Mode, Window, cell, grid
+from kcache_cli.tui.look import Look
+from kcache_cli.tui.model.cell import Cell, Held, cell
+from kcache_cli.tui.model.heat import Grid, Mode, Window, grid
 from kcache_cli.tui.model.moment import Moment
 from kcache_cli.tui.model.scale import Slots, slots, ticks
 from kcache_cli.tui.model.words import percent
@@ -19,6 +21,8 @@ from kcache_cli.tui.widgets.panel import Panel, columns, cut
 LABELS = 4
 _MASS = 5
 _WIDE = 96
+_LITTLE = 0.01
+_LITTLE_WORDS = "<1 %"
 MODES = tuple(Mode)
 
 
@@ -174,24 +178,7 @@ class HeatMap(Panel):
                     width,
                 )
             ]
-        numbers = Text.assemble(("layer ", palette.muted), (f"{found.layer.index}", "bold"))
-        if found.head is not None:
-            numbers.append(f" head {found.head}", "bold")
-        numbers.append(f" {found.layer.kind} {self.look.signs.dot} ", palette.muted)
-        start, stop = found.positions.start, found.positions.stop - 1
-        picks = bool(found.layer.histogram.any())
-        numbers.append("tokens " if start < stop else "token ", palette.muted)
-        numbers.append(f"{start:,}–{stop:,}" if start < stop else f"{start:,}", "bold")
-        numbers.append(f" {self.look.signs.dot} ", palette.muted)
-        if not picks:
-            numbers.append("attends exactly, picks nothing", palette.muted)
-        else:
-            numbers.append(f"{'' if found.is_exact else '~'}{found.count:,}", "bold")
-            numbers.append(f" picks, {percent(found.share)} of the layer's", palette.muted)
-        if found.mass is not None:
-            numbers.append(f" {self.look.signs.dot} which hold ", palette.muted)
-            numbers.append(percent(found.mass), "bold")
-            numbers.append(" of its attention", palette.muted)
+        numbers = numbers_of(found, self.look, width >= _WIDE)
         text = self._words(found, width)
         if count == 1:
             quoted = Text.assemble(numbers, "  ", text) if numbers.cell_len < width - 20 else numbers
@@ -216,12 +203,16 @@ class HeatMap(Panel):
 
     def watch_mode(self) -> None:
         """Draw in the other mode; one that shows a layer's heads takes a layer that picks."""
-        picked = None if self.moment is None else self.moment.past.picked
-        if self.mode is Mode.HEADS and picked is not None:
-            picking = [layer.index for layer in picked.layers if layer.picks is not None]
-            if picking and self.at_layer not in picking:
-                self.at_layer = min(picking, key=lambda layer: abs(layer - self.at_layer))
+        if self.mode is Mode.HEADS:
+            self.go_where_picks_are()
         self.redraw()
+
+    def go_where_picks_are(self) -> None:
+        """From a layer that picks nothing to the next one that does."""
+        picked = None if self.moment is None else self.moment.past.picked
+        picking = [] if picked is None else [layer.index for layer in picked.layers if layer.picks is not None]
+        if picking and self.at_layer not in picking:
+            self.at_layer = min(picking, key=lambda layer: abs(layer - self.at_layer))
 
     def watch_at_layer(self) -> None:
         """Tell, and draw."""
@@ -250,3 +241,39 @@ class HeatMap(Panel):
         if self.cursor is None or self._grid is None:
             return None
         return self._grid.positions(self._column_of(self.cursor))
+
+
+def numbers_of(found: Cell, look: Look, wide: bool) -> Text:
+    """What there is to say about a cell, in figures."""
+    palette, dot = look.palette, f" {look.signs.dot} "
+    whose = f" head {found.head}" if found.head is not None else ""
+    text = Text.assemble(("layer ", palette.muted), (f"{found.layer.index}{whose}", "bold"))
+    if wide:
+        text.append(f" {found.layer.kind}", palette.muted)
+    start, stop = found.positions.start, found.positions.stop - 1
+    text.append(f"{dot}{'tokens' if start < stop else 'token'} ", palette.muted)
+    text.append(f"{start:,}–{stop:,}" if start < stop else f"{start:,}", "bold")
+    text.append(dot, palette.muted)
+    if not found.layer.histogram.any():
+        text.append("attends exactly, picks nothing", palette.muted)
+        return text
+    nearly = "" if found.is_exact else "~"
+    text.append(f"{nearly}{found.count:,}", "bold")
+    text.append(f" pick{'' if found.count == 1 else 's'}, {percent(found.share)}", palette.muted)
+    text.append(f" of the {'layer' if found.head is None else 'head'}'s" if wide else "", palette.muted)
+    text.append(f"{dot}mass ", palette.muted)
+    text.append(_share(found.held), "bold")
+    if found.mass is not None:
+        text.append(f" of {percent(found.mass)}{' in all' if wide else ''}", palette.muted)
+    if found.held is not None and found.held.at_step is not None:
+        text.append(f", at step {found.held.at_step:,}", palette.muted)
+    return text
+
+
+def _share(held: Held | None) -> str:
+    """What picks hold; a recording says no more of little than that it is."""
+    if held is None:
+        return "-"
+    if held.share < _LITTLE:
+        return _LITTLE_WORDS
+    return f"{'' if held.is_exact else '~'}{percent(held.share)}"

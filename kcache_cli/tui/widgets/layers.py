@@ -87,9 +87,12 @@ class LayersPanel(Panel):
         lines = [self._head(table, width)]
         lines += [self._line(row, table, width) for row in self._rows[self._top : self._top + shown]]
         subtitle = self._subtitle(moment, shown)
-        if subtitle != self.border_subtitle:  # setting it draws the panel once more
-            self.border_subtitle = subtitle
+        if subtitle != self.border_subtitle:  # after this drawing, which has the frame's old one
+            self.call_later(self._say_below, subtitle)
         return lines
+
+    def _say_below(self, subtitle: str) -> None:
+        self.border_subtitle = subtitle
 
     def rows(self, moment: Moment) -> list[LayerRow]:
         """The rows that are shown."""
@@ -168,11 +171,15 @@ class LayersPanel(Panel):
         self.redraw()
 
     def watch_at_layer(self) -> None:
-        """Tell, and draw so that it is seen."""
+        """Draw so that it is seen."""
         self._follows = True
         self.redraw()
-        if self.is_mounted:
-            self.post_message(self.Chosen(self.at_layer))
+
+    def _choose(self, layer: int) -> None:
+        """Go to a layer, and tell: only what the user does here is told, or two panels would tell each other."""
+        if layer != self.at_layer:
+            self.at_layer = layer
+            self.post_message(self.Chosen(layer))
 
     def next_sort(self) -> None:
         """Sort by the next column; after the last by layer again."""
@@ -183,7 +190,7 @@ class LayersPanel(Panel):
         if not self._rows:
             return
         at = next((at for at, row in enumerate(self._rows) if row.layer == self.at_layer), 0)
-        self.at_layer = self._rows[min(max(0, at + by), len(self._rows) - 1)].layer
+        self._choose(self._rows[min(max(0, at + by), len(self._rows) - 1)].layer)
 
     def action_open(self) -> None:
         """Open the chosen layer."""
@@ -197,7 +204,7 @@ class LayersPanel(Panel):
         if at.y == 0:
             self._sort_at(at.x)
         elif self._top + at.y - 1 < len(self._rows):
-            self.at_layer = self._rows[self._top + at.y - 1].layer
+            self._choose(self._rows[self._top + at.y - 1].layer)
             if event.chain == 2:
                 self.action_open()
 

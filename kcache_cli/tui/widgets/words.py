@@ -51,7 +51,8 @@ class WordsPanel(Panel):
             head = [self._job(frame.job, width)]
         lines = wrapped(words(self.pieces, self.look), width)
         if not any(line.plain.strip() for line in lines):
-            lines = [Text("no text: the publisher has no tokenizer", self.look.palette.muted)]
+            why = "no text: the publisher has no tokenizer" if frame.tokens else "no text yet"
+            lines = [Text(why, self.look.palette.muted)]
         room = height - len(head)
         return [*head, *(lines[:room] if self.passage else lines[-room:])]
 
