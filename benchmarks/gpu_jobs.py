@@ -81,29 +81,38 @@ def all_jobs() -> list[Job]:
     at_budget = {"budget": 40 * GIB}
     on_card = {"budget": 80 * GIB, "whole_card": True}
     tiered = [
-        Job("batch8_32k/kcache", large, "kcache", 32768, 8, traced=True, seconds=25),
-        Job("equal_hbm_32k/kcache", large, "kcache", 32768, traced=True, seconds=25, **at_budget),
-        Job("llama2_7b_15k/kcache", paper, "kcache", 15360, traced=True, seconds=35, **on_card),
+        Job("batch8_32k/kcache", large, "kcache", 32768, 8, traced=True, seconds=15),
+        Job("equal_hbm_32k/kcache", large, "kcache", 32768, traced=True, seconds=22, **at_budget),
+        Job("llama2_7b_15k/kcache", paper, "kcache", 15360, traced=True, seconds=28, **on_card),
     ]
     cold = [
         replace(job, name=job.name.replace("/kcache", "/no-hits"), traced=False, policy=_HOLD.replace(hot_rows=0))
         for job in tiered
     ]
     return [
-        Job("batch8_32k/dense", large, "dense", 32768, 8, seconds=20),
+        Job("batch8_32k/dense", large, "dense", 32768, 8, seconds=8),
         tiered[0],
-        Job("equal_hbm_32k/dense", large, "dense", 32768, **at_budget),
+        Job("prefill_32k/dense", large, "prefill", 32768, 1, policy=_HOLD.replace(offload="none"), seconds=10),
+        Job("prefill_32k/kcache", large, "prefill", 32768, 1, seconds=12),
+        Job("equal_hbm_32k/dense", large, "dense", 32768, seconds=8, **at_budget),
         tiered[1],
-        Job("llama2_7b_15k/dense", paper, "dense", 15360, seconds=25, **on_card),
-        tiered[2],
-        Job("batch1_128k/dense", large, "dense", 131072, 1),
-        Job("batch1_128k/kcache", large, "kcache", 131072, 1, policy=_HOLD.replace(offload="auto")),
-        Job("equal_hbm_32k/k8", large, "kcache", 32768, policy=_HOLD.replace(k_bits=8), traced=True, **at_budget),
-        Job("prefill_32k/dense", large, "prefill", 32768, 1, policy=_HOLD.replace(offload="none")),
-        Job("prefill_32k/kcache", large, "prefill", 32768, 1),
+        Job("batch1_128k/dense", large, "dense", 131072, 1, seconds=8),
+        Job("batch1_128k/kcache", large, "kcache", 131072, 1, policy=_HOLD.replace(offload="auto"), seconds=8),
         Job("batch8_32k/hf-dynamic", large, "hf-dynamic", 32768, 8),
-        Job("batch1_32k/kcache", large, "kcache", 32768, 1, traced=True),
+        Job("batch1_32k/kcache", large, "kcache", 32768, 1, traced=True, seconds=8),
         Job("batch1_32k/hf-offloaded", large, "hf-offloaded", 32768, 1),
+        Job("llama2_7b_15k/dense", paper, "dense", 15360, seconds=12, **on_card),
+        tiered[2],
+        Job(
+            "equal_hbm_32k/k8",
+            large,
+            "kcache",
+            32768,
+            policy=_HOLD.replace(k_bits=8),
+            traced=True,
+            seconds=30,
+            **at_budget,
+        ),
         cold[0],
         cold[1],
         cold[2],

@@ -66,8 +66,7 @@ SWEEP: list[tuple[str, dict[str, int]]] = [
     ("score", {"score_block": 128, "score_stages": 3, "score_residency": 2, "score_warps": 8}),
     ("fetch", {"select_warps": 16}),
     ("fetch", {"select_tile": 1024}),
-    ("fetch", {"fetch_rows": 32}),
-    ("fetch", {"select_warps": 16, "fetch_rows": 128}),
+    ("fetch", {"gather_rows": 32}),
     ("tail", {"tail_tile": 128, "tail_warps": 4, "tail_residency": 8}),
     ("tail", {"tail_tile": 256, "tail_warps": 4}),
     ("tail", {"tail_residency": 8}),
@@ -159,8 +158,9 @@ class Inputs:
         """A dense step over K and V in device memory."""
         case = self.case
         workspace = DenseWorkspace(
-            case.batch, case.kv_heads, case.group, case.dim, case.dim, case.length, self.device, tuning=tuning
-        )
+            case.batch, case.kv_heads, case.group, case.dim, case.dim, case.length, self.device, itemsize=2,
+            tuning=tuning,
+        )  # fmt: skip
         return lambda query: dense_decode(
             query, self.keys, self.near, self.length, scaling=self.scaling, workspace=workspace
         )

@@ -28,8 +28,7 @@ import triton.language as tl
 from kcache.backends.triton import step as steps
 from kcache.backends.triton.above import pick_above
 from kcache.backends.triton.common import power_of_two
-from kcache.backends.triton.fetch import complete
-from kcache.backends.triton.hot import HotRows
+from kcache.backends.triton.hot import HotRows, hot_lookup
 from kcache.backends.triton.step import SliceStep
 
 FILE = Path(__file__).parent / "picks_smollm2.npz"
@@ -66,21 +65,15 @@ class Trace:
         return self._layers.setdefault(hot, len(self._layers))
 
 
-@triton.jit(do_not_specialize=["blocks", "splits", "sums", "tickets", "first_stream", "first_row"])
+@triton.jit(do_not_specialize=["blocks", "splits", "first_stream", "first_row"])
 def replay_kernel(
     trace, first_stream, first_row,
     scores, block_top, part_max, part_sum, sinks, threshold, lse, listed, found, picks, counts, tally, length_ptr,
     hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits,
-    values, scales, coefficients, base, basis, hot_store, partial, shares, held, counters, out, mass, pick_weights,
-    stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
-    sums, tickets,
     capacity, blocks, splits,
     HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
     TILE: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr, HOT_SETS: tl.constexpr,
     HOT_WAYS: tl.constexpr, HOT_TILE: tl.constexpr,
-    REPEAT: tl.constexpr, G2: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    RANK: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, RANK_STEP: tl.constexpr, RENORMALISE: tl.constexpr,
-    HOT_ROWS: tl.constexpr, HAS_SCALES: tl.constexpr, UPCAST: tl.constexpr,
     STEPS: tl.constexpr, STREAMS: tl.constexpr, TRACED: tl.constexpr, WP: tl.constexpr,
 ):  # fmt: skip
     """``above_kernel``, but for its picks: those of its stream in the step that its clock is at."""
@@ -98,14 +91,12 @@ def replay_kernel(
     kept = tl.sum((pick >= 0).to(tl.int32), 0)
     tl.store(picks + row * MOST + lane, pick, mask=lane < MOST)
     tl.store(counts + row, kept)
-    complete(
-        values, scales, scores, lse, coefficients, base, basis, picks, hot_store, partial, shares, held, counters, out,
-        mass, pick_weights, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits, row, kept,
-        stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
-        sums, tickets, capacity,
-        HEADS, G, MOST, REPEAT, G2, ROWS, D, BLOCK_D, RANK, RP, STEP, RANK_STEP, RENORMALISE, HOT_ROWS, HOT_SETS,
-        HOT_WAYS, HOT_TILE, HAS_SCALES, UPCAST,
-    )  # fmt: skip
+    if HOT_WAYS > 0:
+        tl.debug_barrier()
+        hot_lookup(
+            picks, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits, row, kept,
+            MOST, HOT_TILE, HOT_SETS, HOT_WAYS,
+        )  # fmt: skip
 
 
 @contextmanager

@@ -8,11 +8,13 @@ neighbouring rows loses fifteen sixteenths of a row's variance, the directions l
 
 U and base are fitted per sequence and KV head on the first rows that a layer offloads, and again whenever a sequence
 may have twice as many real rows, until there are 2,048. The directions are the leading principal components, found by
-subspace iteration (Halko, Martinsson & Tropp, 2011): batched products, no full eigendecomposition.
+subspace iteration (Halko, Martinsson & Tropp, 2011): batched products, no full eigendecomposition. On CUDA one kernel
+does all of it (:mod:`kcache.directions`).
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -159,6 +161,11 @@ def _leading(covariance: torch.Tensor, rank: int) -> torch.Tensor:
     """Orthonormal rows ``[..., rank, D]`` that span the leading eigenvectors of ``[..., D, D]``."""
     dim = covariance.shape[-1]
     carried = min(dim, rank + _SPARE)
+    if covariance.device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from kcache.directions import leading_directions, takes
+
+        if takes(dim, carried):
+            return leading_directions(covariance, rank, carried, _ROUNDS)
     at = covariance.diagonal(dim1=-2, dim2=-1).topk(carried).indices
     span = torch.zeros(*at.shape[:-1], dim, carried, dtype=torch.float32, device=at.device).scatter_(
         -2, at.unsqueeze(-2), 1.0

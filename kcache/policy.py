@@ -92,7 +92,8 @@ class Policy:
         of V in device memory.
     hot_rows : int or None
         Recently fetched V rows that a CUDA device keeps per KV head and offloaded layer, so that most picks need not
-        cross the link again; 0 for none, ``None`` for four times ``topn``. Rounded up to a power of two, at least 8.
+        cross the link again; 0 for none, ``None`` for eight times ``topn`` but at most 4,096. Rounded up to a power of
+        two, at least 8.
         Where both tiers are RAM, and with ``select="head"``, nothing is kept.
     k_bits : {16, 8}
         With 8, K of offloaded layers is kept as whole numbers with a scale for each row, in half the device memory, and

@@ -11,6 +11,7 @@ from kcache.policy import Policy
 
 LEAST_RESERVE = 512 * 2**20
 SCALE_BYTES = 4  # of a row in 8 bits
+_MOST_HOT_ROWS = 4096
 HOT_WAYS = 8  # hot rows that a position may be kept in place of
 
 
@@ -109,10 +110,10 @@ def tail_unit(policy: Policy, v_row: int, dim: int, heads: int = 0) -> tuple[int
 
 
 def hot_rows_of(policy: Policy) -> int:
-    """Hot rows that a policy asks for per KV head: four times what a step fetches, unless it says; see docs/log.md."""
+    """Hot rows that a policy asks for per KV head: eight times what a step fetches, unless it says; see docs/log.md."""
     if policy.select == "head":
         return 0
-    return 4 * policy.topn if policy.hot_rows is None else policy.hot_rows
+    return min(8 * policy.topn, _MOST_HOT_ROWS) if policy.hot_rows is None else policy.hot_rows
 
 
 def hot_capacity(rows: int) -> int:

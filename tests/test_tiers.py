@@ -50,7 +50,7 @@ def held_bytes(root: object, skip: tuple[str, ...] = ()) -> int:
 
 def layer_bytes(layer: object) -> int:
     """K, V and tail of one layer: without what layers share and without the last picks."""
-    return held_bytes(layer, skip=("shared", "following", "picks", "mass", "_validity", "_policy"))
+    return held_bytes(layer, skip=("shared", "following", "picked", "_validity", "_policy"))
 
 
 def run(policy: Policy, *sizes: int, batch: int = 2, max_length: int | None = None, kind: str = "llama") -> KCache:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from kcache.arriving import Arriving
 from kcache.cache import KCache
+from kcache.counted import Picked
 from kcache.layer import TieredLayer
 from kcache.snapshots import layer_snapshot
 from kcache.watch.columns import KINDS, MODES, STATS
@@ -258,8 +259,9 @@ def _picks(cache: KCache, run: int) -> Picks | None:
     batch = cache.batch_size
     total = sum(picked.picks.numel() for picked in picking)
     observed = max(1, min(batch, MOST_PICKS * batch // max(1, total)))
-    positions = [picked.picks[:observed] for picked in picking]
-    mass = [picked.mass[:observed] for picked in picking]
+    if observed < batch:
+        picking = [Picked(*(tensor[:observed] for tensor in picked)) for picked in picking]
+    positions, mass, weights = zip(*picking, strict=True)
     shapes = iter([tuple(tensor.shape) for tensor in positions])
     heads = iter([math.prod(tensor.shape[1:]) for tensor in mass])
     return Picks(
@@ -269,7 +271,7 @@ def _picks(cache: KCache, run: int) -> Picks | None:
         heads=tuple(0 if picked is None else next(heads) for picked in layers),
         positions=_together(positions),
         mass=_together(mass),
-        weights=_together([picked.weights[:observed] for picked in picking]),
+        weights=_together(weights),
     )
 
 

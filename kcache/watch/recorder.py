@@ -17,14 +17,16 @@ from kcache.watch.kcr import DELTA, END, HEADER, KEY, KEY_EVERY, MAGIC, START, T
 from kcache.watch.tokens import Tokens
 from kcache.watch.transcript import TextCursor
 
-BUDGET = 62
-"""Bytes per layer and step that a recording keeps to in the long run, of 32 layers (1,984) or more; text aside.
+BUDGET = 60
+"""Bytes per layer and step that a recording keeps to in the long run, of 32 layers (1,920) or more; text aside.
 
 Counters, mass and histograms come first. Where they take more than that, the histograms get half the buckets, twice as
 wide. What buckets hold is written where the step itself pays for it, or what has been saved so far; exact picks, many
-times the size of the rest, where what has been saved does. Only steps earn: frames of a prompt, or in the middle of a
-step, live on what is left.
+times the size of the rest, where what has been saved does. Only steps earn, and pay: a frame of a prompt, or in the
+middle of a step, is a hundred bytes, and gets more only of what is left.
 """
+_CREDIT = 8192
+"""What there is to begin with, so that an answer's first step has exact picks."""
 _COARSE = 8
 _LEAST_HELD = 0.01
 _LEAST_LAYERS = 32
@@ -59,6 +61,7 @@ class Recorder:
         self._before: Message = {}
         self._alone = 0
         self._spent = self._earned = 0
+        self._credit = _CREDIT
         self._step = (0, 0)
         self._buckets = MOST_BUCKETS
         self._sizes: deque[int] = deque(maxlen=_WINDOW)
@@ -80,27 +83,31 @@ class Recorder:
         while (text := self.text.next(tokens)) is not None:
             self._append(record(TEXT, text))
         plain = {name: value for name, value in frame.items() if name not in SOMETIMES}
-        plain["histogram"] = _merged(plain["histogram"], self._buckets)
         pay = BUDGET * max(_LEAST_LAYERS, len(frame["kinds"]))
         step = plain["run"], int(plain["counts"][_STEPS].max(initial=0))
         advanced = step[1] > 0 and step != self._step
         if advanced:
             self._earned, self._step = self._earned + pay, step
+            self._fit_buckets(pay)
+        plain["histogram"] = _merged(plain["histogram"], self._buckets)
         alone = self._alone % KEY_EVERY == 0 or plain["run"] != self._before.get("run")
         self._alone = 1 if alone else self._alone + 1
         kind, thinned = (KEY, plain) if alone else (DELTA, thin(plain, self._before))
         data = record(kind, thinned)
         if advanced and not alone:
-            self._fit_buckets(len(data), pay)
+            self._sizes.append(len(data))
         for name, extra in self._extras(frame):
-            room = max(self._earned - self._spent, pay if advanced and name == "held" else 0)
+            saved = self._earned - self._spent
+            room = saved + self._credit if name == "picks" else max(saved, pay if advanced else 0)
             if len(data) + self._costs[name] <= room:
                 more = {**thinned, **extra}
                 larger = record(kind, more)
                 self._costs[name] = len(larger) - len(data)
                 if len(larger) <= room:
+                    lent = max(0, len(larger) - max(saved, len(data)))
+                    self._credit, self._spent = self._credit - lent, self._spent - lent
                     data, thinned = larger, more
-        self._spent += len(data)
+        self._spent += len(data) if advanced or thinned.keys() & set(SOMETIMES) else 0
         self._before = plain
         self._append(data)
 
@@ -110,12 +117,12 @@ class Recorder:
             yield "held", {"held": _coarse(frame["held"], self._buckets)}
             yield "picks", {name: frame[name] for name in PICKS if name != "weights"}
 
-    def _fit_buckets(self, size: int, pay: int) -> None:
-        """Fewer buckets while frames are larger than what they earn, more where there is room; a key frame follows."""
-        self._sizes.append(size)
-        mean = sum(self._sizes) / len(self._sizes)
-        at = WIDTHS.index(self._buckets)
-        if len(self._sizes) < _WINDOW or pay * _ROOM <= mean <= pay:
+    def _fit_buckets(self, pay: int) -> None:
+        """Fewer buckets if frames have been larger than what they earn, more if there was room; a key frame follows."""
+        if len(self._sizes) < _WINDOW:
+            return
+        mean, at = sum(self._sizes) / len(self._sizes), WIDTHS.index(self._buckets)
+        if pay * _ROOM <= mean <= pay:
             return
         wanted = WIDTHS[min(at + 1, len(WIDTHS) - 1) if mean > pay else max(at - 1, 0)]
         if wanted != self._buckets:

@@ -91,8 +91,24 @@ def read(name: str) -> Transcript:
     try:
         return _parse(json.loads(data, parse_constant=_refuse))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, KCacheError) as error:
-        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{name} is not a saved conversation, or is damaged: {reason}") from None
+        raise InputError(f"{name} is not a saved conversation, or is damaged: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a file, in words about the file."""
+    if isinstance(error, json.JSONDecodeError):
+        if not error.doc.strip():
+            return "it is empty"
+        if not error.doc[error.pos :].strip() or error.msg.startswith("Unterminated"):
+            return "it breaks off before its end"
+        return f"it is no JSON from line {error.lineno}, column {error.colno} on"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no text"
+    if isinstance(error, KeyError):
+        return f"{error.args[0]!r} is missing"
+    if isinstance(error, (TypeError, AttributeError, RecursionError)):
+        return "a part of it is of another kind than was saved"
+    return str(error)
 
 
 def _parse(value: Any) -> Transcript:

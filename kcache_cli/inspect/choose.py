@@ -49,13 +49,27 @@ def _place(pid: int | None, address: str | None) -> Place:
     if address is not None:
         return _parse(address)
     places = find()
-    if not places:
-        raise WatchError(NOTHING_RUNS)
     chosen = [place for place in places if pid in (None, place.pid)]
-    if not chosen:
-        running = ", ".join(str(place.pid) for place in places)
-        raise WatchError(f"--pid {pid}: that process does not publish; these do: {running}")
-    return chosen[0]
+    if chosen:
+        return chosen[0]
+    if pid is None:
+        raise WatchError(NOTHING_RUNS)
+    raise WatchError(f"--pid {pid}: {_why_not(pid)}; {_who_does(places)}")
+
+
+def _why_not(pid: int) -> str:
+    """Why a process cannot be looked at."""
+    import psutil
+
+    if pid <= 0 or not psutil.pid_exists(pid):
+        return "there is no such process"
+    return "that process does not publish what it does, or not for you"
+
+
+def _who_does(places: list[Place]) -> str:
+    if not places:
+        return "nothing else that can be inspected is running"
+    return f"these can be inspected: {', '.join(str(place.pid) for place in places)}"
 
 
 def _parse(address: str) -> Place:

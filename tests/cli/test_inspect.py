@@ -76,7 +76,10 @@ def test_a_process_is_found_and_read(run: Run, tiny_folder: Path) -> None:
         assert people.exit_code == 0
         assert "device tier (RAM)" in people.stdout and f"process {process.pid}" in people.stdout
         other = run("inspect", "--once", "--pid", "1")
-        assert other.exit_code == 1 and f"these do: {process.pid}" in other.stderr
+        assert other.exit_code == 1 and "does not publish what it does, or not for you; these" in other.stderr
+        assert f"inspected: {process.pid}" in other.stderr
+        nobody = run("inspect", "--once", "--pid", str(2**30))
+        assert nobody.exit_code == 1 and "there is no such process; these can be inspected" in nobody.stderr
         os.environ["KCACHE_WATCH_TOKEN"] = token
         connected = run("inspect", "--once", "--json", "--connect", f"127.0.0.1:{port}")
         assert json.loads(connected.stdout)["pid"] == process.pid
@@ -86,6 +89,8 @@ def test_a_process_is_found_and_read(run: Run, tiny_folder: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert run("inspect", "--once").exit_code == 1
+        alone = run("inspect", "--once", "--pid", str(2**30))
+        assert "there is no such process; nothing else that can be inspected is running" in alone.stderr
     finally:
         os.environ.pop("KCACHE_WATCH_TOKEN", None)
         process.kill()

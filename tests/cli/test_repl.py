@@ -293,8 +293,30 @@ def test_damaged_file_keeps_the_conversation(tmp_path: Path, content: str, capsy
 def test_load_of_bytes_that_are_not_text(tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
     file.write_bytes(b"\xff\x00\xfe")
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(InputError, match="damaged: it is no text"):
         transcript.read(str(file))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "it is empty"),
+        (" \n", "it is empty"),
+        (saved()[:60], "it breaks off before its end"),
+        (saved()[:-1], "it breaks off before its end"),
+        ('{\n "kcache_chat": 1,\n oops}', "it is no JSON from line 3, column 2 on"),
+        ("[]", "it does not begin with"),
+        (saved(settings={}), "'max_tokens' is missing"),
+        (saved(settings=None), "a part of it is of another kind than was saved"),
+        ("[" * 100_000, "a part of it is of another kind"),
+    ],
+)
+def test_what_is_wrong_with_a_damaged_file_in_words(tmp_path: Path, content: str, reason: str) -> None:
+    file = tmp_path / "talk.json"
+    file.write_text(content)
+    with pytest.raises(InputError) as caught:
+        transcript.read(str(file))
+    assert f"is not a saved conversation, or is damaged: {reason}" in str(caught.value)
 
 
 def test_save_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,9 @@ def launch_all(
     keys = keys.to(dtype)
     dense_decode(
         query, keys, keys, length, scaling=dim**-0.5, mask=mask, softcap=softcap, sinks=sink,
-        workspace=DenseWorkspace(batch, kv_heads, group, dim, dim, capacity, cpu, tuning=tuning),
+        workspace=DenseWorkspace(
+            batch, kv_heads, group, dim, dim, capacity, cpu, itemsize=keys.element_size(), tuning=tuning
+        ),
     )  # fmt: skip
     hidden, inner = torch.empty(batch, 1, 32 * dim, dtype=dtype), torch.empty(batch, 1, 112 * dim, dtype=dtype)
     rms_norm(hidden, hidden[0, 0], 1e-5, "rounded")

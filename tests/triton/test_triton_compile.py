@@ -23,7 +23,7 @@ def test_triton_kernels_compile_for_sm90(config: str) -> None:
     assert done.returncode == 0, done.stderr
     kernels = {line["kernel"]: line for line in map(json.loads, done.stdout.splitlines())}
     select = "select" if "even" in config else "above"
-    names = ("append", "score", select, "tail", "decode", "norm", "rotate", "gated")
+    names = ("append", "score", select, "gather", "tail", "decode", "norm", "rotate", "gated")
     assert set(kernels) == {f"{name}_kernel" for name in names}
     for name, kernel in kernels.items():
         assert kernel["stack"] <= 64, f"{name} spills {kernel['stack']} bytes"
@@ -33,8 +33,7 @@ def test_triton_kernels_compile_for_sm90(config: str) -> None:
     # K in 8 bits is laid out for the registers in which it becomes floats: half as wide copies.
     wide = "LDGSTS.E.64" if "8 bits" in config else "LDGSTS.E.BYPASS.128"
     assert any(op.startswith(wide) for op in kernels["score_kernel"]["ops"])
-    fetch = kernels["select_kernel" if "even" in config else "above_kernel"]
-    assert fetch["ops"]["LDG.E.128.STRONG.GPU"] > 0, "rows come over the link in 16-byte loads"
+    assert kernels["gather_kernel"]["ops"]["LDG.E.128.STRONG.GPU"] > 0, "rows come over the link in 16-byte loads"
     assert kernels["tail_kernel"]["ops"]["LDG.E.128"] > 0
     assert "LDG.E.U16" not in kernels["tail_kernel"]["ops"]
     for name in ("norm", "gated"):

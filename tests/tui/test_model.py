@@ -252,6 +252,10 @@ def test_what_a_cell_holds() -> None:
     one = cell(exact, 15, range(6100), 1)
     assert one is not None and one.held is not None and one.mass == pytest.approx(float(layer.mass[3:6].mean()))
     assert one.held.share == pytest.approx(one.mass, abs=1e-5)
+    empty = next(at for at in range(1000) if not (layer.picks == at).any())
+    nothing = cell(exact, 15, range(empty, empty + 1))
+    assert nothing is not None and nothing.held is not None
+    assert (nothing.count, nothing.held.share, nothing.held.is_exact) == (0, 0.0, True)
     bucket = range(3264, 3328)
     near, same = cell(nearly, 15, bucket), cell(exact, 15, bucket)
     assert near is not None and near.held is not None and not near.held.is_exact and near.held.at_step is None

@@ -107,8 +107,8 @@ def test_two_kib_a_step_at_32_layers(tmp_path: Path) -> None:
 def test_what_buckets_hold_is_written_where_there_is_room(tmp_path: Path) -> None:
     for name, steps, least in (
         ("small", small(), 40),
-        ("demo", Steps(layers=30, kv_heads=3, group=3, topn=32, tokens=6000), 20),
-        ("large", Steps(layers=32, kv_heads=4, group=4, topn=64, tokens=32_000), 15),
+        ("demo", Steps(layers=30, kv_heads=3, group=3, topn=32, tokens=6000), 10),
+        ("large", Steps(layers=32, kv_heads=4, group=4, topn=64, tokens=32_000), 10),
     ):
         written(tmp_path / f"{name}.kcr", steps, 40)
         recording = open_recording(tmp_path / f"{name}.kcr")

@@ -162,14 +162,16 @@ def combine_all(at: Any, thread: Any, words: Any, single: Any) -> None:
         if at[_THRESHOLD] != 0:
             found[item] = gather_picks(at, item)
         count = min(found[item], most)
-        each[item, :count] = np.float32(0.0)
+        mass[item] = np.float32(0.0)
+        for nth in range(count):
+            row, total = picks[item, nth], np.float32(0.0)
+            for g in range(group):
+                weight = scores[item, row // piece, g, row % piece]
+                mass[item, g] += weight
+                total += weight
+            each[item, nth] = total / np.float32(group)
         for g in range(group):
-            held = np.float32(0.0)
-            for nth in range(count):
-                row = picks[item, nth]
-                held += scores[item, row // piece, g, row % piece]
-                each[item, nth] += scores[item, row // piece, g, row % piece] / np.float32(group)
-            mass[item, g] = held
+            held = mass[item, g]
             scale[g] = np.float32(1.0) / held if at[_RENORMALISES] != 0 and held > 0 else np.float32(1.0)
         halves[:] = np.float32(0.0)
         add_picked(scores[item], values[item], picks[item], count, scale, halves)

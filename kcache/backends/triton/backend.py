@@ -76,11 +76,14 @@ class TritonBackend:
         group, dim_v, device = step.query.shape[1] // kv_heads, step.values.shape[-1], step.query.device
         if unsupported(64, group, dim, dim_v, 1) is not None:
             return self._reference.dense(_on_host(step))
-        shape = (batch, kv_heads, group, dim, dim_v, device)
+        shape = (batch, kv_heads, group, dim, dim_v, device, step.keys.element_size())
         workspace = self._dense.get(shape)
         if workspace is None or workspace.capacity < capacity:
             with torch.inference_mode(False):
-                workspace = DenseWorkspace(batch, kv_heads, group, dim, dim_v, capacity, device, tuning=self.tuning)
+                workspace = DenseWorkspace(
+                    batch, kv_heads, group, dim, dim_v, capacity, device, itemsize=step.keys.element_size(),
+                    tuning=self.tuning,
+                )  # fmt: skip
             self._dense = {key: kept for key, kept in self._dense.items() if key[0] == batch} | {shape: workspace}
         return dense_decode(
             step.query, step.keys, step.values, _length(step), scaling=step.scaling, workspace=workspace,

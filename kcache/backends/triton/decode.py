@@ -170,9 +170,9 @@ def dense_decode(
             values.stride(0), values.stride(1), values.stride(2), valid.stride(0),
             out.stride(0), out.stride(1), scaling, softcap or 1.0, ws.splits,
             HEADS=kv_heads, G=group, G2=group2, GP=16, SP=power_of_two(ws.splits), D=dim, BLOCK_D=power_of_two(dim),
-            DV=dim_v, BLOCK_DV=block_v, BLOCK_L=ws.block, STAGES=tune.dense_stages,
+            DV=dim_v, BLOCK_DV=block_v, BLOCK_L=ws.block, STAGES=ws.stages,
             STEP=reduction_step(group2 * block_v, ws.splits), HAS_MASK=mask is not None,
             HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None, UPCAST=ws.upcast,
-            num_warps=tune.dense_warps, num_stages=tune.dense_stages,
+            num_warps=tune.dense_warps, num_stages=ws.stages,
         )  # fmt: skip
     return out

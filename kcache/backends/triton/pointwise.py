@@ -161,6 +161,7 @@ def rotate(
             other.stride(1), 0 if shared else cos.stride(0), 0 if shared else sin.stride(0), QUERY_HEADS=heads,
             KEY_HEADS=key_heads, HALF=dim // 2, BLOCK=power_of_two(dim // 2),
             SECOND=dim // 2 if cos.shape[-1] == dim else 0, ROUNDED=rounded, BY_HAND=interpreted(), num_warps=1,
+            enable_fp_fusion=not rounded,  # a fused product is not rounded before it is added
         )  # fmt: skip
     return out, None if key is None else other_out
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kcache.backends.triton.fetch import complete
+from kcache.backends.triton.hot import hot_lookup
 from kcache.backends.triton.score import log_sum_exp
 
 
@@ -83,20 +83,14 @@ def take(keys, low, high, above, target):
     return (over | tie) & (place < target), place
 
 
-@triton.jit(do_not_specialize=["blocks", "splits", "sums", "tickets"])
+@triton.jit(do_not_specialize=["blocks", "splits"])
 def select_kernel(
     scores, block_top, part_max, part_sum, sinks, lse, candidates, picks, counts, length_ptr,
     hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits,
-    values, scales, coefficients, base, basis, hot_store, partial, shares, held, counters, out, mass, pick_weights,
-    stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
-    sums, tickets,
     capacity, blocks, splits,
     HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr, SP: tl.constexpr, N: tl.constexpr,
     NP: tl.constexpr, BP: tl.constexpr, BLOCK: tl.constexpr, HAS_SINKS: tl.constexpr,
     HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr, HOT_TILE: tl.constexpr,
-    REPEAT: tl.constexpr, G2: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    RANK: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, RANK_STEP: tl.constexpr, RENORMALISE: tl.constexpr,
-    HOT_ROWS: tl.constexpr, HAS_SCALES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program per row of work, which also writes its heads' log-sum-exps.
 
@@ -147,11 +141,9 @@ def select_kernel(
     tl.store(picks + row * N + slot, -1, mask=(slot >= n_rows) & (slot < N))
     tl.store(picks + row * N + place, pos, mask=taken)
     tl.store(counts + row, n_rows)
-    complete(
-        values, scales, scores, lse, coefficients, base, basis, picks, hot_store, partial, shares, held, counters, out,
-        mass, pick_weights, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits, row, n_rows,
-        stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
-        sums, tickets, capacity,
-        HEADS, G, N, REPEAT, G2, ROWS, D, BLOCK_D, RANK, RP, STEP, RANK_STEP, RENORMALISE, HOT_ROWS, HOT_SETS,
-        HOT_WAYS, HOT_TILE, HAS_SCALES, UPCAST,
-    )  # fmt: skip
+    if HOT_WAYS > 0:
+        tl.debug_barrier()
+        hot_lookup(
+            picks, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits, row, n_rows,
+            N, HOT_TILE, HOT_SETS, HOT_WAYS,
+        )  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 
 from kcache.backends.triton.above import above_kernel
 from kcache.backends.triton.common import on_device, power_of_two, reduction_step
+from kcache.backends.triton.gather import gather_kernel
 from kcache.backends.triton.hot import HotRows
 from kcache.backends.triton.score import score_kernel
 from kcache.backends.triton.select import select_kernel
@@ -89,8 +90,13 @@ class SliceStep:
     def run(self) -> None:
         """All of it, one after the other."""
         self.score()
-        self.tail()
         self.fetch()
+        self.tail()
+
+    def fetch(self) -> None:
+        """Select the rows, and bring them."""
+        self.select()
+        self.gather()
 
     def score(self) -> None:
         """Stream K once; leave scores, their maxima by block and partial sums of exponentials in the workspace."""
@@ -120,14 +126,15 @@ class SliceStep:
         tail_kernel[(self.count * ws.tail_splits, -(-ws.rank // at_once))](
             ws.scores[rows], ws.part_max[rows], ws.part_sum[rows], given.length if given.sinks is None else given.sinks,
             tail.coefficients, tail.base, tail.basis, ws.partial[rows], ws.shares[rows], ws.held[rows],
-            ws.counters[rows], given.out, self.mass, given.length, *tail.coefficients.stride()[:3],
-            given.out.stride(0), given.out.stride(1), ws.stride, ws.score_splits, ws.tail_splits + 1, self._tickets,
+            ws.counters[rows], ws.counts[rows], given.out, self.mass, given.length,
+            *tail.coefficients.stride()[:3], given.out.stride(0), given.out.stride(1), ws.stride, ws.score_splits,
+            ws.tail_splits, self._tickets,
             SP=power_of_two(ws.score_splits), AT_ONCE=at_once, BLOCK_T=ws.tail_tile, HAS_SINKS=given.sinks is not None,
             ALIGNED=is_aligned(tail.coefficients), num_warps=ws.tuning.tail_warps, **self._sizes,
         )  # fmt: skip
 
-    def fetch(self) -> None:
-        """Select the rows, fetch and weigh them: log-sum-exps, picks and where hot rows are come on the way."""
+    def select(self) -> None:
+        """The picked rows, how many there are, and where hot rows are; log-sum-exps on the way."""
         ws, rows, hot, given = self.ws, self.rows, self.hot, self.inputs
         none = given.length
         scored = (
@@ -138,35 +145,42 @@ class SliceStep:
             none if hot is None else hot.tags[rows], none if hot is None else hot.stamps[rows],
             none if hot is None else hot.clock[rows], none if hot is None else hot.claims[rows],
             ws.hot_slots[rows], ws.hot_inserts[rows], none if hot is None else hot.hits.view(-1)[rows],
-        )  # fmt: skip
-        unused = LowRank(ws.lse, ws.lse, ws.lse.view(1, 1, *ws.lse.shape))
-        tail = unused if given.lowrank is None else given.lowrank
-        scales = given.query if given.value_scales is None else given.value_scales
-        fetched = (
-            given.values, scales, tail.coefficients, tail.base, tail.basis,
-            given.query if self.hot_store is None else self.hot_store, ws.partial[rows], ws.shares[rows],
-            ws.held[rows], ws.counters[rows], given.out, self.mass, self.weights, *given.values.stride()[:3],
-            *scales.stride()[:2], *tail.coefficients.stride()[:3], given.out.stride(0), given.out.stride(1),
-            ws.tail_splits + 1, self._tickets, ws.stride, ws.blocks, ws.score_splits,
+            ws.stride, ws.blocks, ws.score_splits,
         )  # fmt: skip
         sizes = {
-            **self._sizes, "GP": power_of_two(ws.group), "SP": power_of_two(ws.score_splits), "BLOCK": ws.block,
-            "HAS_SINKS": given.sinks is not None, "HOT_SETS": 1 if hot is None else hot.sets,
+            "HEADS": ws.heads, "G": ws.group, "GP": power_of_two(ws.group), "SP": power_of_two(ws.score_splits),
+            "BLOCK": ws.block, "HAS_SINKS": given.sinks is not None, "HOT_SETS": 1 if hot is None else hot.sets,
             "HOT_WAYS": 0 if hot is None else hot.ways, "HOT_TILE": min(_HOT_TILE, power_of_two(ws.width)),
-            "ROWS": ws.fetch_rows, "HOT_ROWS": 0 if hot is None else hot.rows,
-            "HAS_SCALES": given.value_scales is not None, "UPCAST": ws.upcast, "num_warps": ws.select_warps,
+            "num_warps": ws.select_warps,
         }  # fmt: skip
         if ws.spread == "even":
             select_kernel[(self.count,)](
                 *scored, ws.lse[rows], ws.candidates[rows], self.picks, ws.counts[rows], given.length, *stored,
-                *fetched,
                 GS=ws.heads_at_once, N=ws.width, NP=power_of_two(ws.width), BP=power_of_two(ws.blocks), **sizes,
             )  # fmt: skip
             return
         self._above(
             *scored, given.threshold, ws.lse[rows], ws.listed[rows], ws.found[rows], self.picks, ws.counts[rows],
-            none if given.tally is None else given.tally, given.length, *stored, *fetched,
+            none if given.tally is None else given.tally, given.length, *stored,
             MOST=ws.width, TILE=ws.select_tile, HAS_TALLY=given.tally is not None, **sizes,
+        )  # fmt: skip
+
+    def gather(self) -> None:
+        """Fetch the picked rows, weigh them, add the tail, write the output."""
+        ws, rows, given = self.ws, self.rows, self.inputs
+        unused = LowRank(ws.lse, ws.lse, ws.lse.view(1, 1, *ws.lse.shape))
+        tail = unused if given.lowrank is None else given.lowrank
+        scales = given.query if given.value_scales is None else given.value_scales
+        gather_kernel[(self.count * ws.pick_splits,)](
+            given.values, scales, ws.scores[rows], ws.lse[rows], tail.coefficients, tail.base, tail.basis,
+            self.picks, self.weights, ws.counts[rows], ws.partial[rows], ws.shares[rows], ws.held[rows],
+            ws.counters[rows], given.out, self.mass,
+            given.query if self.hot_store is None else self.hot_store, ws.hot_slots[rows], ws.hot_inserts[rows],
+            *given.values.stride()[:3], *scales.stride()[:2], *tail.coefficients.stride()[:3],
+            given.out.stride(0), given.out.stride(1), ws.stride, self.count, ws.tail_splits, self._tickets,
+            GP=16, WIDTH=ws.width, HOT_ROWS=0 if self.hot is None else self.hot.rows,
+            HAS_SCALES=given.value_scales is not None, UPCAST=ws.upcast, num_warps=ws.tuning.gather_warps,
+            **self._sizes,
         )  # fmt: skip
 
     def _above(self, *arguments: object, **sizes: object) -> None:
@@ -174,9 +188,9 @@ class SliceStep:
 
     @property
     def _tickets(self) -> int:
-        """Programs that add to a row's output."""
+        """Programs of the tail that add to a row's output."""
         ws = self.ws
-        return 1 + (ws.tail_splits * -(-ws.rank // min(DIRECTIONS, power_of_two(ws.rank))) if ws.tail_splits else 0)
+        return ws.tail_splits * -(-ws.rank // min(DIRECTIONS, power_of_two(ws.rank))) if ws.tail_splits else 0
 
     @property
     def _sizes(self) -> dict[str, object]:
@@ -184,8 +198,9 @@ class SliceStep:
         ws = self.ws
         group2, block_d = power_of_two(ws.group), power_of_two(ws.dim_v)
         return {
-            "HEADS": ws.heads, "REPEAT": ws.repeat, "G": ws.group, "G2": group2, "D": ws.dim_v, "BLOCK_D": block_d,
-            "RANK": ws.rank, "RP": ws.shares.shape[3], "STEP": reduction_step(group2 * block_d, ws.tail_splits + 1),
+            "HEADS": ws.heads, "REPEAT": ws.repeat, "G": ws.group, "G2": group2, "ROWS": ws.gather_rows,
+            "PARTS": ws.pick_splits, "D": ws.dim_v, "BLOCK_D": block_d, "RANK": ws.rank, "RP": ws.shares.shape[3],
+            "STEP": reduction_step(group2 * block_d, ws.pick_splits + ws.tail_splits),
             "RANK_STEP": reduction_step(group2 * block_d, max(1, ws.rank)), "RENORMALISE": ws.tail == "renormalise",
         }  # fmt: skip
 
@@ -207,6 +222,7 @@ def run_slices(steps: list[SliceStep], side: torch.cuda.Stream | None) -> None:
         side.wait_stream(main)
         with torch.cuda.stream(side):
             step.fetch()
+    for step in steps:
         step.tail()
     main.wait_stream(side)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kcache.backends.triton.fetch import finish
+from kcache.backends.triton.gather import finish
 from kcache.backends.triton.score import log_sum_exp
 
 DIRECTIONS = 8
@@ -55,14 +55,14 @@ def along_directions(
     return tl.sum(along, 2), tl.sum(held, 1)
 
 
-@triton.jit(do_not_specialize=["splits", "sums", "tickets"])
+@triton.jit(do_not_specialize=["splits", "tail_splits", "tickets"])
 def tail_kernel(
-    scores, part_max, part_sum, sinks, coefficients, base, basis, partial, shares, held, counters, out, mass,
-    length_ptr, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh, capacity, splits, sums, tickets,
+    scores, part_max, part_sum, sinks, coefficients, base, basis, partial, shares, held, counters, counts, out,
+    mass, length_ptr, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh, capacity, splits, tail_splits, tickets,
     HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, SP: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, AT_ONCE: tl.constexpr,
-    BLOCK_T: tl.constexpr, STEP: tl.constexpr, RANK_STEP: tl.constexpr, RENORMALISE: tl.constexpr,
-    HAS_SINKS: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, RANK: tl.constexpr,
+    RP: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_T: tl.constexpr, STEP: tl.constexpr, RANK_STEP: tl.constexpr,
+    RENORMALISE: tl.constexpr, HAS_SINKS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program: one share of one row of work along ``AT_ONCE`` of its ``RANK`` directions.
 
@@ -70,8 +70,8 @@ def tail_kernel(
     """
     pid = tl.program_id(0)
     first_direction = tl.program_id(1) * AT_ONCE
-    row = pid // (sums - 1)
-    share = pid % (sums - 1)
+    row = pid // tail_splits
+    share = pid % tail_splits
     batch = (row // HEADS).to(tl.int64)
     head = row % HEADS
     kv_head = head // REPEAT
@@ -79,16 +79,16 @@ def tail_kernel(
     directions = first_direction + tl.arange(0, AT_ONCE)
     norm = log_sum_exp(part_max, part_sum, sinks, row, head, splits, G, G2, SP, HAS_SINKS)
     along, total = along_directions(
-        scores, norm, coefficients + batch * stride_cb + kv_head.to(tl.int64) * stride_ch, row, share, sums - 1,
+        scores, norm, coefficients + batch * stride_cb + kv_head.to(tl.int64) * stride_ch, row, share, tail_splits,
         tl.load(length_ptr), capacity, stride_cr, first_direction, G, G2, RANK, AT_ONCE, BLOCK_T, ALIGNED,
     )  # fmt: skip
-    place = row * sums + share
+    place = row * (PARTS + tail_splits) + share
     s_ptrs = shares + (place * G + heads)[:, None] * RP + directions[None, :]
     tl.store(s_ptrs, along, mask=(heads < G)[:, None] & (directions < RANK)[None, :])
     if first_direction == 0:
         tl.store(held + place * G + heads, total, mask=heads < G)
     finish(
-        counters, partial, shares, held, base, basis, out, mass, row, batch, head,
-        batch * (HEADS // REPEAT) + kv_head, sums, tickets, stride_ob, stride_oh,
-        G, G2, D, BLOCK_D, RANK, RP, STEP, RANK_STEP, RENORMALISE,
+        counters, counts, partial, shares, held, base, basis, out, mass, row, batch, head,
+        batch * (HEADS // REPEAT) + kv_head, tail_splits, tickets, stride_ob, stride_oh,
+        G, G2, ROWS, PARTS, D, BLOCK_D, RANK, RP, STEP, RANK_STEP, RENORMALISE,
     )  # fmt: skip

@@ -34,12 +34,12 @@ class Tuning:
         multiprocessor (fewer where shared memory says so).
     select_warps, select_tile : int
         Warps of the one program per row of work that selects, and how many rows it looks at in a step.
-    fetch_rows : int
-        Picked rows that it reads over the link at a time.
+    gather_rows, gather_warps : int
+        Picked rows per program that reads over the link, and its warps.
     tail_tile, tail_warps, tail_residency : int
         Rows of the tail per tile (fewer where many heads share them), warps per program, programs per multiprocessor.
     dense_block, dense_warps, dense_stages, dense_residency : int
-        The same for the dense decode of resident layers.
+        The same for the dense decode of resident layers; 0 chooses by size, of stages as well.
     slices : int
         Pieces the batch is cut into, so that the link works for one piece while K is read for the next; 0 chooses.
     processors : int
@@ -52,13 +52,14 @@ class Tuning:
     score_residency: int = 3
     select_warps: int = 8
     select_tile: int = 2048
-    fetch_rows: int = 64
+    gather_rows: int = 16
+    gather_warps: int = 4
     tail_tile: int = 256
-    tail_warps: int = 8
+    tail_warps: int = 4
     tail_residency: int = 4
     dense_block: int = 0
     dense_warps: int = 4
-    dense_stages: int = 3
+    dense_stages: int = 0
     dense_residency: int = 3
     slices: int = 0
     processors: int = 0
@@ -197,14 +198,15 @@ class Workspace(DeviceLength):
         tiles = -(-self.capacity // self.score_block)
         resident = _residency(tune.score_residency, tune.score_stages, self.score_block, self.dim)
         self.score_splits = choose_splits(per_slice, tiles, processors * resident)
-        self.fetch_rows = max(16, min(tune.fetch_rows, power_of_two(self.width), 8192 // power_of_two(self.dim_v)))
+        self.gather_rows = max(16, min(tune.gather_rows, power_of_two(self.width)))
+        self.pick_splits = -(-self.width // self.gather_rows)
         tail_tiles = -(-self.capacity // self.tail_tile)
         self.tail_splits = (
             choose_splits(per_slice, tail_tiles, processors * tune.tail_residency, least_tiles=2) if self.rank else 0
         )
 
     def _allocate(self) -> None:
-        rows, heads, parts = self.batch * self.heads, self.group, self.tail_splits + 1
+        rows, heads, parts = self.batch * self.heads, self.group, self.pick_splits + self.tail_splits
 
         def floats(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -221,7 +223,7 @@ class Workspace(DeviceLength):
             self.found = integers(rows, self.stride, dtype=torch.int64)
             self.listed = integers(rows, self.blocks)
         self.counts = integers(rows)
-        self.partial = floats(rows, heads, self.dim_v)
+        self.partial = floats(rows, self.pick_splits, heads, self.dim_v)
         self.shares, self.held = (
             floats(rows, parts, heads, max(16, power_of_two(self.rank))),
             floats(rows, parts, heads),
@@ -236,7 +238,10 @@ class Workspace(DeviceLength):
 
 
 class DenseWorkspace(DeviceLength):
-    """Scratch of :func:`~kcache.backends.triton.decode.dense_decode`; parameters as for :class:`Workspace`."""
+    """Scratch of :func:`~kcache.backends.triton.decode.dense_decode`; parameters as for :class:`Workspace`.
+
+    ``itemsize`` is that of K and V: tiles of 16 bits may be larger.
+    """
 
     def __init__(
         self,
@@ -248,15 +253,19 @@ class DenseWorkspace(DeviceLength):
         capacity: int,
         device: torch.device,
         *,
+        itemsize: int = 4,
         tuning: Tuning | None = None,
     ) -> None:
         super().__init__(device)
         self.tuning = tune = tuning or Tuning()
         rows = batch * kv_heads
         processors = tune.processors or multiprocessors(device)
-        self.block = tune.dense_block or (64 if max(dim, dim_v) <= 128 else 32)
+        widest = max(dim, dim_v)
+        large = itemsize <= 2 and widest <= 128
+        self.block = tune.dense_block or (128 if large else 64 if widest <= 128 else 32)
+        self.stages = tune.dense_stages or (2 if large else 3)
         tiles = -(-capacity // self.block)
-        resident = _residency(tune.dense_residency, tune.dense_stages + 1, self.block, max(dim, dim_v))
+        resident = _residency(tune.dense_residency, self.stages + 1, self.block, widest)
         self.device, self.capacity, self.upcast = device, capacity, interpreted()
         self.splits = choose_splits(rows, tiles, processors * resident)
         self.part_max = torch.empty(rows, self.splits, group, dtype=torch.float32, device=device)

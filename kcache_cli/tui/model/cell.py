@@ -67,7 +67,8 @@ def cell(moment: Moment, layer: int, positions: range, head: int | None = None) 
         if it.mass is not None and head is not None and it.mass.size % it.picks.shape[1] == 0:
             masses = it.mass.reshape(it.picks.shape[1], -1)[heads]
     mass = None if masses is None else float(masses.mean())
-    held = _held(moment, frame, layer, positions, head)
+    nothing = it.picks is not None and not count
+    held = Held(0.0, True) if nothing else _held(moment, frame, layer, positions, head)
     return Cell(it, head, positions, count, it.picks is not None, count / max(1, total), held, mass)
 
 

@@ -9,7 +9,7 @@ from textual.message import Message
 from textual.reactive import reactive
 
 from kcache_cli.tui.look import Look
-from kcache_cli.tui.model.cell import Cell, Held, cell
+from kcache_cli.tui.model.cell import Cell, cell
 from kcache_cli.tui.model.heat import Grid, Mode, Window, grid
 from kcache_cli.tui.model.moment import Moment
 from kcache_cli.tui.model.scale import Slots, slots, ticks
@@ -262,7 +262,7 @@ def numbers_of(found: Cell, look: Look, wide: bool) -> Text:
     text.append(f" pick{'' if found.count == 1 else 's'}, {percent(found.share)}", palette.muted)
     text.append(f" of the {'layer' if found.head is None else 'head'}'s" if wide else "", palette.muted)
     text.append(f"{dot}mass ", palette.muted)
-    text.append(_share(found.held), "bold")
+    text.append(_share(found), "bold")
     if found.mass is not None:
         text.append(f" of {percent(found.mass)}{' in all' if wide else ''}", palette.muted)
     if found.held is not None and found.held.at_step is not None:
@@ -270,10 +270,11 @@ def numbers_of(found: Cell, look: Look, wide: bool) -> Text:
     return text
 
 
-def _share(held: Held | None) -> str:
-    """What picks hold; a recording says no more of little than that it is."""
+def _share(found: Cell) -> str:
+    """What its picks hold; a recording says no more of little than that it is."""
+    held = found.held
     if held is None:
         return "-"
     if held.share < _LITTLE:
-        return _LITTLE_WORDS
+        return _LITTLE_WORDS if found.count else "0"
     return f"{'' if held.is_exact else '~'}{percent(held.share)}"
