@@ -166,6 +166,30 @@ def make_problem(lm: LoadedModel, spec: Spec, case: Case) -> Problem:
     return _AT_DEPTHS[case.kind](lm, spec.prose, case.ctx, case.depth, seed)
 
 
+def check_lengths(lm: LoadedModel, spec: Spec, cases: Sequence[Case]) -> None:
+    """See before the first case is run that the prompts and replies of all fit the model's context.
+
+    Raises
+    ------
+    ContextLengthError
+    """
+    if lm.context_length is None:
+        return
+    for case in cases:
+        problem = make_problem(lm, spec, case)
+        tokens = sum(map(len, _tokens(lm, problem))) + problem.max_new_tokens
+        if tokens > lm.context_length:
+            raise ContextLengthError(
+                f"{case.label}: prompt and reply are {tokens:,} tokens and the context of {lm.name} is "
+                f"{lm.context_length:,}; ask for a shorter --ctx"
+            )
+
+
+def _tokens(lm: LoadedModel, problem: Problem) -> tuple[list[int], list[int]]:
+    """What is prefilled, and what is fed by decode steps."""
+    return split_prompt(lm, problem.context, problem.question, problem.lead)
+
+
 def run_cases(
     lm: LoadedModel,
     spec: Spec,
@@ -175,25 +199,18 @@ def run_cases(
 ) -> Iterator[list[Row]]:
     """Run ``cases``, yielding the rows of each, one per contender, as soon as it is done; ``env`` is put on each row.
 
-    Raises
-    ------
-    ContextLengthError
-        If a prompt and its reply do not fit the model's context.
+    Whether they fit the model's context is for :func:`check_lengths` to see beforehand.
     """
-    for case in cases:
-        watch(f"{case.label}: prefill")
+    for number, case in enumerate(cases, start=1):
+        label = f"{number} of {len(cases)} · {case.label}"
+        watch(f"{label}: prefill")
         problem = make_problem(lm, spec, case)
-        head, question = split_prompt(lm, problem.context, problem.question, problem.lead)
+        head, question = _tokens(lm, problem)
         room = len(question) + problem.max_new_tokens
-        if lm.context_length is not None and len(head) + room > lm.context_length:
-            raise ContextLengthError(
-                f"{case.label}: prompt and reply are {len(head) + room:,} tokens and the context of {lm.name} is "
-                f"{lm.context_length:,}; ask for a shorter --ctx"
-            )
         prefix = Prefix(lm, head)
         rows: list[Row] = []
         for contender in spec.contenders:
-            watch(f"{case.label}: {contender.label}")
+            watch(f"{label}: {contender.label}")
             fork = prefix.fork((), [contender.policy], room)
             (cache,) = fork.caches
             before, began = cache.stats.rows_fetched, time.perf_counter()

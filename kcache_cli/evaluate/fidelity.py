@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kcache_cli.completion import complete_policy
-from kcache_cli.evaluate.flags import PlacesOptions, ResultOptions
+from kcache_cli.evaluate.flags import PlacesOptions, ResultOptions, check_context
 from kcache_cli.options import ModelOptions, PolicyOptions, Without, number_list, with_options
 from kcache_cli.watching import WatchOptions, watching
 
@@ -108,6 +108,7 @@ def fidelity(
     prose = read_prose(sample.text)
 
     engine = engine_of(context)
+    check_context(engine, model, cases[0].policy, spec.ctx, f"{spec.steps} steps", spec.steps)
     with download_bar(f"loading {model.name}") as progress:
         lm = engine.load(model, progress)
     found = find_places(lm, prose, spec.ctx, spec.steps, spec.places)

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kcache.errors import InputError
 from kcache.policy import Offload, Policy
 from kcache_cli.options import PolicyOptions, number_list, token_count
 from kcache_cli.policies import build_policy
 from kcache_cli.rows.formats import Format
 
 if TYPE_CHECKING:
+    from kcache_cli.engine import Engine
+    from kcache_cli.options import ModelOptions
     from kcache_cli.settings import Settings
 
 TOPNS = (64, 128)
@@ -31,6 +34,23 @@ def _measure(*names: str, help: str, metavar: str, default: str, **more: Any) ->
     return typer.Option(
         *names, help=help, metavar=metavar, show_default=default, rich_help_panel="What to measure", **more
     )
+
+
+def check_context(engine: Engine, model: ModelOptions, policy: Policy, ctx: int, then: str, least: int) -> None:
+    """See before a model is loaded that ``ctx`` tokens, and the ``least`` that follow, are not beyond its context.
+
+    Full attention is measured too, so memory has to hold all of K and V.
+
+    Raises
+    ------
+    InputError, DoesNotFitError
+    """
+    full = policy.replace(offload="none", resident_layers=None, kv_budget=None)
+    context = engine.plan(model, full, need=ctx, batch_size=1).context
+    if context is not None and ctx + least > context:
+        raise InputError(
+            f"--ctx {ctx}: the context of {model.name} is {context} tokens, and {then} come on top; ask for less"
+        )
 
 
 @dataclass(frozen=True)

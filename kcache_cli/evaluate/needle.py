@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kcache.errors import InputError
-from kcache_cli.evaluate.flags import ResultOptions, TopnOptions
+from kcache_cli.evaluate.flags import ResultOptions, TopnOptions, check_context
 from kcache_cli.options import ModelOptions, PolicyOptions, Without, number_list, with_options
 from kcache_cli.rows.formats import Row
 from kcache_cli.watching import WatchOptions, watching
@@ -78,7 +78,8 @@ def needle(
     (the ten words of a list that appear most often) and variable-tracking (a chain of assignments) follow RULER: they
     need many rows at once, which is where TopN is weak.
 
-    Rows, one per haystack and N, are written as they come; the summary is a table of mean scores, and names each case
+    Rows, one per haystack and N, are written as they come, and each haystack's scores are told on standard error; the
+    summary is a table of mean scores, and names each case
     in which N rows did worse than full attention.
 
     Examples
@@ -88,12 +89,13 @@ def needle(
       kcache eval needle Qwen/Qwen3-8B --ctx 8k,32k --output needles.jsonl --resume --plot needles.png
     """
     from kcache.bench.env import surroundings
-    from kcache.evaluate.retrieval import Spec, run_cases
+    from kcache.evaluate.retrieval import Spec, check_lengths, run_cases
     from kcache_cli.console import download_bar
     from kcache_cli.engine import engine_of
-    from kcache_cli.evaluate.needle_table import COMMAND, NAMES, draw, markdown
+    from kcache_cli.evaluate.needle_table import COMMAND, NAMES, draw, in_words, markdown
     from kcache_cli.evaluate.prose import read_prose
     from kcache_cli.evaluate.report import finish, warn_if_exact
+    from kcache_cli.exits import note
     from kcache_cli.rows.chart import check_plot
     from kcache_cli.rows.progress import steps_bar
     from kcache_cli.rows.store import Store, check_file, choose_format, rows_to_resume
@@ -119,16 +121,21 @@ def needle(
     there = rows_to_resume(results.resume, target, form, COMMAND, NAMES)
 
     engine = engine_of(context)
+    check_context(engine, model, policy, max(spec.ctxs), "a question and its reply", 1)
     with download_bar(f"loading {model.name}") as progress:
         lm = engine.load(model, progress)
     left = _left(lm, spec, there)
+    check_lengths(lm, spec, left)
     store = Store(target, form, markdown, _others(lm, spec, there, left))
     try:
         bar = steps_bar(len(left), "asking", lambda label: label.partition(":")[0])
         with watching(engine, lm, "eval needle", watch_options), bar as watch:
-            for rows in run_cases(lm, spec, left, lambda label: watch(label, 0), surroundings(lm.device)):
-                store.add([row.to_dict() for row in rows])
+            answered = run_cases(lm, spec, left, lambda label: watch(label, 0), surroundings(lm.device))
+            for number, (case, rows) in enumerate(zip(left, answered, strict=False), start=1):
+                told = [row.to_dict() for row in rows]
+                store.add(told)
                 watch("", 1)
+                note(f"{number} of {len(left)} · {case.label}: {in_words(told)}")
     finally:
         store.close()
         mine = _of(lm, spec, store.rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from kcache_cli.text import one_line
 COMMAND = "kcache eval needle"
 NAMES = {"kind", "depth", "sample"}
 _MOST_MISSES = 20
+_DARK = 0.4  # so far from the middle of the colour map figures on it are white
 _Contender = tuple[str, int | None]
 
 
@@ -81,9 +83,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     kinds, contenders, ctxs = sorted({row["kind"] for row in rows}), _contenders(rows), _ctxs(rows)
-    size = (1.2 + len(contenders) * (0.8 + 0.55 * len(ctxs)), 0.6 + 2.1 * len(kinds))
+    heights = [len({row["depth"] for row in rows if row["kind"] == kind}) for kind in kinds]
+    size = (1.2 + len(contenders) * (0.8 + 0.55 * len(ctxs)), 0.6 + 0.6 * len(kinds) + 0.3 * sum(heights))
     figure = Figure(figsize=size, layout="constrained")
-    for number, axes in enumerate(figure.subplots(len(kinds), len(contenders), squeeze=False).flat):
+    maps = figure.subplots(len(kinds), len(contenders), squeeze=False, height_ratios=heights)
+    for number, axes in enumerate(maps.flat):
         kind, contender = kinds[number // len(contenders)], contenders[number % len(contenders)]
         mine = [row for row in rows if (row["kind"], _contender(row)) == (kind, contender)]
         _draw_map(axes, mine, ctxs)
@@ -99,7 +103,9 @@ def _draw_map(axes: Any, rows: Sequence[Row], ctxs: Sequence[int]) -> None:
     axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     for y, line in enumerate(values):
         for x, value in enumerate(line):
-            axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7)
+            colour = "white" if abs(value - 0.5) > _DARK else "black"
+            if not math.isnan(value):
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
     axes.set_xticks(
         range(len(ctxs)), [f"{ctx // 1024}k" if ctx % 1024 == 0 else f"{ctx:,}" for ctx in ctxs], fontsize=7
     )
@@ -108,6 +114,11 @@ def _draw_map(axes: Any, rows: Sequence[Row], ctxs: Sequence[int]) -> None:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
+
+
+def in_words(rows: Sequence[Row]) -> str:
+    """The scores of one haystack."""
+    return ", ".join(f"{label(_contender(row))} {row['score']:.2f}" for row in rows)
 
 
 def label(contender: _Contender) -> str:

@@ -87,7 +87,7 @@ def tasks(
     Examples
     --------
       kcache eval tasks --tasks gsm8k --limit 50
-      kcache eval tasks --tasks gsm8k,bbh:snarks --data benchmarks --output answers.jsonl --resume
+      kcache eval tasks --tasks gsm8k,bbh:snarks --data data --output answers.jsonl --resume
       kcache eval tasks Qwen/Qwen3-8B --tasks gsm8k,bbh --topn 128 --output answers.jsonl
     """
     if importlib.util.find_spec("lm_eval") is None:

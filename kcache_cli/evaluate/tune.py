@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kcache_cli.evaluate.flags import PlacesOptions, ResultOptions
+from kcache_cli.evaluate.flags import PlacesOptions, ResultOptions, check_context
 from kcache_cli.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -62,8 +62,10 @@ def answer(context: typer.Context, question: Question) -> None:
     form = choose_format(results.form, target)
     there = rows_to_resume(results.resume, target, form, COMMAND, NAMES)
     prose = read_prose(sample.text)
+    engine = engine_of(context)
+    check_context(engine, question.model, question.base, spec.ctx, f"{spec.steps} steps", spec.steps)
     with download_bar(f"loading {question.model.name}") as progress:
-        lm = engine_of(context).load(question.model, progress)
+        lm = engine.load(question.model, progress)
     places = find_places(lm, prose, spec.ctx, spec.steps, spec.places)
     shapes = find_shapes(lm, question.base, spec.ctx, goal.device_overhead)
     book = _Book(lm, spec, prose, places, Store(target, form, markdown, there))

@@ -10,10 +10,19 @@ from typing import Any
 
 import pytest
 
+from kcache_cli.engine import KCacheEngine
 from kcache_cli.evaluate.needle_table import draw, markdown
 from tests.bench.machines import tiny
 from tests.cli.conftest import Run
 from tests.cli.test_real import LoadedEngine
+
+
+class Unloaded(KCacheEngine):
+    """Plans and does not load."""
+
+    def load(self, model: Any, progress: Any) -> Any:
+        raise AssertionError("loaded")
+
 
 SMALL = ["eval", "needle", "--ctx", "300", "--depth", "0,1", "--topn", "4,8", "--dense-layers", "1"]
 
@@ -44,7 +53,8 @@ def test_a_table_of_depth_and_length(run: Run, engine: LoadedEngine, story: str)
     assert [line.split("|")[2].strip() for line in lines[:2]] == ["0", "1"]
     assert "haystack: story.txt" in result.stdout
     assert "N=8: right in 0 of the 0 cases that full attention gets right" in result.stdout
-    assert "asking passkey · 300 tokens · depth 0\n" in result.stderr
+    assert "asking 1 of 2 · passkey · 300 tokens · depth 0\n" in result.stderr
+    assert "kcache: 2 of 2 · passkey · 300 tokens · depth 1: dense 0.00, N=4 0.00, N=8 0.00\n" in result.stderr
     assert "warning" not in result.stderr
 
 
@@ -129,6 +139,24 @@ def test_wrong_usage_is_said_before_anything_is_loaded(run: Run, flags: str, sai
     assert said in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("ctx", "loaded", "said"),
+    [
+        ("1k,8k", False, "--ctx 8192: the context of smollm2 is 8192 tokens, and a question and its reply come on top"),
+        ("1k,2000", True, "passkey · 2,000 tokens · depth 0: prompt and reply are"),
+    ],
+)
+def test_a_context_too_long_is_said_before_anything_runs(
+    run: Run, story: str, monkeypatch: pytest.MonkeyPatch, ctx: str, loaded: bool, said: str
+) -> None:
+    """Beyond the model's, before it is loaded; too little room for the reply, once its tokens can be counted."""
+    engine = LoadedEngine(tiny(max_position_embeddings=2048)) if loaded else Unloaded()
+    monkeypatch.setattr("kcache.evaluate.retrieval.Prefix", None)
+    result = run("eval", "needle", "--text", story, "--kind", "passkey", "--ctx", ctx, engine=engine)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
+
+
 # -- tables --------------------------------------------------------------------------------------------------------
 
 
@@ -177,9 +205,10 @@ def test_many_misses_are_cut_short() -> None:
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
 def test_heat_maps(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"map{suffix}"
-    spread = [row(1024, topn, 0.3, kind="common-words", depth=None) for topn in (None, 64, 128)]
+    spread = [row(1024, topn, 0.3, kind="common-words", depth=None) for topn in (None, 64, 128)]  # none at 2,048
     draw([*ROWS, *spread], path)
     assert path.stat().st_size > 1000
     if suffix == ".svg":
         text = path.read_text()
         assert "passkey, N=64" in text and "common-words, dense" in text and "0.30" in text
+        assert "nan" not in text

@@ -13,7 +13,7 @@ from kcache.errors import ContextLengthError, InputError
 from kcache.evaluate.aggregation import COMMON, COMMON_TIMES, HOPS, OTHER_TIMES, common_words, variable_tracking
 from kcache.evaluate.haystack import Prose, count_tokens, passage, split_prompt, spread
 from kcache.evaluate.needle import KEYS, multikey, passkey
-from kcache.evaluate.retrieval import KINDS, Spec, make_problem, run_cases, score
+from kcache.evaluate.retrieval import KINDS, Spec, check_lengths, make_problem, run_cases, score
 from kcache.loading import LoadedModel
 from kcache.policy import Policy
 from tests.bench.machines import tiny
@@ -180,13 +180,15 @@ def test_a_case_gives_a_row_for_each_contender(lm: LoadedModel) -> None:
         assert few.rows_fetched % (4 * 2 * 4) == 0 and few.rows_fetched >= dense.question_tokens * 4 * 2 * 4
         assert few.same_reply == (few.reply == dense.reply)
         assert few.policy is not None and few.policy["topn"] == 4
+    assert said[0].startswith("1 of 2 · ") and said[4].startswith("2 of 2 · ")
     assert said[0].endswith("prefill") and said[1].endswith("dense") and said[3].endswith("N=4096")
 
 
 def test_what_does_not_fit_the_context_is_said(lm: LoadedModel) -> None:
     spec = Spec(STORY, kinds=("passkey",), ctxs=(2048,), depths=(0.5,))
     with pytest.raises(ContextLengthError, match="--ctx"):
-        next(run_cases(lm, spec, spec.cases))
+        check_lengths(lm, spec, spec.cases)
+    check_lengths(lm, SPEC, SPEC.cases)
 
 
 @pytest.mark.parametrize(
