@@ -3,7 +3,7 @@
 torch's own pinned allocator rounds up to powers of two, which for a large V tier wastes up to half the RAM. Here each
 tensor has pages of its own, unregistered when it is released or the process ends: the driver locks whole pages, and
 would refuse memory of the heap whose page a neighbour has locked. The mapping asks for huge pages, which are locked
-faster and keep the device's address translation from missing on every scattered row.
+faster.
 """
 
 from __future__ import annotations
