@@ -18,7 +18,8 @@ import torch
 
 from benchmarks.precompile import compile_only
 from kcache.backends.triton import DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode, triton_decode
-from kcache.backends.triton.step import Results, SliceStep, StepInputs
+from kcache.backends.triton.inputs import Results, StepInputs
+from kcache.backends.triton.step import SliceStep
 from kcache.lowrank import LowRank, LowRankTail
 from kcache.policy import Spread
 from kcache.sizes import rank_of

@@ -1,10 +1,10 @@
 """The Triton backend: the four verbs of a decode step as CUDA kernels, one file each.
 
 ``score`` reads K once per KV group, ``select`` finds the exact TopN without sorting and ``above`` the rows over a
-threshold, ``gather`` fetches rows straight from pinned host memory and combines them with the tail, ``append`` stores a
-token without a copy call; ``decode`` is dense attention for resident layers; ``pointwise`` has what a model computes
-between its matrix products, for recorded steps. Everything runs on CPU tensors in Triton's
-interpreter (``TRITON_INTERPRET=1``).
+threshold, ``gather`` fetches rows straight from pinned host memory and combines them with what ``tail`` has summed,
+``append`` stores a token without a copy call; ``decode`` is dense attention for resident layers; ``pointwise`` has what
+a model computes between its matrix products, for recorded steps. Everything runs on CPU tensors in Triton's interpreter
+(``TRITON_INTERPRET=1``).
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ of the next slice is scored: the link and the device's memory then work at the s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -16,6 +15,7 @@ from kcache.backends.triton.above import above_kernel
 from kcache.backends.triton.common import on_device, power_of_two, reduction_step
 from kcache.backends.triton.gather import gather_kernel
 from kcache.backends.triton.hot import HotRows
+from kcache.backends.triton.inputs import Results, StepInputs
 from kcache.backends.triton.score import score_kernel
 from kcache.backends.triton.select import select_kernel
 from kcache.backends.triton.tail import DIRECTIONS, tail_kernel
@@ -23,54 +23,6 @@ from kcache.backends.triton.workspace import Workspace
 from kcache.lowrank import LowRank
 
 _HOT_TILE = 256
-
-
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """What :func:`triton_decode` was given, of the whole batch or of a slice of it."""
-
-    query: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    length: torch.Tensor
-    scaling: float
-    out: torch.Tensor
-    lowrank: LowRank | None = None
-    mask: torch.Tensor | None = None
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
-    threshold: torch.Tensor | None = None
-    tally: torch.Tensor | None = None
-    key_scales: torch.Tensor | None = None
-    value_scales: torch.Tensor | None = None
-
-    def of(self, first: int, last: int) -> StepInputs:
-        """The sequences ``first:last``."""
-
-        def part(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor[first:last]
-
-        tail = self.lowrank
-        if tail is not None:
-            tail = LowRank(tail.base[first:last], tail.basis[first:last], tail.coefficients[first:last])
-        return StepInputs(
-            self.query[first:last], self.keys[first:last], self.values[first:last], self.length, self.scaling,
-            self.out[first:last], tail, part(self.mask), self.softcap, self.sinks, part(self.threshold),
-            part(self.tally), part(self.key_scales), part(self.value_scales),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Results:
-    """What a step leaves beside its output.
-
-    Picks ``[R, width]`` int32, and the probability they hold, fp32: together ``[R, G]``, and each, mean over heads,
-    ``[R, width]``.
-    """
-
-    picks: torch.Tensor
-    mass: torch.Tensor
-    weights: torch.Tensor
 
 
 class SliceStep:
