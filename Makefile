@@ -5,6 +5,7 @@ VENV   ?= .venv
 MODEL  ?= smollm2
 ARGS   ?=
 OUT    ?= docs/benchmarks
+WORKERS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
@@ -15,7 +16,7 @@ STAMP  := $(VENV)/.installed
 help:
 	@echo 'make venv    build .venv and install kcache in it'
 	@echo 'make chat    talk to the demo model            (ARGS="--topn 64", MODEL=owner/name)'
-	@echo 'make test    lint, types, tests                (ARGS="-m \"not slow\"")'
+	@echo 'make test    lint, types, tests                (ARGS="-m \"not slow\"", WORKERS=2)'
 	@echo 'make lint    ruff and mypy only'
 	@echo 'make format  let ruff rewrite what it can'
 	@echo 'make gpu     GPU tests and benchmark, on the Python and packages that are there'
@@ -40,7 +41,7 @@ chat: $(STAMP)
 	@$(BIN)/kcache chat $(MODEL) $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
