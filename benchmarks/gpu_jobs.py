@@ -98,7 +98,7 @@ def all_jobs() -> list[Job]:
         tiered[1],
         Job("batch1_128k/dense", large, "dense", 131072, 1, seconds=8),
         Job("batch1_128k/kcache", large, "kcache", 131072, 1, policy=_HOLD.replace(offload="auto"), seconds=8),
-        Job("batch8_32k/hf-dynamic", large, "hf-dynamic", 32768, 8),
+        Job("batch8_32k/hf-dynamic", large, "hf-dynamic", 32768, 8, seconds=8),
         Job("batch1_32k/kcache", large, "kcache", 32768, 1, traced=True, seconds=8),
         Job("batch1_32k/hf-offloaded", large, "hf-offloaded", 32768, 1),
         Job("llama2_7b_15k/dense", paper, "dense", 15360, seconds=12, **on_card),
