@@ -15,7 +15,7 @@ from kcache.tiers.rows import RowBuffer
 from kcache.tiers.values import ValueStore
 
 if TYPE_CHECKING:
-    from kcache.cache import Shared
+    from kcache.shared import Shared
 
 
 class Picked(NamedTuple):

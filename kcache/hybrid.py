@@ -14,7 +14,7 @@ from transformers.cache_utils import (
 from kcache.layer import TieredLayer
 
 if TYPE_CHECKING:
-    from kcache.cache import Shared
+    from kcache.shared import Shared
 
 
 class HybridTieredLayer(TieredLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]

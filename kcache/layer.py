@@ -28,7 +28,7 @@ from kcache.tiers.values import ValueStore
 from kcache.would_pick import would_pick
 
 if TYPE_CHECKING:
-    from kcache.cache import Shared
+    from kcache.shared import Shared
 
 
 class Buffers(NamedTuple):

@@ -23,6 +23,19 @@ from tests.tui.fakes import FakeSource, conversation
 from tests.tui.screen import check
 
 
+def hold(session: FakeSession, at: int) -> tuple[threading.Event, threading.Event]:
+    """Hang the engine before token number ``at``; returns what says so, and what lets it go on."""
+    reached, go = threading.Event(), threading.Event()
+
+    def wait(number: int) -> None:
+        if number == at:
+            reached.set()
+            go.wait(20)
+
+    session.before_token = wait
+    return reached, go
+
+
 def chat(*answers: list[str], document: str | None = None) -> tuple[Conversing, FakeSession]:
     session = FakeSession(FakeModel(), Policy(), answers or [["Hello", " there", "."]])
     told = Conversation(cast(Any, session), "fake", 100, True, document, quiet=True)
@@ -85,14 +98,7 @@ def test_how_a_chat_looks(name: str, size: tuple[int, int], request: pytest.Fixt
 
 def test_ctrl_c_stops_the_reply_and_the_screen_goes_on_meanwhile() -> None:
     talk, session = chat(["one", " two", " three"])
-    reached, go = threading.Event(), threading.Event()
-
-    def wait(number: int) -> None:
-        if number == 2:
-            reached.set()
-            go.wait(20)
-
-    session.before_token = wait
+    reached, go = hold(session, 2)
 
     async def whole() -> None:
         async with running(FakeSource(conversation()), talk=talk) as driver:
@@ -111,14 +117,7 @@ def test_ctrl_c_stops_the_reply_and_the_screen_goes_on_meanwhile() -> None:
 
 def test_ctrl_c_while_a_prompt_is_read_says_at_once_what_it_waits_for() -> None:
     talk, session = chat(["one", " two"])
-    reached, go = threading.Event(), threading.Event()
-
-    def wait(number: int) -> None:
-        if number == 1:
-            reached.set()
-            go.wait(20)
-
-    session.before_token = wait
+    reached, go = hold(session, 1)
 
     async def whole() -> None:
         async with running(FakeSource(conversation()), talk=talk) as driver:
