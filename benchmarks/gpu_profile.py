@@ -31,6 +31,8 @@ from kcache.cache import KCache
 from kcache.forward import prefill
 from kcache.loading import LoadedModel
 
+_PAUSE_US = 3.0
+
 
 @dataclass
 class Kernel:
@@ -40,19 +42,29 @@ class Kernel:
     times_us: list[float]
 
 
-def kernels_of(call: Callable[[], object]) -> list[Kernel]:
-    """What ``call`` ran on the device, heaviest first."""
+def kernels_of(call: Callable[[], object]) -> tuple[list[Kernel], dict[str, float]]:
+    """What ``call`` ran on the device, heaviest first; and the microseconds no kernel ran, by the one that came next.
+
+    Copies between the tiers do not keep the device busy, and a moment's pause between kernels is not counted.
+    """
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
     found: dict[str, list[float]] = defaultdict(list)
-    for event in profiler.events() or ():
-        if event.device_type.name == "CUDA":
-            found[event.name].append(event.time_range.elapsed_us())
-    return sorted((Kernel(name, times) for name, times in found.items()), key=lambda each: -sum(each.times_us))
+    idle: dict[str, float] = defaultdict(float)
+    events = [event for event in profiler.events() or () if event.device_type.name == "CUDA"]
+    until = None
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        found[event.name].append(event.time_range.elapsed_us())
+        if event.name.startswith("Mem") and "Device" in event.name and "DtoD" not in event.name:
+            continue
+        if until is not None and event.time_range.start - until > _PAUSE_US:
+            idle[event.name] += event.time_range.start - until
+        until = max(until or 0.0, event.time_range.end)
+    return sorted((Kernel(name, times) for name, times in found.items()), key=lambda each: -sum(each.times_us)), idle
 
 
-def show(title: str, kernels: list[Kernel], runs: int, wall_ms: float, lines: int) -> None:
+def show(title: str, kernels: list[Kernel], idle: dict[str, float], runs: int, wall_ms: float, lines: int) -> None:
     """Print the table; counts and times are those of one run."""
     busy = sum(sum(kernel.times_us) for kernel in kernels) / runs / 1e3
     count = sum(len(kernel.times_us) for kernel in kernels) / runs
@@ -60,6 +72,9 @@ def show(title: str, kernels: list[Kernel], runs: int, wall_ms: float, lines: in
     for kernel in kernels[:lines]:
         total, median = sum(kernel.times_us) / runs / 1e3, statistics.median(kernel.times_us)
         print(f"{total:9.3f} ms {len(kernel.times_us) / runs:7.1f} x {median:9.1f} us  {kernel.name[:90]}", flush=True)
+    print(f"{sum(idle.values()) / runs / 1e3:9.3f} ms idle, before")
+    for name in sorted(idle, key=lambda name: -idle[name])[: lines // 3]:
+        print(f"{idle[name] / runs / 1e3:9.3f} ms  {name[:100]}", flush=True)
 
 
 def profile_steps(job: Job, lm: LoadedModel, device_bytes: int, lines: int) -> None:
@@ -77,10 +92,10 @@ def profile_steps(job: Job, lm: LoadedModel, device_bytes: int, lines: int) -> N
         runner._spec = spec
         runner.turn()
         wall = statistics.median(runner.measured.turns[-1])
-        kernels = kernels_of(runner.turn)
+        kernels, idle = kernels_of(runner.turn)
     runs = len(runner.measured.turns[-1]) + spec.warmup
     title = f"{job.name} batch {batch}, {runner.measured.graph}, filled in {prepared_s:.1f} s"
-    show(title, kernels, runs, wall, lines)
+    show(title, kernels, idle, runs, wall, lines)
     runner.free()
 
 
@@ -100,7 +115,7 @@ def profile_prompt(job: Job, lm: LoadedModel, lines: int) -> None:
     began = time.perf_counter()
     run()
     wall = (time.perf_counter() - began) * 1e3
-    show(job.name, kernels_of(run), 1, wall, lines)
+    show(job.name, *kernels_of(run), 1, wall, lines)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run()
     print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=50))

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from benchmarks.precompile import compile_only
-from kcache.backends.triton import DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode, triton_decode
+from kcache.backends.triton import DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode
 from kcache.backends.triton.inputs import Results, StepInputs
-from kcache.backends.triton.step import SliceStep
+from kcache.backends.triton.step import Step
 from kcache.lowrank import LowRank, LowRankTail
 from kcache.policy import Spread
 from kcache.sizes import rank_of
@@ -61,21 +61,18 @@ CASES = [
     Case("llama-2-7b, batch 4, 15k", 4, 32, 1, 15360),
 ]
 # What a sweep changes, by the stage that is timed again.
+_PIECES = ({"score_splits": 32, "tail_splits": 16}, {"score_splits": 16, "tail_splits": 16})
 SWEEP: list[tuple[str, dict[str, int]]] = [
-    *(("score", {"score_stages": stages, "score_residency": resident}) for stages in (2, 3, 4) for resident in (3, 4)),
-    ("score", {"score_block": 128, "score_stages": 2, "score_residency": 3}),
-    ("score", {"score_block": 128, "score_stages": 3, "score_residency": 2, "score_warps": 8}),
-    ("fetch", {"select_warps": 16}),
-    ("fetch", {"select_tile": 1024}),
-    ("fetch", {"gather_rows": 32}),
-    ("tail", {"tail_tile": 128, "tail_warps": 4, "tail_residency": 8}),
-    ("tail", {"tail_tile": 256, "tail_warps": 4}),
-    ("tail", {"tail_residency": 8}),
-    *(("dense", {"dense_stages": stages, "dense_residency": resident}) for stages in (2, 4) for resident in (2, 3)),
-    ("dense", {"dense_block": 128, "dense_stages": 2, "dense_residency": 2}),
-    ("dense", {"dense_block": 128, "dense_stages": 3, "dense_residency": 1, "dense_warps": 8}),
-    ("dense", {"dense_block": 32, "dense_stages": 4, "dense_residency": 4}),
-]
+    *(("step", {**_PIECES[0], **change}) for change in (
+        {"tail_tile": 512, "tail_stages": 1}, {"tail_stages": 3}, {"tail_tile": 512, "tail_stages": 3},
+        {"tail_tile": 512, "tail_stages": 3, "tail_splits": 8}, {"tail_tile": 512, "tail_stages": 3, "tail_splits": 32},
+        {"tail_stages": 3, "select_tile": 2048}, {"tail_stages": 3, "gather_rows": 32},
+        {"tail_stages": 3, "score_splits": 16},
+        {"tail_stages": 3, "score_splits": 64}, {"tail_stages": 3, "score_splits": 8},
+        {"tail_stages": 3, "warps": 4, "residency": 3, "score_block": 64},
+        {"tail_stages": 3, "warps": 4, "residency": 4, "score_block": 64, "score_stages": 2},
+    )),
+]  # fmt: skip
 
 
 class Inputs:
@@ -125,11 +122,11 @@ class Inputs:
         case = self.case
         return Workspace(
             case.batch, case.kv_heads, case.group, case.dim, case.dim, case.length, case.topn, self.device,
-            spread=spread, tuning=tuning,
+            spread=spread, itemsize=2, tuning=tuning,
         )  # fmt: skip
 
-    def step(self, workspace: Workspace, index: int, hot: HotRows | None = None) -> SliceStep:
-        """The whole batch as one slice, for one of the queries."""
+    def step(self, workspace: Workspace, index: int, hot: HotRows | None = None) -> Step:
+        """A step, for one of the queries."""
         query, above = self.queries[index], workspace.spread == "need"
         inputs = StepInputs(
             query, self.keys, self.values, self.length, self.scaling, torch.empty_like(query), self.lowrank,
@@ -140,20 +137,22 @@ class Inputs:
         results = Results(
             picks, torch.empty(rows, self.case.group, device=self.device), torch.empty(picks.shape, device=self.device)
         )
-        return SliceStep(workspace, 0, self.case.batch, inputs, results, hot)
+        return Step(workspace, inputs, results, hot)
+
+    def scores(self, step: Step) -> None:
+        """Score, and no more."""
+        step.launch(0, fetches=False)
+        step.ws.done.zero_()
+
+    def scores_and_tail(self, step: Step) -> None:
+        """Score and sum the tail."""
+        step.launch(step.shares, fetches=False)
+        step.ws.done.zero_()
+        step.ws.tickets.zero_()
 
     def hot(self) -> HotRows:
         """A store of hot rows."""
-        return HotRows(self.case.batch, self.case.kv_heads, 512, self.case.dim, torch.bfloat16, self.device)
-
-    def decode(self, workspace: Workspace, index: int, hot: HotRows | None = None) -> torch.Tensor:
-        """One TopN step, for one of the queries."""
-        above = workspace.spread == "need"
-        return triton_decode(
-            self.queries[index], self.keys, self.values, self.length, scaling=self.scaling, workspace=workspace,
-            lowrank=self.lowrank, threshold=self.thresholds[index] if above else None,
-            tally=self.tally if above else None, hot=hot,
-        )[0]  # fmt: skip
+        return HotRows(self.case.batch, self.case.kv_heads, 1024, self.case.dim, torch.bfloat16, self.device)
 
     def dense(self, tuning: Tuning) -> Callable[[torch.Tensor], torch.Tensor]:
         """A dense step over K and V in device memory."""
@@ -174,13 +173,12 @@ class Inputs:
 def compile_shard(shard: int, cases: list[Case], processors: int, sweep: bool) -> None:
     """Compile this shard's share of all kernels into Triton's cache, without touching the device."""
     cpu, host = torch.device("cpu"), torch.empty(max(case.kv_bytes for case in cases) // 2, dtype=torch.bfloat16)
-    base = Tuning(processors=processors, slices=1)
-    jobs: list[tuple[Case, str, Tuning]] = []
-    for case in cases:
-        jobs += [(case, stage, base) for stage in ("score", "tail", "fetch", "dense", "append", "hot", "even")]
-        jobs += [(case, "step", replace(base, slices=pieces)) for pieces in (2, 4) if case.batch >= pieces]
+    base = Tuning(processors=processors)
+    jobs = [(case, stage, base) for case in cases for stage in ("step", "hot", "scores", "even", "dense", "append")]
     if sweep:
-        jobs += [(cases[0], stage, replace(base, **change)) for stage, change in SWEEP]
+        for stage, change in SWEEP:
+            stages = ("hot", "tail") if stage == "step" else (stage,)
+            jobs += [(cases[0], each, replace(base, **change)) for each in stages]
     with compile_only():
         for case, stage, tuning in jobs[shard::SHARDS]:
             inputs = Inputs(case, cpu, host, fill=False)
@@ -188,15 +186,13 @@ def compile_shard(shard: int, cases: list[Case], processors: int, sweep: bool) -
                 inputs.dense(tuning)(inputs.queries[0])
             elif stage == "append":
                 inputs.append()
-            elif stage == "hot":
-                step = inputs.step(inputs.workspace(tuning), 0, inputs.hot())
-                step.fetch()
-            elif stage == "even":
-                inputs.step(inputs.workspace(tuning, "even"), 0).fetch()
-            elif stage == "step":
-                inputs.decode(inputs.workspace(tuning), 0)
+            elif stage == "scores":
+                inputs.scores(inputs.step(inputs.workspace(tuning), 0))
+            elif stage == "tail":
+                inputs.scores_and_tail(inputs.step(inputs.workspace(tuning), 0))
             else:
-                getattr(inputs.step(inputs.workspace(tuning), 0), stage)()
+                workspace = inputs.workspace(tuning, "even" if stage == "even" else "need")
+                inputs.step(workspace, 0, inputs.hot() if stage == "hot" else None).run()
 
 
 def precompile(arguments: list[str]) -> float:

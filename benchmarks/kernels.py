@@ -92,29 +92,21 @@ def measure(inputs: Inputs, base: Tuning) -> Iterator[Row]:
     """Time all kernels of a case at the given launch parameters."""
     case, queries = inputs.case, inputs.queries
     score_bytes, pick_bytes = case.rows * case.group * case.length * 4, case.rows * case.topn * case.dim * 2
-    workspace = inputs.workspace(base)
+    workspace, total = inputs.workspace(base), case.kv_bytes + case.tail_bytes
     steps = [inputs.step(workspace, index) for index in range(len(queries))]
     plan = f"splits {workspace.score_splits}+{workspace.tail_splits}"
-    steps[0].run()
     yield Row(case.name, "append", "", *graph_us([inputs.append] * 8), 0)
-    yield Row(case.name, "score", plan, *graph_us([step.score for step in steps]), case.kv_bytes + score_bytes)
-    yield Row(case.name, "tail", plan, *graph_us([step.tail for step in steps]), case.tail_bytes)
-    evenly = inputs.workspace(base, "even")
-    even_steps = [inputs.step(evenly, index) for index in range(len(queries))]
-    even_steps[0].run()
-    yield Row(case.name, "fetch", "exactly N", *graph_us([step.fetch for step in even_steps]), 0, pick_bytes)
-    weights = torch.rand(case.rows, case.length, device=inputs.device)
-    yield Row(case.name, "torch.topk", "for comparison", *graph_us([lambda: weights.topk(case.topn)] * 4), 0)
-    yield Row(case.name, "fetch", "no hot rows", *graph_us([step.fetch for step in steps]), 0, pick_bytes)
+    scores = [partial(inputs.scores, step) for step in steps]
+    yield Row(case.name, "score", plan, *graph_us(scores), case.kv_bytes + score_bytes)
+    yield Row(case.name, "step", "no hot rows", *graph_us([step.run for step in steps]), total, pick_bytes)
     warm = inputs.step(workspace, 0, inputs.hot())
     warm.run()
-    yield Row(case.name, "fetch", "all hot", *graph_us([warm.fetch] * 8), 0)
-    for pieces in (1, 2, 4):
-        if case.batch >= pieces:
-            sliced = inputs.workspace(replace(base, slices=pieces))
-            calls = [partial(inputs.decode, sliced, index) for index in range(len(queries))]
-            total = case.kv_bytes + case.tail_bytes
-            yield Row(case.name, "step", f"slices {pieces}, no hot rows", *graph_us(calls), total, pick_bytes)
+    yield Row(case.name, "step", "all hot", *graph_us([warm.run] * 8), total)
+    evenly = inputs.workspace(base, "even")
+    even = [inputs.step(evenly, index) for index in range(len(queries))]
+    yield Row(case.name, "step", "exactly N", *graph_us([step.run for step in even]), total, pick_bytes)
+    weights = torch.rand(case.rows, case.length, device=inputs.device)
+    yield Row(case.name, "torch.topk", "for comparison", *graph_us([lambda: weights.topk(case.topn)] * 4), 0)
     dense = inputs.dense(base)
     calls = [partial(dense, query) for query in queries]
     yield Row(case.name, "dense", "", *graph_us(calls), 2 * case.kv_bytes)
@@ -129,22 +121,16 @@ def sweep_row(inputs: Inputs, stage: str, change: dict[str, int], base: Tuning) 
     """Time one stage with some launch parameters changed."""
     case, tuning = inputs.case, replace(base, **change)
     variant = " ".join(f"{name}={value}" for name, value in change.items())
-    score_bytes = case.rows * case.group * case.length * 4
     if stage == "dense":
         dense = inputs.dense(tuning)
         calls: list[Callable[[], object]] = [partial(dense, query) for query in inputs.queries]
         yield Row(case.name, "dense", variant, *graph_us(calls), 2 * case.kv_bytes)
         return
-    workspace = inputs.workspace(tuning)
-    steps = [inputs.step(workspace, index) for index in range(len(inputs.queries))]
-    steps[0].run()
-    if stage == "fetch":
-        warm = inputs.step(workspace, 0, inputs.hot())
-        warm.run()
-        yield Row(case.name, stage, f"{variant}, all hot", *graph_us([warm.fetch] * 8), 0)
-        return
-    moved = {"score": case.kv_bytes + score_bytes, "tail": case.tail_bytes}[stage]
-    yield Row(case.name, stage, variant, *graph_us([getattr(step, stage) for step in steps]), moved)
+    warm = inputs.step(inputs.workspace(tuning), 0, inputs.hot())
+    warm.run()
+    unfetched = [partial(inputs.scores_and_tail, warm)] * 8
+    yield Row(case.name, "no fetch", variant, *graph_us(unfetched), case.kv_bytes + case.tail_bytes)
+    yield Row(case.name, stage, f"{variant}, all hot", *graph_us([warm.run] * 8), case.kv_bytes + case.tail_bytes)
 
 
 def check(inputs: Inputs, base: Tuning) -> dict[str, float]:
@@ -158,7 +144,7 @@ def check(inputs: Inputs, base: Tuning) -> dict[str, float]:
     want = ReferenceBackend().decode(step)
     out, picks, mass = triton_decode(
         query, inputs.keys, inputs.values, case.length, scaling=inputs.scaling, lowrank=inputs.lowrank,
-        threshold=inputs.thresholds[0], workspace=inputs.workspace(replace(base, slices=min(2, case.batch))),
+        threshold=inputs.thresholds[0], workspace=inputs.workspace(base),
         out=torch.full_like(query, float("nan")),
     )  # fmt: skip
     chosen, wanted = (
@@ -206,7 +192,7 @@ def main() -> None:
     processors = properties.multi_processor_count
     same = ["--processors", str(processors), "--cases", options.cases, *(["--sweep"] if options.sweep else [])]
     compile_s = precompile(same)
-    base = Tuning(processors=processors, slices=1)
+    base = Tuning(processors=processors)
     host = torch.empty(max(case.kv_bytes for case in cases) // 2, dtype=torch.bfloat16).pin_memory()
     ceiling = ceilings(device, host)
     report: dict[str, object] = {

@@ -27,9 +27,8 @@ import triton.language as tl
 
 from kcache.backends.triton import step as steps
 from kcache.backends.triton.above import pick_above
-from kcache.backends.triton.common import power_of_two
-from kcache.backends.triton.hot import HotRows, hot_lookup
-from kcache.backends.triton.step import SliceStep
+from kcache.backends.triton.hot import HotRows
+from kcache.backends.triton.step import Step
 
 FILE = Path(__file__).parent / "picks_smollm2.npz"
 CONTEXT = 7680
@@ -42,6 +41,8 @@ class Trace:
     ----------
     picks : Tensor ``[T, S, W]`` int32
         Positions stretched to the length: what matters is which are the same from step to step.
+    source : Tensor int32
+        T, S and W, and then the picks.
     """
 
     def __init__(self, file: Path, length: int, device: torch.device) -> None:
@@ -53,6 +54,7 @@ class Trace:
         picks = np.full((*counts.shape, int(counts.max())), -1, np.int32)
         picks[np.arange(picks.shape[2]) < counts[..., None]] = flat * length // recorded
         self.picks = torch.from_numpy(picks).to(device)
+        self.source = torch.cat([torch.tensor(picks.shape, dtype=torch.int32, device=device), self.picks.flatten()])
         self._layers: weakref.WeakKeyDictionary[HotRows, int] = weakref.WeakKeyDictionary()
 
     @property
@@ -65,68 +67,50 @@ class Trace:
         return self._layers.setdefault(hot, len(self._layers))
 
 
-@triton.jit(do_not_specialize=["blocks", "splits", "first_stream", "first_row"])
-def replay_kernel(
-    trace, first_stream, first_row,
-    scores, block_top, part_max, part_sum, sinks, threshold, lse, listed, found, picks, counts, tally, length_ptr,
-    hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits,
-    capacity, blocks, splits,
-    HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
-    TILE: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr, HOT_SETS: tl.constexpr,
-    HOT_WAYS: tl.constexpr, HOT_TILE: tl.constexpr,
-    STEPS: tl.constexpr, STREAMS: tl.constexpr, TRACED: tl.constexpr, WP: tl.constexpr,
+@triton.jit
+def pick_traced(
+    scores, block_top, part_max, part_sum, sinks, threshold, lse, listed, found, picks, tally, clock, source, source_at,
+    length, row, capacity, blocks, splits,
+    HEADS: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
+    TILE: tl.constexpr, MP: tl.constexpr, BP: tl.constexpr, GS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_TALLY: tl.constexpr,
 ):  # fmt: skip
-    """``above_kernel``, but for its picks: those of its stream in the step that its clock is at."""
-    row = tl.program_id(0)
+    """``pick_above``, but for its picks: those of its stream in the step that its clock is at."""
     _own = pick_above(
-        scores, block_top, part_max, part_sum, sinks, threshold, lse, listed, found, picks, tally, length_ptr, row,
-        capacity, blocks, splits, HEADS, G, GP, SP, BLOCK, MOST, TILE, HAS_SINKS, HAS_TALLY,
+        scores, block_top, part_max, part_sum, sinks, threshold, lse, listed, found, picks, tally, clock, source,
+        source_at, length, row, capacity, blocks, splits, HEADS, G, G2, SP, BLOCK, MOST, TILE, MP, BP, GS, HAS_SINKS,
+        HAS_TALLY,
     )  # fmt: skip
     tl.debug_barrier()
-    at = tl.load(hot_clock + row) % STEPS
-    stream = (first_stream + first_row + row) % STREAMS
-    lane = tl.arange(0, WP)
-    pick = tl.load(trace + (at * STREAMS + stream).to(tl.int64) * TRACED + lane, mask=lane < TRACED, other=-1)
-    pick = tl.where(lane < MOST, pick, -1)
-    kept = tl.sum((pick >= 0).to(tl.int32), 0)
-    tl.store(picks + row * MOST + lane, pick, mask=lane < MOST)
-    tl.store(counts + row, kept)
-    if HOT_WAYS > 0:
-        tl.debug_barrier()
-        hot_lookup(
-            picks, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits, row, kept,
-            MOST, HOT_TILE, HOT_SETS, HOT_WAYS,
-        )  # fmt: skip
+    steps, streams, width = tl.load(source), tl.load(source + 1), tl.load(source + 2)
+    at = tl.load(clock + row) % steps * streams + (source_at + row) % streams
+    kept = row * 0
+    for first in range(0, MOST, TILE):
+        lane = first + tl.arange(0, TILE)
+        pick = tl.load(source + 3 + at.to(tl.int64) * width + lane, mask=lane < width, other=-1)
+        tl.store(picks + row * MOST + lane, pick, mask=lane < MOST)
+        kept += tl.sum(((pick >= 0) & (lane < MOST)).to(tl.int32), 0)
+    return kept
 
 
 @contextmanager
 def replayed(trace: Trace) -> Iterator[None]:
     """Inside this block, decode steps with hot rows fetch what the trace says."""
 
-    class TracedStep(SliceStep):
-        """A slice whose own picks give way to the trace's."""
+    class TracedStep(Step):
+        """A step whose own picks give way to the trace's."""
 
-        def __init__(self, ws: Any, first: int, last: int, *rest: Any) -> None:
-            super().__init__(ws, first, last, *rest)
-            self._first_row = first * ws.heads
+        def __init__(self, workspace: Any, inputs: Any, results: Any, hot: HotRows | None = None) -> None:
+            super().__init__(workspace, inputs, results, hot)
+            if hot is not None:
+                self.pick, self.source, self.source_at = pick_traced, trace.source, trace.layer(hot) * self.rows
 
-        def _above(self, *arguments: Any, **sizes: Any) -> None:
-            ws, hot = self.ws, self.hot
-            if hot is None:
-                super()._above(*arguments, **sizes)
-                return
-            count, streams, traced = trace.picks.shape
-            replay_kernel[(self.count,)](
-                trace.picks, trace.layer(hot) * ws.batch * ws.heads, self._first_row, *arguments,
-                STEPS=count, STREAMS=streams, TRACED=traced, WP=power_of_two(max(ws.width, traced)), **sizes,
-            )  # fmt: skip
-
-    before = steps.SliceStep
-    steps.SliceStep = TracedStep  # type: ignore[misc]
+    before = steps.Step
+    steps.Step = TracedStep  # type: ignore[misc]
     try:
         yield
     finally:
-        steps.SliceStep = before  # type: ignore[misc]
+        steps.Step = before  # type: ignore[misc]
 
 
 def record(count: int = 48) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from kcache.parallel import ALONE, Ranks
 from kcache.policy import Policy
 from kcache.sizes import TierSizes, in_units, least_resident, reserve, resident_layers
 from kcache.tiers.rows import grown_length
+from kcache.tiers.spare import Spare
 
 if TYPE_CHECKING:
     from kcache.layer import TieredLayer
@@ -39,7 +40,12 @@ class Residency:
     """
 
     def __init__(
-        self, policy: Policy, max_length: int | None, context: int | None = None, ranks: Ranks = ALONE
+        self,
+        policy: Policy,
+        max_length: int | None,
+        context: int | None = None,
+        ranks: Ranks = ALONE,
+        spare: Spare | None = None,
     ) -> None:
         self.policy = policy
         self.max_length = max_length
@@ -47,6 +53,7 @@ class Residency:
         self.layers: list[TieredLayer] = []
         self.devices: dict[int, torch.device] = {}
         self._ranks = ranks
+        self._spare = spare
         self.forget()
 
     def forget(self) -> None:
@@ -171,6 +178,7 @@ class Residency:
         them share what this machine has, and keep to the shortest.
         """
         held = sum(place.held_in_ram for place in places)
+        held += 0 if self._spare is None else self._spare.nbytes
         available = psutil.virtual_memory().available // self._ranks.sharers + held
         (available,) = self._ranks.least([available])
 

@@ -27,6 +27,7 @@ from kcache.spread import spread_of
 from kcache.stepwise import Look
 from kcache.support import context_length
 from kcache.tiers.link import Link
+from kcache.tiers.spare import spare_of
 from kcache.tiers.validity import Validity
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class Shared:
         self.spread = spread_of(policy, self.ranks)
         self.probing = False
         self.look: Look | None = None
-        self.residency = Residency(policy, max_length, context_length(model.config), self.ranks)
+        self.spare = spare_of(model)
+        self.residency = Residency(policy, max_length, context_length(model.config), self.ranks, self.spare)
         self.model = weakref.ref(model)
         self._config = weakref.ref(text_config(model))
         self._modules = frozenset(id(module) for module in model.modules())
@@ -60,6 +62,7 @@ class Shared:
         self.about_to_change()
         memo[id(self)] = twin = object.__new__(Shared)
         state = {**vars(self), "_backends": {}, "_graph": None}
+        memo[id(self.spare)] = self.spare  # the model's, which is the same
         twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in state.items()})
         return twin
 
@@ -113,7 +116,7 @@ class Shared:
     def link(self, device: torch.device) -> Link:
         """What moves rows between a device and the host tier."""
         if device not in self._links:
-            self._links[device] = Link(device)
+            self._links[device] = Link(device, self.spare if device.type == "cuda" else None)
         return self._links[device]
 
     @property

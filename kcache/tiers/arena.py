@@ -3,7 +3,8 @@
 Registering memory with the driver first has to find and zero every page that was never touched, on the thread that
 launches the model's kernels and one after another: 0.36 s a GiB. So the pages of all layers are brought in by other
 threads from the moment that the cache knows how long it will be; the kernel does that without any lock of the driver.
-Each layer then registers its part when it needs it. What the arena has no part for is a mapping of its own.
+Each layer then registers its part when it needs it. What the arena has no part for is a mapping of its own. Nothing is
+brought in where an earlier cache has left as much.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 
 from kcache.errors import DoesNotFitError
 from kcache.host import cpus_near
+from kcache.tiers.spare import Spare
 
 _HUGE_PAGE = 2 * 2**20
 _PIECE = 16 * _HUGE_PAGE
@@ -36,21 +38,28 @@ class Arena:
     ----------
     device : torch.device
         The one that will read it: pages are brought in by CPUs near it, which is where they then lie.
+    spare : Spare or None
+        What earlier caches have left.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, spare: Spare | None = None) -> None:
+        self.device, self.spare = device, spare
         self._pages: Pages | None = None
         self._taken = self._end = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Arena:
         """An empty one: a copied cache's memory is its own."""
-        return Arena(self.device)
+        return Arena(self.device, self.spare)
 
     def prepare(self, sizes: Iterable[int]) -> None:
         """Begin to bring in memory for pieces of so many bytes; does nothing where that much is not free."""
         self.drop()
-        total = sum(map(rounded, sizes))
+        wanted = [rounded(size) for size in sizes]
+        if self.spare is not None:
+            if self.spare.serves(wanted):
+                return
+            self.spare.release()
+        total = sum(wanted)
         if total:
             try:
                 self._pages, self._end = Pages(mapped(total), self.device), total

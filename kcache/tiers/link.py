@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kcache.tiers.arena import Arena
+from kcache.tiers.spare import Spare
 
 
 class Link:
@@ -27,9 +28,9 @@ class Link:
         Host memory prepared for the other end.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, spare: Spare | None = None) -> None:
         self.device = device
-        self.arena = Arena(device)
+        self.arena = Arena(device, spare)
         self._leaving: tuple[torch.Tensor, torch.cuda.Event, torch.cuda.Stream] | None = None
         self._out, self._back = self._streams()
 

@@ -29,7 +29,7 @@ def launch_all(
     tuning: Tuning | None = None,
 ) -> None:
     """Run append, one TopN step, one dense step and what lies between products."""
-    tuning = tuning or Tuning(processors=132, slices=1)
+    tuning = tuning or Tuning(processors=132)
     cpu = torch.device("cpu")
     query = torch.empty(batch, kv_heads * group, dim, dtype=dtype)
     new = torch.empty(batch, kv_heads, dim, dtype=dtype)
@@ -49,11 +49,12 @@ def launch_all(
     triton_decode(
         query, keys, keys, length, scaling=dim**-0.5, lowrank=lowrank if tail == "lowrank" else None, mask=mask,
         softcap=softcap, sinks=sink, hot=HotRows(batch, heads, hot, dim, keys.dtype, cpu) if hot else None,
-        key_scales=scales, value_scales=scales,
+        key_scales=scales, value_scales=scales, ahead=torch.empty(32 * dim, 32 * dim, dtype=dtype),
         threshold=torch.empty(batch) if above else None,
         tally=torch.empty(batch, dtype=torch.int64) if above else None,
         workspace=Workspace(
             batch, kv_heads, group, dim, dim, capacity, topn, cpu, select=select, tail=tail, spread=spread,
+            itemsize=keys.element_size(),
             tuning=tuning,
         ),
     )  # fmt: skip

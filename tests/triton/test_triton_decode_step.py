@@ -11,7 +11,7 @@ import torch
 from kcache.backends.triton import Tuning, Workspace, triton_decode
 from tests.triton.problem import Problem, assert_near, check_picks, expected, make_problem
 
-SMALL = Tuning(score_block=64, score_stages=2, select_tile=64, gather_rows=16, tail_tile=16, processors=8, slices=1)
+SMALL = Tuning(score_block=64, score_stages=2, select_tile=64, gather_rows=16, tail_tile=16, processors=8)
 
 
 def make_workspace(problem: Problem, tuning: Tuning = SMALL) -> Workspace:
@@ -113,10 +113,10 @@ def test_triton_step_equals_fp64(case: str, device: torch.device) -> None:
 def test_triton_step_does_not_depend_on_tuning(device: torch.device) -> None:
     problem = make_problem(length=300, topn=40, padded=True).to(device)
     check(problem, Tuning(score_block=128, select_tile=256, gather_rows=64, tail_tile=32, processors=2))
-    check(problem, Tuning(score_block=64, select_tile=16, gather_rows=16, tail_tile=16, processors=64, slices=2))
+    check(problem, Tuning(score_block=64, select_tile=16, gather_rows=16, tail_tile=16, processors=64))
     problem = make_problem(length=300, topn=4, padded=True, threshold=0.4, batch=3).to(device)
-    for slices, tile in ((1, 16), (2, 32), (3, 1024)):
-        check(problem, Tuning(select_tile=tile, gather_rows=32, tail_tile=64, processors=8, slices=slices))
+    for tile in (16, 32, 1024):
+        check(problem, Tuning(select_tile=tile, gather_rows=32, tail_tile=64, processors=8))
 
 
 def test_triton_constant_rows_and_ties(device: torch.device) -> None:
@@ -194,7 +194,8 @@ def test_triton_length_on_the_device_grows_in_one_workspace(device: torch.device
         out, picks, _ = run(problem, workspace, length)
         check_picks(problem, picks)
         assert_near(out, expected(problem, picks)[0], torch.float32)
-    assert (workspace.counters == 0).all()
+    assert (workspace.done == 0).all()
+    assert (workspace.tickets == 0).all()
 
 
 def test_triton_strided_inputs(device: torch.device) -> None:

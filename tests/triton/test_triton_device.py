@@ -1,4 +1,4 @@
-"""The Triton kernels on a CUDA device at real sizes: captured in a graph, split in slices, repeated."""
+"""The Triton kernels on a CUDA device at real sizes: captured in a graph, repeated."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from kcache.backends.base import DecodeStep
 from kcache.backends.reference import ReferenceBackend
-from kcache.backends.triton import DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode, triton_decode
+from kcache.backends.triton import DenseWorkspace, HotRows, Workspace, append, dense_decode, triton_decode
 from kcache.lowrank import LowRankTail
 from kcache.policy import Policy, Spread
 from tests.triton.problem import assert_near
@@ -52,19 +52,19 @@ class State:
         self.new_value.normal_()
 
 
-def workspaces(slices: int, spread: Spread) -> tuple[Workspace, DenseWorkspace]:
+def workspaces(spread: Spread) -> tuple[Workspace, DenseWorkspace]:
     device = torch.device("cuda")
     topn = Workspace(
-        BATCH, KV_HEADS, GROUP, DIM, DIM, CAPACITY, POLICY.topn, device, spread=spread, tuning=Tuning(slices=slices)
+        BATCH, KV_HEADS, GROUP, DIM, DIM, CAPACITY, POLICY.topn, device, spread=spread, itemsize=2
     )  # fmt: skip
     return topn, DenseWorkspace(BATCH, KV_HEADS, GROUP, DIM, DIM, CAPACITY, device)
 
 
 @pytest.mark.parametrize("spread", ["need", "even"])
-@pytest.mark.parametrize(("slices", "hot"), [(1, False), (2, False), (2, True)])
-def test_triton_graph_replays_a_growing_context(slices: int, hot: bool, spread: Spread) -> None:
+@pytest.mark.parametrize("hot", [False, True])
+def test_triton_graph_replays_a_growing_context(hot: bool, spread: Spread) -> None:
     state = State(1000, hot)
-    topn, dense = workspaces(slices, spread)
+    topn, dense = workspaces(spread)
     scaling = DIM**-0.5
     threshold, tally = (state.threshold, state.tally) if spread == "need" else (None, None)
 
@@ -127,7 +127,7 @@ def test_triton_graph_replays_a_growing_context(slices: int, hot: bool, spread: 
 @pytest.mark.parametrize("hot", [False, True])
 def test_triton_step_repeats_bit_for_bit(hot: bool, spread: Spread) -> None:
     state = State(CAPACITY, hot)
-    topn, _ = workspaces(2, spread)
+    topn, _ = workspaces(spread)
     seen = []
     for _ in range(30):
         out, picks, _ = triton_decode(

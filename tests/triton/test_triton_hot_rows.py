@@ -7,7 +7,7 @@ import torch
 from kcache.backends.triton import HotRows, Tuning, Workspace, triton_decode
 from tests.triton.problem import Problem, assert_near, expected, make_problem
 
-SMALL = Tuning(score_block=64, select_tile=64, gather_rows=16, tail_tile=16, processors=4, slices=1)
+SMALL = Tuning(score_block=64, select_tile=64, gather_rows=16, tail_tile=16, processors=4)
 
 
 def steps(problem: Problem, hot: HotRows, count: int, drift: float) -> list[float]:

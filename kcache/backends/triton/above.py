@@ -13,7 +13,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kcache.backends.triton.hot import hot_lookup
 from kcache.backends.triton.score import log_sum_exp
 from kcache.backends.triton.select import count_three
 
@@ -113,21 +112,21 @@ def keep_largest(found, picks, row, total, least, MOST: tl.constexpr, TILE: tl.c
 
 @triton.jit
 def pick_above(
-    scores, block_top, part_max, part_sum, sinks, threshold, lse, listed, found, picks, tally, length_ptr, row,
-    capacity, blocks, splits,
-    HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
-    TILE: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr,
+    scores, block_top, part_max, part_sum, sinks, threshold, lse, listed, found, picks, tally, clock, source, source_at,
+    length, row, capacity, blocks, splits,
+    HEADS: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
+    TILE: tl.constexpr, MP: tl.constexpr, BP: tl.constexpr, GS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_TALLY: tl.constexpr,
 ):  # fmt: skip
     """Write a row's picks, filled up with -1, and its heads' log-sum-exps; returns how many rows were picked."""
-    length = tl.load(length_ptr)
     least = tl.load(threshold + row // HEADS)
-    heads = tl.arange(0, GP)
-    norm = log_sum_exp(part_max, part_sum, sinks, row, row % HEADS, splits, G, GP, SP, HAS_SINKS)
+    heads = tl.arange(0, G2)
+    norm = log_sum_exp(part_max, part_sum, sinks, row, row % HEADS, splits, G, G2, SP, HAS_SINKS)
     tl.store(lse + row * G + heads, norm, mask=heads < G)
-    count = list_blocks(block_top, listed, norm, least, row, tl.cdiv(length, BLOCK), blocks, G, GP, TILE)
+    count = list_blocks(block_top, listed, norm, least, row, tl.cdiv(length, BLOCK), blocks, G, G2, TILE)
     tl.debug_barrier()
     total = list_rows(
-        scores, listed, found, picks, norm, least, row, count, length, capacity, blocks, G, GP, BLOCK, MOST, TILE
+        scores, listed, found, picks, norm, least, row, count, length, capacity, blocks, G, G2, BLOCK, MOST, TILE
     )
     if total > MOST:
         tl.debug_barrier()
@@ -140,27 +139,3 @@ def pick_above(
     if HAS_TALLY:
         tl.atomic_add(tally + row // HEADS, kept.to(tl.int64))
     return kept
-
-
-@triton.jit(do_not_specialize=["blocks", "splits"])
-def above_kernel(
-    scores, block_top, part_max, part_sum, sinks, threshold, lse, listed, found, picks, counts, tally, length_ptr,
-    hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits,
-    capacity, blocks, splits,
-    HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
-    TILE: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr, HOT_SETS: tl.constexpr,
-    HOT_WAYS: tl.constexpr, HOT_TILE: tl.constexpr,
-):  # fmt: skip
-    """One program per row of work. ``GP``, ``SP``: powers of two that hold the heads, the pieces of the length."""
-    row = tl.program_id(0)
-    kept = pick_above(
-        scores, block_top, part_max, part_sum, sinks, threshold, lse, listed, found, picks, tally, length_ptr, row,
-        capacity, blocks, splits, HEADS, G, GP, SP, BLOCK, MOST, TILE, HAS_SINKS, HAS_TALLY,
-    )  # fmt: skip
-    tl.store(counts + row, kept)
-    if HOT_WAYS > 0:
-        tl.debug_barrier()
-        hot_lookup(
-            picks, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits, row, kept,
-            MOST, HOT_TILE, HOT_SETS, HOT_WAYS,
-        )  # fmt: skip

@@ -58,7 +58,7 @@ class TritonBackend:
             step.query, step.keys, step.values, _length(step), scaling=step.scaling, workspace=workspace,
             lowrank=step.lowrank, mask=step.mask, softcap=step.softcap, sinks=step.sinks, threshold=step.threshold,
             tally=step.tally, hot=step.hot if isinstance(step.hot, HotRows) else None,
-            key_scales=step.key_scales, value_scales=step.value_scales, weights=weights,
+            key_scales=step.key_scales, value_scales=step.value_scales, weights=weights, ahead=step.ahead,
         )  # fmt: skip
         return DecodeResult(out, picks[..., : step.length], mass, weights.view(picks.shape)[..., : step.length])
 
@@ -103,7 +103,8 @@ class TritonBackend:
         topn = min(policy.topn, power_of_two(capacity))  # not each capacity is worth kernels of its own
         spread: Spread = "even" if step.threshold is None else "need"
         rank = None if step.lowrank is None else step.lowrank.basis.shape[2]
-        shape = (batch, kv_heads, group, dim, dim_v, topn, device, policy.select, policy.tail, rank, spread)
+        itemsize = step.keys.element_size()
+        shape = (batch, kv_heads, group, dim, dim_v, topn, device, policy.select, policy.tail, rank, spread, itemsize)
         found = self._workspaces.get(shape)
         if found is not None and found.capacity >= capacity:
             return found
@@ -112,7 +113,8 @@ class TritonBackend:
         with torch.inference_mode(False):  # memory made in inference mode could not be written to outside of it
             made = Workspace(
                 batch, kv_heads, group, dim, dim_v, capacity, topn, device,
-                select=policy.select, tail=policy.tail, tail_rank=rank, spread=spread, tuning=self.tuning,
+                select=policy.select, tail=policy.tail, tail_rank=rank, spread=spread, itemsize=itemsize,
+                tuning=self.tuning,
             )  # fmt: skip
         self._workspaces = {key: kept for key, kept in self._workspaces.items() if key[0] == batch} | {shape: made}
         return made

@@ -1,16 +1,15 @@
 """Fetch and combine: picked V rows straight from pinned host memory, weighed and summed, and the tail added.
 
-A program reads ``ROWS`` picked rows of a row of work over the link: all its 16-byte loads are issued before any is
-used, because bandwidth over the link is bytes in flight over a round trip of microseconds. A head with many picks has
-many programs, one with few leaves most of its own at once. With hot rows, picks found in the device store are read
-there, and rows that did cross the link are kept in it.
+One program serves a row of work. With hot rows it first brings what is missing into their store, many rows at a time:
+all 16-byte loads are issued before any is used, because bandwidth over the link is bytes in flight over a round trip of
+microseconds. Then it reads all picks in their order, out of device memory, so that the sum is the same whatever was
+stored. Without, the picks come over the link as they are weighed.
 
-The tail was summed over *all* rows, by programs that run at the same time (:mod:`.tail`); here the picks' part is taken
-away again. Whoever is last to finish a row adds the sums up, turns the tail's back to V's coordinates and writes the
-output (:func:`finish`), so there is no further launch.
+The tail was summed over *all* rows (:mod:`.tail`); here the picks' part is taken away again. Whoever is last to finish
+a row adds the sums up, turns the tail's back to V's coordinates and writes the output (:func:`finish`).
 
 Shapes: R rows of work, G heads of each, M picks at most, Dv size of a V row, r directions. Of the sums of a row of work
-those of the tail's programs come first, then those of its picks'.
+those of the tail's shares come first, then that of its picks.
 """
 
 from __future__ import annotations
@@ -32,49 +31,91 @@ def probabilities(scores, lse, row, pos, live, capacity, G: tl.constexpr, GP: tl
 
 
 @triton.jit
-def picked_rows(
-    values, scales, weights, pick, live, hot_store, hot_slots, hot_inserts, row, at, batch, head,
-    stride_vb, stride_vh, stride_vl, stride_sb, stride_sh,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, HOT_ROWS: tl.constexpr, HAS_SCALES: tl.constexpr, UPCAST: tl.constexpr,
+def bring_rows(
+    source, stride_vl, store, coming, places, count, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
+):
+    """Copy the ``count`` rows listed in ``coming`` from host memory to their ``places`` in a store ``[rows, D]``."""
+    dims = tl.arange(0, BLOCK_D)
+    for first in tl.range(0, count, ROWS, num_stages=1):
+        nth = first + tl.arange(0, ROWS)
+        there = nth < count
+        position = tl.load(coming + nth, mask=there, other=0)
+        place = tl.load(places + nth, mask=there, other=0)
+        wanted = there[:, None] & (dims < D)[None, :]
+        rows = tl.load(
+            source + position.to(tl.int64)[:, None] * stride_vl + dims[None, :], mask=wanted, other=0,
+            cache_modifier=".cg",
+        )  # fmt: skip
+        tl.store(store + place[:, None] * D + dims[None, :], rows, mask=wanted)
+
+
+@triton.jit
+def fetch_row(
+    source, scales, scores, lse, coefficients, picks, pick_weights, partial, shares, held, store, slots, row, count,
+    stride_vl, stride_cr, capacity,
+    G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, HOT_ROWS: tl.constexpr, HAS_SCALES: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """``sum_i weight_i * v_i`` over this program's picks, ``[GP, BLOCK_D]``."""
+    """Weigh and sum a row of work's picks; ``source``, ``scales``, ``coefficients``, ``store`` are those of its head.
+
+    Leaves ``sum p v`` in ``partial`` ``[G, D]``, and in ``shares`` ``[G, RP]`` and ``held`` ``[G]`` minus the picks'
+    part of the tail's sums.
+    """
+    heads = tl.arange(0, GP)
+    real = heads < G
     dims = tl.arange(0, BLOCK_D)
     columns = (dims < D)[None, :]
-    # A row that weighs nothing (masked) may hold anything: it is neither read nor multiplied.
-    weighed = tl.max(weights, 0) > 0.0
-    base = values + batch * stride_vb + head.to(tl.int64) * stride_vh
-    v_ptrs = base + tl.maximum(pick, 0).to(tl.int64)[:, None] * stride_vl + dims[None, :]
-    if HOT_ROWS > 0:
-        slot = tl.load(hot_slots + at, mask=live, other=-1)
-        insert = tl.load(hot_inserts + at, mask=live, other=-1)
-        h_base = hot_store + row.to(tl.int64) * HOT_ROWS * D
-        hit = live & (slot >= 0)
-        missed = live & (slot < 0)
-        rows = tl.load(v_ptrs, mask=missed[:, None] & columns, other=0, cache_modifier=".cg")
-        near_ptrs = h_base + tl.maximum(slot, 0)[:, None] * D + dims[None, :]
-        near = tl.load(near_ptrs, mask=hit[:, None] & columns, other=0)
-        keep_ptrs = h_base + tl.maximum(insert, 0)[:, None] * D + dims[None, :]
-        tl.store(keep_ptrs, rows, mask=(missed & (insert >= 0))[:, None] & columns)
-        rows = tl.where(hit[:, None], near, rows)
-        rows = tl.where(weighed[:, None], rows, 0)
-    else:
-        rows = tl.load(v_ptrs, mask=(live & weighed)[:, None] & columns, other=0, cache_modifier=".cg")
-    if HAS_SCALES:
-        f_ptrs = scales + batch * stride_sb + head.to(tl.int64) * stride_sh + tl.maximum(pick, 0)
-        scale = tl.load(f_ptrs, mask=live & weighed, other=0.0)
-        # Whole numbers up to 127 are exact in bf16, whose exponents hold any product of weight and scale.
-        result = weighted_rows(weights * scale[None, :], whole_rows(rows, tl.bfloat16), UPCAST)
-    else:
-        result = weighted_rows(weights, rows, UPCAST)
-    return result
+    directions = tl.arange(0, RP)
+    result = tl.zeros([GP, BLOCK_D], tl.float32)
+    along = tl.zeros([G2, RP], tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    for first in tl.range(0, count, ROWS, num_stages=1):
+        nth = first + tl.arange(0, ROWS)
+        live = nth < count
+        pick = tl.load(picks + row * WIDTH + nth, mask=live, other=0)
+        weights = probabilities(scores, lse, row, pick, live, capacity, G, GP)
+        tl.store(pick_weights + row * WIDTH + nth, tl.sum(weights, 0) / G, mask=live)
+        # A row that weighs nothing (masked) may hold anything: it is neither read nor multiplied.
+        weighed = tl.max(weights, 0) > 0.0
+        far = live & weighed
+        if HOT_ROWS > 0:
+            slot = tl.load(slots + row * WIDTH + nth, mask=live, other=-1)
+            near = far & (slot >= 0)
+            far = far & (slot < 0)
+            kept = tl.load(
+                store + tl.maximum(slot, 0)[:, None] * D + dims[None, :], mask=near[:, None] & columns, other=0,
+                cache_modifier=".cg",
+            )  # fmt: skip
+        v_ptrs = source + pick.to(tl.int64)[:, None] * stride_vl + dims[None, :]
+        rows = tl.load(v_ptrs, mask=far[:, None] & columns, other=0, cache_modifier=".cg")
+        if HOT_ROWS > 0:
+            rows = tl.where(near[:, None], kept, rows)
+        if HAS_SCALES:
+            scale = tl.load(scales + pick, mask=live & weighed, other=0.0)
+            # Whole numbers up to 127 are exact in bf16, whose exponents hold any product of weight and scale.
+            result += weighted_rows(weights * scale[None, :], whole_rows(rows, tl.bfloat16), UPCAST)
+        else:
+            result += weighted_rows(weights, rows, UPCAST)
+        total += tl.sum(weights, 1)
+        if RANK > 0:
+            c_ptrs = coefficients + directions[None, :] * stride_cr + pick[:, None]
+            part = tl.load(c_ptrs, mask=live[:, None] & (directions < RANK)[None, :], other=0.0).to(tl.float32)
+            # Summed over the first axis: a product of so few columns would make the other one's warps work in vain.
+            side = tl.trans(probabilities(scores, lse, row, pick, live, capacity, G, G2))
+            along += tl.sum(side[:, :, None] * part[:, None, :], 0)
+    tl.store(partial + heads[:, None] * D + dims[None, :], result, mask=real[:, None] & columns)
+    tl.store(held + heads, -total, mask=real)
+    if RANK > 0:
+        few = tl.arange(0, G2)
+        tl.store(shares + few[:, None] * RP + directions[None, :], -along, mask=(few < G)[:, None])
 
 
 @triton.jit
 def finish_row(
-    partial, shares, held, base, basis, out, mass, row, head, live_parts, tail_splits, stride_oh,
-    G: tl.constexpr, G2: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    RANK: tl.constexpr, RP: tl.constexpr, RANK_STEP: tl.constexpr, STEP: tl.constexpr, HAS_TAIL: tl.constexpr,
-    RENORMALISE: tl.constexpr,
+    partial, shares, held, base, basis, out, mass, row, head, tail_splits, stride_oh,
+    G: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
+    RANK_STEP: tl.constexpr, STEP: tl.constexpr, RENORMALISE: tl.constexpr,
 ):  # fmt: skip
     """Add a row's partial sums in a fixed order, the tail's turned back to V's coordinates, and write the output."""
     heads = tl.arange(0, G2)
@@ -82,34 +123,26 @@ def finish_row(
     parts = tl.arange(0, STEP)
     real = heads < G
     columns = dims < D
-    result = tl.zeros([G2, BLOCK_D], tl.float32)
-    picked = tl.zeros([G2], tl.float32)
-    for first in range(0, live_parts, STEP):
-        part = first + parts
-        at = (row * PARTS + part)[:, None] * G + heads[None, :]
-        there = (part < live_parts)[:, None] & real[None, :]
-        wanted = there[:, :, None] & columns[None, None, :]
-        p_ptrs = partial + at[:, :, None] * D + dims[None, None, :]
-        result += tl.sum(tl.load(p_ptrs, mask=wanted, other=0.0, cache_modifier=".cg"), 0)
-        at = (row * (PARTS + tail_splits) + tail_splits + part)[:, None] * G + heads[None, :]
-        picked -= tl.sum(tl.load(held + at, mask=there, other=0.0, cache_modifier=".cg"), 0)
+    origin = row * (1 + tail_splits)
+    p_ptrs = partial + (row * G + heads)[:, None] * D + dims[None, :]
+    result = tl.load(p_ptrs, mask=real[:, None] & columns[None, :], other=0.0, cache_modifier=".cg")
+    picked = -tl.load(held + (origin + tail_splits) * G + heads, mask=real, other=0.0, cache_modifier=".cg")
     tl.store(mass + row * G + heads, picked, mask=real)
     if RENORMALISE:
         result = result / tl.maximum(picked, 1.0e-37)[:, None]
-    if HAS_TAIL:
-        total = tail_splits + live_parts
-        origin = row * (PARTS + tail_splits)
+    if RANK > 0:
+        total = tail_splits + 1
         rest = tl.zeros([G2], tl.float32)
-        for first in range(0, total, STEP):
+        for first in tl.range(0, total, STEP, num_stages=1):
             at = (origin + first + parts)[:, None] * G + heads[None, :]
             there = (first + parts < total)[:, None] & real[None, :]
             rest += tl.sum(tl.load(held + at, mask=there, other=0.0, cache_modifier=".cg"), 0)
         result += rest[:, None] * tl.load(base + dims, mask=columns, other=0.0)[None, :]
-        for lowest in range(0, RANK, RANK_STEP):
+        for lowest in tl.range(0, RANK, RANK_STEP, num_stages=1):
             direction = lowest + tl.arange(0, RANK_STEP)
             inside = direction < RANK
             along = tl.zeros([RANK_STEP, G2], tl.float32)
-            for first in range(0, total, STEP):
+            for first in tl.range(0, total, STEP, num_stages=1):
                 at = (origin + first + parts)[:, None] * G + heads[None, :]
                 there = (first + parts < total)[:, None] & real[None, :]
                 s_ptrs = shares + at[:, None, :] * RP + direction[None, :, None]
@@ -125,75 +158,23 @@ def finish_row(
 
 @triton.jit
 def finish(
-    counters, counts, partial, shares, held, base, basis, out, mass, row, batch, head, kv_row, tail_splits, tickets,
+    tickets, done, partial, shares, held, base, basis, out, mass, row, batch, head, kv_row, tail_splits, programs,
     stride_ob, stride_oh,
-    G: tl.constexpr, G2: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    RANK: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, RANK_STEP: tl.constexpr, RENORMALISE: tl.constexpr,
+    G: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
+    RANK_STEP: tl.constexpr, STEP: tl.constexpr, RENORMALISE: tl.constexpr,
 ):  # fmt: skip
-    """Take a ticket for the sum that this program has stored; whoever takes a row's last one writes its output.
+    """Take a ticket for the sums that this program has stored; who takes the last of ``programs`` writes the output.
 
-    The tail's programs take ``tickets`` of a row, those of its picks one each. How many these are is not yet known to a
-    tail's program that is early, but then it is not the last either, whatever ``counts`` still says.
+    That one also sets the row's counters back for the next step.
     """
     # All of a program's stores are ordered before its ticket, and the last ticket's loads after all others'.
     tl.debug_barrier()
-    ticket = tl.atomic_add(counters + row, 1, sem="acq_rel", scope="gpu")
-    live_parts = tl.maximum(tl.cdiv(tl.load(counts + row, cache_modifier=".cg"), ROWS), 1)
-    if ticket == tickets + live_parts - 1:
+    ticket = tl.atomic_add(tickets + row, 1, sem="acq_rel", scope="gpu")
+    if ticket == programs - 1:
         tl.debug_barrier()
         finish_row(
             partial, shares, held, base + kv_row * D, basis + kv_row * RANK * D, out + batch * stride_ob, mass,
-            row, head, live_parts, tail_splits, stride_oh,
-            G, G2, PARTS, D, BLOCK_D, RANK, RP, RANK_STEP, STEP, RANK > 0, RENORMALISE,
+            row, head, tail_splits, stride_oh, G, G2, D, BLOCK_D, RANK, RP, RANK_STEP, STEP, RENORMALISE,
         )  # fmt: skip
-        tl.store(counters + row, 0)
-
-
-@triton.jit(do_not_specialize=["rows_of_work", "tail_splits", "tickets"])
-def gather_kernel(
-    values, scales, scores, lse, coefficients, base, basis, picks, pick_weights, counts, partial, shares, held,
-    counters, out, mass, hot_store, hot_slots, hot_inserts,
-    stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
-    capacity, rows_of_work, tail_splits, tickets,
-    HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    RANK: tl.constexpr, RP: tl.constexpr, RANK_STEP: tl.constexpr, STEP: tl.constexpr, RENORMALISE: tl.constexpr,
-    HOT_ROWS: tl.constexpr, HAS_SCALES: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """One program: the ``part``-th ``ROWS`` picks of one row of work."""
-    pid = tl.program_id(0)
-    row = pid % rows_of_work
-    part = pid // rows_of_work
-    if part < tl.maximum(tl.cdiv(tl.load(counts + row), ROWS), 1):
-        batch = (row // HEADS).to(tl.int64)
-        head = row % HEADS
-        kv_head = head // REPEAT
-        heads = tl.arange(0, GP)
-        real = heads < G
-        nth = part * ROWS + tl.arange(0, ROWS)
-        at = row * WIDTH + nth
-        pick = tl.load(picks + at, mask=nth < WIDTH, other=-1)
-        live = pick >= 0
-        weights = probabilities(scores, lse, row, tl.maximum(pick, 0), live, capacity, G, GP)
-        tl.store(pick_weights + at, tl.sum(weights, 0) / G, mask=live)
-        result = picked_rows(
-            values, scales, weights, pick, live, hot_store, hot_slots, hot_inserts, row, at, batch, kv_head,
-            stride_vb, stride_vh, stride_vl, stride_sb, stride_sh, D, BLOCK_D, HOT_ROWS, HAS_SCALES, UPCAST,
-        )  # fmt: skip
-        dims = tl.arange(0, BLOCK_D)
-        p_ptrs = partial + ((row * PARTS + part) * G + heads)[:, None] * D + dims[None, :]
-        tl.store(p_ptrs, result, mask=real[:, None] & (dims < D)[None, :])
-        place = row * (PARTS + tail_splits) + tail_splits + part
-        tl.store(held + place * G + heads, -tl.sum(weights, 1), mask=real)
-        if RANK > 0:
-            directions = tl.arange(0, RP)
-            c_base = coefficients + batch * stride_cb + kv_head.to(tl.int64) * stride_ch
-            c_ptrs = c_base + directions[None, :] * stride_cr + tl.maximum(pick, 0)[:, None]
-            rows = tl.load(c_ptrs, mask=live[:, None] & (directions < RANK)[None, :], other=0.0)
-            s_ptrs = shares + (place * G + heads)[:, None] * RP + directions[None, :]
-            tl.store(s_ptrs, -weighted_rows(weights, rows, UPCAST), mask=real[:, None])
-        finish(
-            counters, counts, partial, shares, held, base, basis, out, mass, row, batch, head,
-            batch * (HEADS // REPEAT) + kv_head, tail_splits, tickets, stride_ob, stride_oh,
-            G, G2, ROWS, PARTS, D, BLOCK_D, RANK, RP, STEP, RANK_STEP, RENORMALISE,
-        )  # fmt: skip
+        tl.store(tickets + row, 0)
+        tl.store(done + row, 0)

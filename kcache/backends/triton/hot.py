@@ -1,10 +1,9 @@
 """Hot rows: recently fetched V rows kept in device memory, so that most picks never cross the link.
 
 A set-associative store of ``SETS x WAYS`` rows per row of work; a position belongs to set ``position % SETS`` and each
-set drops its least recently picked row. Everything is decided on the device: ``hot_lookup`` (the last part of the
-kernels that select) says for every pick whether it is stored and, if not, where it will be; gather reads hits from the
-store and writes misses into it. A slot that is hit in a step is never given away in that step, so a read and a write of
-one slot cannot meet. Hits are counted per row of work.
+set drops its least recently picked row. Everything is decided on the device: ``hot_lookup``, between select and fetch,
+says for every pick where it is stored or, if it is not, will be; fetch brings what is missing into the store and reads
+all picks there. A slot that is hit in a step is never given away in that step. Hits are counted per row of work.
 
 State per row of work: ``tags`` (position held, -1 none) and ``stamps`` (step of the last pick) ``[SETS * WAYS]``,
 ``claims`` ``[SETS]`` (all 0 between steps), ``clock`` and ``hits`` (one number each).
@@ -92,13 +91,13 @@ def hot_match(picks, tags, row, first, count, WIDTH: tl.constexpr, TILE: tl.cons
 
 @triton.jit
 def hot_lookup(
-    picks, tags, stamps, clock, claims, slots, inserts, hits, row, count,
+    picks, tags, stamps, clock, claims, slots, coming, places, hits, row, count,
     WIDTH: tl.constexpr, TILE: tl.constexpr, SETS: tl.constexpr, WAYS: tl.constexpr,
 ):  # fmt: skip
-    """Fill ``slots`` (where a pick is stored, or -1) and ``inserts`` (where a fetched row is to be kept, or -1).
+    """Fill ``slots``: where a pick is stored, or will be once it has come, or -1; returns how many are to come.
 
-    Every hit is stamped before the first slot is given away. Picks are distinct, so what a tile inserts is no other
-    tile's hit.
+    Those are listed, their positions in ``coming`` and their slots in ``places``. Every hit is stamped before the first
+    slot is given away. Picks are distinct, so what a tile lets in is no other tile's hit.
     """
     way = tl.arange(0, WAYS)
     now = tl.load(clock + row) + 1
@@ -109,6 +108,7 @@ def hot_lookup(
     tl.debug_barrier()
 
     total = tl.load(hits + row)
+    listed = count * 0
     for first in range(0, count, TILE):
         live, position, home, at, match = hot_match(picks, tags, row, first, count, WIDTH, TILE, SETS, WAYS)
         found = tl.max(match.to(tl.int32), 1) > 0
@@ -128,11 +128,14 @@ def hot_lookup(
         tl.store(claims + row * SETS + home, 0, mask=missed)
 
         lane = first + tl.arange(0, TILE)
-        slot = home * WAYS + tl.sum(tl.where(match, way[None, :], 0), 1)
-        insert = home * WAYS + tl.sum(tl.where(victim, way[None, :], 0), 1)
-        tl.store(slots + row * WIDTH + lane, tl.where(found, slot, -1), mask=live)
-        tl.store(inserts + row * WIDTH + lane, tl.where(kept, insert, -1), mask=live)
+        slot = home * WAYS + tl.sum(tl.where(match | victim, way[None, :], 0), 1)
+        tl.store(slots + row * WIDTH + lane, tl.where(found | kept, slot, -1), mask=live)
+        running = tl.cumsum(kept.to(tl.int32), 0)
+        tl.store(coming + row * WIDTH + listed + running - 1, position, mask=kept)
+        tl.store(places + row * WIDTH + listed + running - 1, slot, mask=kept)
+        listed += tl.max(running, 0)
         total += tl.sum(found.to(tl.int64), 0)
         tl.debug_barrier()
     tl.store(clock + row, now)
     tl.store(hits + row, total)
+    return listed

@@ -1,4 +1,4 @@
-"""What a decode step is given, and what it leaves, of the whole batch or of a slice of it."""
+"""What a decode step is given, and what it leaves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kcache.lowrank import LowRank
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """What :func:`triton_decode` was given, of the whole batch or of a slice of it."""
+    """What :func:`triton_decode` was given."""
 
     query: torch.Tensor
     keys: torch.Tensor
@@ -27,21 +27,7 @@ class StepInputs:
     tally: torch.Tensor | None = None
     key_scales: torch.Tensor | None = None
     value_scales: torch.Tensor | None = None
-
-    def of(self, first: int, last: int) -> StepInputs:
-        """The sequences ``first:last``."""
-
-        def part(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor[first:last]
-
-        tail = self.lowrank
-        if tail is not None:
-            tail = LowRank(tail.base[first:last], tail.basis[first:last], tail.coefficients[first:last])
-        return StepInputs(
-            self.query[first:last], self.keys[first:last], self.values[first:last], self.length, self.scaling,
-            self.out[first:last], tail, part(self.mask), self.softcap, self.sinks, part(self.threshold),
-            part(self.tally), part(self.key_scales), part(self.value_scales),
-        )  # fmt: skip
+    ahead: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Score: one read of K per KV group.
 
-``score_kernel`` streams K once. It writes the scores ``[R, G, capacity]`` (fp32, log2 units, masked rows -inf), the
-largest score of every head in each block of rows ``[R, G, blocks]``, and, per piece of the length, the maximum and sum
-of exponentials of every head. Select makes the log-sum-exp of those (:func:`log_sum_exp`), turns the blocks' maxima to
+``score_piece`` streams a piece of K once. It writes the scores ``[R, G, capacity]`` (fp32, log2 units, masked rows
+-inf), the largest score of every head in each block of rows ``[R, G, blocks]``, and the piece's maximum and sum of
+exponentials of every head. Select makes the log-sum-exp of those (:func:`log_sum_exp`), turns the blocks' maxima to
 probabilities, and reads the scores of no block that cannot hold a pick.
 
 Shapes: R = B * selection heads, G query heads of each, D head size, S pieces the length is cut into.
@@ -25,22 +25,18 @@ def log2_score(product, scaling, softcap, HAS_SOFTCAP: tl.constexpr):
     return score * LOG2E
 
 
-@triton.jit(do_not_specialize=["splits", "stride_mb", "blocks"])
-def score_kernel(
-    query, keys, scales, mask, scores, block_top, part_max, part_sum, length_ptr,
+@triton.jit
+def score_piece(
+    query, keys, scales, mask, scores, block_top, part_max, part_sum, length, row, part, splits,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_sb, stride_sh, stride_mb,
-    capacity, blocks, scaling, softcap, splits,
+    capacity, blocks, scaling, softcap,
     HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SCALES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One program: one piece of the length of one row. Pieces are equal whatever the length, so no program idles."""
-    pid = tl.program_id(0)
-    row = pid // splits
-    part = pid % splits
+    """Piece ``part`` of the length of one row. Pieces are equal whatever the length, so no program idles."""
     batch = (row // HEADS).to(tl.int64)
     head = row % HEADS
-    length = tl.load(length_ptr)
     tiles = tl.cdiv(tl.cdiv(length, BLOCK_L), splits)
     start = part * tiles * BLOCK_L
     end = tl.minimum(start + tiles * BLOCK_L, length)

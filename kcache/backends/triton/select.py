@@ -14,7 +14,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kcache.backends.triton.hot import hot_lookup
 from kcache.backends.triton.score import log_sum_exp
 
 
@@ -83,29 +82,26 @@ def take(keys, low, high, above, target):
     return (over | tie) & (place < target), place
 
 
-@triton.jit(do_not_specialize=["blocks", "splits"])
-def select_kernel(
-    scores, block_top, part_max, part_sum, sinks, lse, candidates, picks, counts, length_ptr,
-    hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits,
-    capacity, blocks, splits,
-    HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr, SP: tl.constexpr, N: tl.constexpr,
-    NP: tl.constexpr, BP: tl.constexpr, BLOCK: tl.constexpr, HAS_SINKS: tl.constexpr,
-    HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr, HOT_TILE: tl.constexpr,
+@triton.jit
+def pick_most(
+    scores, block_top, part_max, part_sum, sinks, threshold, lse, listed, found, picks, tally, clock, source, source_at,
+    length, row, capacity, blocks, splits,
+    HEADS: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
+    TILE: tl.constexpr, MP: tl.constexpr, BP: tl.constexpr, GS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_TALLY: tl.constexpr,
 ):  # fmt: skip
-    """One program per row of work, which also writes its heads' log-sum-exps.
+    """Write a row's N = ``MOST`` picks, filled up with -1, and its heads' log-sum-exps; returns how many were picked.
 
-    ``GP``, ``SP``, ``NP``, ``BP``: powers of two that hold the heads, the pieces, N picks, all blocks; ``GS``: heads at
+    ``G2``, ``SP``, ``MP``, ``BP``: powers of two that hold the heads, the pieces, N picks, all blocks; ``GS``: heads at
     once.
     """
-    CANDIDATES: tl.constexpr = NP * BLOCK
-    row = tl.program_id(0)
-    length = tl.load(length_ptr)
+    CANDIDATES: tl.constexpr = MP * BLOCK
     live_blocks = tl.cdiv(length, BLOCK)
-    n_blocks = tl.minimum(live_blocks, N)
-    n_rows = tl.minimum(length, N)
+    n_blocks = tl.minimum(live_blocks, MOST)
+    n_rows = tl.minimum(length, MOST)
 
-    heads = tl.arange(0, GP)
-    norms = log_sum_exp(part_max, part_sum, sinks, row, row % HEADS, splits, G, GP, SP, HAS_SINKS)
+    heads = tl.arange(0, G2)
+    norms = log_sum_exp(part_max, part_sum, sinks, row, row % HEADS, splits, G, G2, SP, HAS_SINKS)
     tl.store(lse + row * G + heads, norms, mask=heads < G)
     all_blocks = tl.arange(0, BP)
     t_ptrs = block_top + row.to(tl.int64) * G * blocks + all_blocks
@@ -117,12 +113,13 @@ def select_kernel(
     block_keys = tl.where(live, best.to(tl.int32, bitcast=True), -1)
     low, high, above = find_threshold(block_keys, n_blocks, 0)
     taken, place = take(block_keys, low, high, above, n_blocks)
-    tl.store(candidates + row * N + place, all_blocks, mask=taken)
+    own = listed + row.to(tl.int64) * blocks
+    tl.store(own + place, all_blocks, mask=taken)
     tl.debug_barrier()
 
     lane = tl.arange(0, CANDIDATES)
     nth = lane // BLOCK
-    block = tl.load(candidates + row * N + nth, mask=nth < n_blocks, other=0, cache_modifier=".cg")
+    block = tl.load(own + nth, mask=nth < n_blocks, other=0, cache_modifier=".cg")
     pos = block * BLOCK + lane % BLOCK
     inside = (nth < n_blocks) & (pos < length)
     few = tl.arange(0, GS)
@@ -137,13 +134,7 @@ def select_kernel(
     # N blocks reach down to `low`, so N rows do as well, but for rounding between the two kernels.
     low, high, above = find_threshold(keys, n_rows, tl.maximum(low - 64, 0))
     taken, place = take(keys, low, high, above, n_rows)
-    slot = tl.arange(0, NP)
-    tl.store(picks + row * N + slot, -1, mask=(slot >= n_rows) & (slot < N))
-    tl.store(picks + row * N + place, pos, mask=taken)
-    tl.store(counts + row, n_rows)
-    if HOT_WAYS > 0:
-        tl.debug_barrier()
-        hot_lookup(
-            picks, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_inserts, hot_hits, row, n_rows,
-            N, HOT_TILE, HOT_SETS, HOT_WAYS,
-        )  # fmt: skip
+    slot = tl.arange(0, MP)
+    tl.store(picks + row * MOST + slot, -1, mask=(slot >= n_rows) & (slot < MOST))
+    tl.store(picks + row * MOST + place, pos, mask=taken)
+    return n_rows

@@ -1,182 +1,167 @@
 """The Triton decode step of a tiered layer: score, select, fetch and combine.
 
-Nothing waits for the host, so a step can be captured in a CUDA graph with the length as a device tensor. Rows are
-selected and fetched on a side stream, beside the sums of the tail and, with more than one slice of the batch, while K
-of the next slice is scored: the link and the device's memory then work at the same time.
+Nothing waits for the host, so a step can be captured in a CUDA graph with the length as a device tensor.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 
-from kcache.backends.triton.above import above_kernel
+from kcache.backends.triton.above import pick_above
 from kcache.backends.triton.common import on_device, power_of_two, reduction_step
-from kcache.backends.triton.gather import gather_kernel
 from kcache.backends.triton.hot import HotRows
 from kcache.backends.triton.inputs import Results, StepInputs
-from kcache.backends.triton.score import score_kernel
-from kcache.backends.triton.select import select_kernel
-from kcache.backends.triton.tail import DIRECTIONS, tail_kernel
+from kcache.backends.triton.select import pick_most
+from kcache.backends.triton.tail import DIRECTIONS
+from kcache.backends.triton.topn import fetch_kernel, step_kernel
 from kcache.backends.triton.workspace import Workspace
 from kcache.lowrank import LowRank
 
 _HOT_TILE = 256
+_LINES = 512
+"""Lines of 128 bytes that a program brings ahead."""
 
 
-class SliceStep:
-    """One slice of the batch: its inputs, and the scratch rows and hot rows that belong to it."""
+class Step:
+    """One step of one layer, ready to be launched: its inputs, its scratch memory and its hot rows.
 
-    def __init__(
-        self, ws: Workspace, first: int, last: int, inputs: StepInputs, results: Results, hot: HotRows | None = None
-    ) -> None:
-        self.ws, self.hot = ws, hot
-        self.count = (last - first) * ws.heads
-        self.rows = slice(first * ws.heads, last * ws.heads)
-        self.inputs = inputs.of(first, last)
-        self.picks, self.mass = results.picks[self.rows], results.mass[self.rows]
-        self.weights = results.weights[self.rows]
-        self.hot_store = None if hot is None else hot.store[first:last]
+    Parameters
+    ----------
+    workspace : Workspace
+    inputs : StepInputs
+    results : Results
+    hot : HotRows or None
+
+    Attributes
+    ----------
+    pick, source, source_at
+        How rows are picked: a function like :func:`~.above.pick_above`, and a tensor and a number for it alone.
+    """
+
+    def __init__(self, workspace: Workspace, inputs: StepInputs, results: Results, hot: HotRows | None = None) -> None:
+        self.ws, self.inputs, self.results, self.hot = workspace, inputs, results, hot
+        self.rows = workspace.batch * workspace.heads
+        self.pick = pick_above if workspace.spread == "need" else pick_most
+        self.source, self.source_at = inputs.length, 0
 
     def run(self) -> None:
-        """All of it, one after the other."""
-        self.score()
-        self.fetch()
-        self.tail()
-
-    def fetch(self) -> None:
-        """Select the rows, and bring them."""
-        self.select()
-        self.gather()
-
-    def score(self) -> None:
-        """Stream K once; leave scores, their maxima by block and partial sums of exponentials in the workspace."""
-        ws, tune, rows, given = self.ws, self.ws.tuning, self.rows, self.inputs
-        mask = given.length.view(1, -1) if given.mask is None else given.mask
-        scales = given.query if given.key_scales is None else given.key_scales
-        score_kernel[(self.count * ws.score_splits,)](
-            given.query, given.keys, scales, mask, ws.scores[rows], ws.block_top[rows], ws.part_max[rows],
-            ws.part_sum[rows], given.length,
-            given.query.stride(0), given.query.stride(1),
-            given.keys.stride(0), given.keys.stride(1), given.keys.stride(2),
-            scales.stride(0), scales.stride(1), mask.stride(0),
-            ws.stride, ws.blocks, given.scaling, given.softcap or 1.0, ws.score_splits,
-            HEADS=ws.heads, REPEAT=ws.repeat, G=ws.group, GP=16, D=ws.dim, BLOCK_D=power_of_two(ws.dim),
-            BLOCK_L=ws.score_block, BLOCK=ws.block, STAGES=tune.score_stages, HAS_MASK=given.mask is not None,
-            HAS_SOFTCAP=given.softcap is not None, HAS_SCALES=given.key_scales is not None, UPCAST=ws.upcast,
-            num_warps=tune.score_warps, num_stages=tune.score_stages,
-        )  # fmt: skip
-
-    def tail(self) -> None:
-        """Sum all rows along the tail's directions."""
-        ws, rows, given = self.ws, self.rows, self.inputs
-        if not ws.tail_splits:
-            return
-        assert given.lowrank is not None
-        tail, at_once = given.lowrank, min(DIRECTIONS, power_of_two(ws.rank))
-        tail_kernel[(self.count * ws.tail_splits, -(-ws.rank // at_once))](
-            ws.scores[rows], ws.part_max[rows], ws.part_sum[rows], given.length if given.sinks is None else given.sinks,
-            tail.coefficients, tail.base, tail.basis, ws.partial[rows], ws.shares[rows], ws.held[rows],
-            ws.counters[rows], ws.counts[rows], given.out, self.mass, given.length,
-            *tail.coefficients.stride()[:3], given.out.stride(0), given.out.stride(1), ws.stride, ws.score_splits,
-            ws.tail_splits, self._tickets,
-            SP=power_of_two(ws.score_splits), AT_ONCE=at_once, BLOCK_T=ws.tail_tile, HAS_SINKS=given.sinks is not None,
-            ALIGNED=is_aligned(tail.coefficients), num_warps=ws.tuning.tail_warps, **self._sizes,
-        )  # fmt: skip
-
-    def select(self) -> None:
-        """The picked rows, how many there are, and where hot rows are; log-sum-exps on the way."""
-        ws, rows, hot, given = self.ws, self.rows, self.hot, self.inputs
-        none = given.length
-        scored = (
-            ws.scores[rows], ws.block_top[rows], ws.part_max[rows], ws.part_sum[rows],
-            none if given.sinks is None else given.sinks,
-        )  # fmt: skip
-        stored = (
-            none if hot is None else hot.tags[rows], none if hot is None else hot.stamps[rows],
-            none if hot is None else hot.clock[rows], none if hot is None else hot.claims[rows],
-            ws.hot_slots[rows], ws.hot_inserts[rows], none if hot is None else hot.hits.view(-1)[rows],
-            ws.stride, ws.blocks, ws.score_splits,
-        )  # fmt: skip
-        sizes = {
-            "HEADS": ws.heads, "G": ws.group, "GP": power_of_two(ws.group), "SP": power_of_two(ws.score_splits),
-            "BLOCK": ws.block, "HAS_SINKS": given.sinks is not None, "HOT_SETS": 1 if hot is None else hot.sets,
-            "HOT_WAYS": 0 if hot is None else hot.ways, "HOT_TILE": min(_HOT_TILE, power_of_two(ws.width)),
-            "num_warps": ws.select_warps,
-        }  # fmt: skip
-        if ws.spread == "even":
-            select_kernel[(self.count,)](
-                *scored, ws.lse[rows], ws.candidates[rows], self.picks, ws.counts[rows], given.length, *stored,
-                GS=ws.heads_at_once, N=ws.width, NP=power_of_two(ws.width), BP=power_of_two(ws.blocks), **sizes,
+        """Launch it: all at once, or with select and fetch for themselves."""
+        ws = self.ws
+        # Comparing for the N largest takes registers that a program which scores has not got.
+        at_once = ws.spread == "need"
+        self.launch(self.shares, at_once)
+        if not at_once:
+            fetch_kernel[(self.rows,)](
+                self.inputs.length, *self._tensors, *self._strides, ws.stride, ws.blocks, ws.score_splits,
+                ws.tail_splits, self.shares + 1, **self._sizes, num_warps=ws.select_warps, num_stages=1,
             )  # fmt: skip
-            return
-        self._above(
-            *scored, given.threshold, ws.lse[rows], ws.listed[rows], ws.found[rows], self.picks, ws.counts[rows],
-            none if given.tally is None else given.tally, given.length, *stored,
-            MOST=ws.width, TILE=ws.select_tile, HAS_TALLY=given.tally is not None, **sizes,
-        )  # fmt: skip
 
-    def gather(self) -> None:
-        """Fetch the picked rows, weigh them, add the tail, write the output."""
-        ws, rows, given = self.ws, self.rows, self.inputs
-        unused = LowRank(ws.lse, ws.lse, ws.lse.view(1, 1, *ws.lse.shape))
-        tail = unused if given.lowrank is None else given.lowrank
-        scales = given.query if given.value_scales is None else given.value_scales
-        gather_kernel[(self.count * ws.pick_splits,)](
-            given.values, scales, ws.scores[rows], ws.lse[rows], tail.coefficients, tail.base, tail.basis,
-            self.picks, self.weights, ws.counts[rows], ws.partial[rows], ws.shares[rows], ws.held[rows],
-            ws.counters[rows], given.out, self.mass,
-            given.query if self.hot_store is None else self.hot_store, ws.hot_slots[rows], ws.hot_inserts[rows],
-            *given.values.stride()[:3], *scales.stride()[:2], *tail.coefficients.stride()[:3],
-            given.out.stride(0), given.out.stride(1), ws.stride, self.count, ws.tail_splits, self._tickets,
-            GP=16, WIDTH=ws.width, HOT_ROWS=0 if self.hot is None else self.hot.rows,
-            HAS_SCALES=given.value_scales is not None, UPCAST=ws.upcast, num_warps=ws.tuning.gather_warps,
-            **self._sizes,
+    def launch(self, shares: int, fetches: bool) -> None:
+        """Launch what scores, with so many ``shares`` of a row's tail; whether it ``fetches`` as well."""
+        ws, ahead = self.ws, self.inputs.ahead
+        score_programs, tail_programs = self.rows * ws.score_splits, self.rows * shares
+        lines = 0 if ahead is None or ws.upcast else ahead.nbytes // 128
+        step_kernel[(score_programs + tail_programs + -(-lines // _LINES),)](
+            *self._scored, self.inputs.length, self.inputs.length if ahead is None else ahead, lines, *self._tensors,
+            *self._score_strides, *self._strides, ws.stride, ws.blocks, self.inputs.scaling,
+            self.inputs.softcap or 1.0, ws.score_splits, ws.tail_splits, self.shares + 1, score_programs,
+            tail_programs, **self._sizes, **self._score_sizes, FETCHES=fetches, LINES=_LINES if lines else 0,
+            num_warps=ws.warps, num_stages=1, maxnreg=ws.registers,
         )  # fmt: skip
-
-    def _above(self, *arguments: object, **sizes: object) -> None:
-        above_kernel[(self.count,)](*arguments, **sizes)
 
     @property
-    def _tickets(self) -> int:
-        """Programs of the tail that add to a row's output."""
+    def _scored(self) -> tuple[torch.Tensor, ...]:
+        given = self.inputs
+        return given.query, given.keys, self._key_scales, self._mask
+
+    @property
+    def _mask(self) -> torch.Tensor:
+        return self.inputs.length.view(1, -1) if self.inputs.mask is None else self.inputs.mask
+
+    @property
+    def _key_scales(self) -> torch.Tensor:
+        return self.inputs.query if self.inputs.key_scales is None else self.inputs.key_scales
+
+    @property
+    def _value_scales(self) -> torch.Tensor:
+        return self.inputs.query if self.inputs.value_scales is None else self.inputs.value_scales
+
+    @property
+    def _tail(self) -> LowRank:
+        lse = self.ws.lse
+        return self.inputs.lowrank or LowRank(lse, lse, lse.view(1, 1, *lse.shape))
+
+    @property
+    def shares(self) -> int:
+        """Programs that sum a row's tail."""
         ws = self.ws
-        return ws.tail_splits * -(-ws.rank // min(DIRECTIONS, power_of_two(ws.rank))) if ws.tail_splits else 0
+        return ws.tail_splits * -(-ws.rank // self._directions) if ws.tail_splits else 0
+
+    @property
+    def _directions(self) -> int:
+        return min(DIRECTIONS, power_of_two(self.ws.rank))
+
+    @property
+    def _tensors(self) -> tuple[object, ...]:
+        """What both kernels are given."""
+        ws, given, results, tail, hot = self.ws, self.inputs, self.results, self._tail, self.hot
+        none = given.length
+        stored = (none,) * 5 if hot is None else (hot.store, hot.tags, hot.stamps, hot.clock, hot.claims)
+        return (
+            given.values, self._value_scales, tail.coefficients, tail.base, tail.basis,
+            none if given.sinks is None else given.sinks, none if given.threshold is None else given.threshold,
+            ws.scores, ws.block_top, ws.part_max, ws.part_sum, ws.lse, ws.listed, ws.found, ws.done, ws.partial,
+            ws.shares, ws.held, ws.tickets, results.picks, results.weights, given.out, results.mass,
+            none if given.tally is None else given.tally, *stored, ws.hot_slots, ws.hot_coming, ws.hot_places,
+            none if hot is None else hot.hits, self.source, self.source_at,
+        )  # fmt: skip
+
+    @property
+    def _score_strides(self) -> tuple[int, ...]:
+        given = self.inputs
+        return *given.query.stride()[:2], *given.keys.stride()[:3], *self._key_scales.stride()[:2], self._mask.stride(0)
+
+    @property
+    def _strides(self) -> tuple[int, ...]:
+        given, tail = self.inputs, self._tail
+        return (
+            *given.values.stride()[:3], *self._value_scales.stride()[:2], *tail.coefficients.stride()[:3],
+            *given.out.stride()[:2],
+        )  # fmt: skip
+
+    @property
+    def _score_sizes(self) -> dict[str, object]:
+        """Compile-time constants of scoring and of the tail."""
+        ws, given = self.ws, self.inputs
+        return {
+            "D": ws.dim, "BLOCK_D": power_of_two(ws.dim), "BLOCK_L": ws.score_block, "STAGES": ws.tuning.score_stages,
+            "AT_ONCE": self._directions, "BLOCK_T": ws.tail_tile, "TAIL_STAGES": ws.tuning.tail_stages,
+            "HAS_MASK": given.mask is not None, "HAS_SOFTCAP": given.softcap is not None, "HAS_KEY_SCALES": given.key_scales is not None,
+            "ALIGNED": is_aligned(self._tail.coefficients),
+        }  # fmt: skip
 
     @property
     def _sizes(self) -> dict[str, object]:
-        """Compile-time constants of both kernels that may finish a row."""
-        ws = self.ws
-        group2, block_d = power_of_two(ws.group), power_of_two(ws.dim_v)
+        """Compile-time constants of both kernels."""
+        ws, given, hot = self.ws, self.inputs, self.hot
+        group2, block_dv = power_of_two(ws.group), power_of_two(ws.dim_v)
         return {
-            "HEADS": ws.heads, "REPEAT": ws.repeat, "G": ws.group, "G2": group2, "ROWS": ws.gather_rows,
-            "PARTS": ws.pick_splits, "D": ws.dim_v, "BLOCK_D": block_d, "RANK": ws.rank, "RP": ws.shares.shape[3],
-            "STEP": reduction_step(group2 * block_d, ws.pick_splits + ws.tail_splits),
-            "RANK_STEP": reduction_step(group2 * block_d, max(1, ws.rank)), "RENORMALISE": ws.tail == "renormalise",
+            "PICK": self.pick, "HEADS": ws.heads, "REPEAT": ws.repeat, "G": ws.group, "G2": group2, "GP": 16,
+            "SP": power_of_two(ws.score_splits), "BLOCK": ws.block, "MOST": ws.width, "TILE": ws.select_tile,
+            "MP": power_of_two(ws.width), "BP": power_of_two(ws.blocks), "GS": ws.heads_at_once,
+            "BRING": ws.bring_rows, "ROWS": ws.gather_rows, "DV": ws.dim_v, "BLOCK_DV": block_dv, "RANK": ws.rank,
+            "RP": ws.shares.shape[3], "STEP": reduction_step(group2 * ws.shares.shape[3], 1 + ws.tail_splits),
+            "RANK_STEP": reduction_step(group2 * block_dv, max(1, ws.rank)),
+            "HOT_SETS": 1 if hot is None else hot.sets, "HOT_WAYS": 0 if hot is None else hot.ways,
+            "HOT_TILE": min(_HOT_TILE, power_of_two(ws.width)), "HAS_SINKS": given.sinks is not None,
+            "HAS_TALLY": given.tally is not None, "HAS_SCALES": given.value_scales is not None,
+            "RENORMALISE": ws.tail == "renormalise", "UPCAST": ws.upcast,
         }  # fmt: skip
 
 
 def is_aligned(coefficients: torch.Tensor) -> bool:
     """Whether the rows ``[B, Hkv, r, capacity]`` of coefficients begin at, and have room for, multiples of 16."""
     return coefficients.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in coefficients.stride()[:3])
-
-
-def run_slices(steps: list[SliceStep], side: torch.cuda.Stream | None) -> None:
-    """Run the slices: on one stream scores and tails, which keep the device's memory busy, on ``side`` the rest."""
-    if side is None:
-        for step in steps:
-            step.run()
-        return
-    main = torch.cuda.current_stream(side.device)
-    for step in steps:
-        step.score()
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            step.fetch()
-    for step in steps:
-        step.tail()
-    main.wait_stream(side)
 
 
 def triton_decode(
@@ -198,6 +183,7 @@ def triton_decode(
     hot: HotRows | None = None,
     out: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
+    ahead: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Score, select, fetch and combine for one layer and one new token. N and tail are the workspace's.
 
@@ -227,6 +213,8 @@ def triton_decode(
         Written and returned; by default a new tensor in the query's dtype.
     weights : Tensor like ``picks`` fp32 or None
         Gets what each pick holds, mean over the heads it was made for; where there is none it stays as it is.
+    ahead : Tensor or None
+        Memory on the device, contiguous, that is read next.
 
     Returns
     -------
@@ -246,7 +234,7 @@ def triton_decode(
         out = query.new_empty(query.shape[0], query.shape[1], ws.dim_v)
     inputs = StepInputs(
         query, keys, values, ws.length_tensor(length), scaling, out, lowrank, mask, softcap, sinks, threshold, tally,
-        key_scales, value_scales,
+        key_scales, value_scales, None if ahead is None else ahead.view(-1).view(torch.uint8),
     )  # fmt: skip
     rows = ws.batch * ws.heads
     if weights is None:
@@ -256,10 +244,8 @@ def triton_decode(
         query.new_empty(rows, ws.group, dtype=torch.float32),
         weights.view(rows, ws.width),
     )
-    bounds = [round(ws.batch * piece / ws.slices) for piece in range(ws.slices + 1)]
-    steps = [SliceStep(ws, first, last, inputs, results, hot) for first, last in pairwise(bounds) if last > first]
     with on_device(query.device):
-        run_slices(steps, ws.side)
+        Step(ws, inputs, results, hot).run()
     per_head = (ws.batch, ws.kv_heads, ws.query_group, ws.width)
     picks = results.picks.view((ws.batch, ws.kv_heads, ws.width) if ws.select == "group" else per_head)
     return out, picks, results.mass.view(ws.batch, ws.kv_heads, ws.query_group)

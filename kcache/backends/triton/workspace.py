@@ -20,6 +20,7 @@ _MOST_CANDIDATES = 32768
 _MOST_BLOCKS = 8192
 _LEAST_BLOCK = 16
 _SHARED_BYTES = 227 * 1024
+_REGISTERS = 65536
 
 
 @dataclass(frozen=True)
@@ -28,40 +29,39 @@ class Tuning:
 
     Attributes
     ----------
-    score_block, score_warps, score_stages, score_residency : int
-        Rows of K per tile (0 chooses by head size), warps per program, tiles in flight, most programs per
-        multiprocessor (fewer where shared memory says so).
+    warps, residency : int
+        Warps per program, and most programs per multiprocessor (fewer where shared memory says so).
+    score_block, score_stages, score_splits : int
+        Rows of K per tile (0 chooses by the size of a row), tiles in flight, programs per row of work (0 chooses).
     select_warps, select_tile : int
-        Warps of the one program per row of work that selects, and how many rows it looks at in a step.
-    gather_rows, gather_warps : int
-        Picked rows per program that reads over the link, and its warps.
-    tail_tile, tail_warps, tail_residency : int
-        Rows of the tail per tile (fewer where many heads share them), warps per program, programs per multiprocessor.
+        Least warps of a program that selects for itself; how many rows select looks at in a step.
+    bring_rows, gather_rows : int
+        Rows that are read over the link at once into the store of hot rows; picked rows that are weighed at once.
+    tail_tile, tail_stages, tail_splits : int
+        Rows of the tail per tile (fewer where many heads share them), tiles in flight, programs per row of work (0
+        chooses).
     dense_block, dense_warps, dense_stages, dense_residency : int
         The same for the dense decode of resident layers; 0 chooses by size, of stages as well.
-    slices : int
-        Pieces the batch is cut into, so that the link works for one piece while K is read for the next. On an H200 one
-        was the quickest, see docs/log.md.
     processors : int
         Multiprocessors to plan for; 0 asks the device.
     """
 
+    warps: int = 8
+    residency: int = 2
     score_block: int = 0
-    score_warps: int = 4
     score_stages: int = 3
-    score_residency: int = 3
+    score_splits: int = 0
     select_warps: int = 8
-    select_tile: int = 2048
-    gather_rows: int = 16
-    gather_warps: int = 4
+    select_tile: int = 1024
+    bring_rows: int = 64
+    gather_rows: int = 64
     tail_tile: int = 256
-    tail_warps: int = 4
-    tail_residency: int = 4
+    tail_stages: int = 1
+    tail_splits: int = 0
     dense_block: int = 0
     dense_warps: int = 4
     dense_stages: int = 0
     dense_residency: int = 3
-    slices: int = 1
     processors: int = 0
 
 
@@ -126,14 +126,14 @@ class Workspace(DeviceLength):
     device : torch.device
     select, tail, tail_rank, spread
         As in :class:`~kcache.policy.Policy`; with ``spread="need"`` steps come with a threshold.
+    itemsize : int
+        Bytes of a number of K: tiles of 16 bits may be larger.
     tuning : Tuning or None
 
     Attributes
     ----------
     width : int
         Picks a row of work may have: N, or M of them with a threshold.
-    counts : Tensor ``[R]`` int32
-        How many there are; R = B * Hkv, or, picked per query head, B * Hq.
     """
 
     def __init__(
@@ -151,6 +151,7 @@ class Workspace(DeviceLength):
         tail: Tail = "lowrank",
         tail_rank: int | None = None,
         spread: Spread = "even",
+        itemsize: int = 4,
         tuning: Tuning | None = None,
     ) -> None:
         reason = unsupported(capacity, group, dim, dim_v, topn, spread)
@@ -169,11 +170,10 @@ class Workspace(DeviceLength):
             (kv_heads, group, 1) if select == "group" else (kv_heads * group, 1, group)
         )
         self.upcast = interpreted()
-        self.slices = tune.slices
+        self.warps = tune.warps
         self._plan_select(tune)
-        self._plan_splits(tune)
+        self._plan_splits(tune, itemsize)
         self._allocate()
-        self.side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def _plan_select(self, tune: Tuning) -> None:
         """Sizes of blocks and tiles that rows are selected by."""
@@ -189,23 +189,27 @@ class Workspace(DeviceLength):
         self.select_warps = min(16, max(tune.select_warps, candidates // 256))
         self.heads_at_once = max(1, min(power_of_two(self.group), 1024 * self.select_warps // max(1, candidates)))
 
-    def _plan_splits(self, tune: Tuning) -> None:
+    def _plan_splits(self, tune: Tuning, itemsize: int) -> None:
         """Programs that rows of work are cut into."""
-        per_slice = -(-self.batch // self.slices) * self.heads
-        processors = tune.processors or multiprocessors(self.device)
-        self.score_block = max(self.block, tune.score_block or (128 if self.dim <= 64 else 64))
+        rows = self.batch * self.heads
+        slots = (tune.processors or multiprocessors(self.device)) * tune.residency
+        large = itemsize * power_of_two(self.dim) <= 256
+        self.score_block = max(self.block, tune.score_block or (128 if large else 64))
         tiles = -(-self.capacity // self.score_block)
-        resident = _residency(tune.score_residency, tune.score_stages, self.score_block, self.dim)
-        self.score_splits = choose_splits(per_slice, tiles, processors * resident)
-        self.gather_rows = max(16, min(tune.gather_rows, power_of_two(self.width)))
-        self.pick_splits = -(-self.width // self.gather_rows)
-        tail_tiles = -(-self.capacity // self.tail_tile)
-        self.tail_splits = (
-            choose_splits(per_slice, tail_tiles, processors * tune.tail_residency, least_tiles=2) if self.rank else 0
+        resident = _residency(tune.residency, tune.score_stages, self.score_block, self.dim)
+        self.score_splits = tune.score_splits or choose_splits(rows, tiles, slots // tune.residency * resident)
+        # What a program that fetches would like to have is more than lets as many score at a time.
+        self.registers = min(255, _REGISTERS // (32 * self.warps * resident) // 8 * 8)
+        self.bring_rows, self.gather_rows = (
+            max(16, min(rows_at_once, power_of_two(self.width))) for rows_at_once in (tune.bring_rows, tune.gather_rows)
         )
+        tail_tiles = -(-self.capacity // self.tail_tile)
+        self.tail_splits = 0
+        if self.rank:
+            self.tail_splits = tune.tail_splits or choose_splits(rows, tail_tiles, slots, least_tiles=2)
 
     def _allocate(self) -> None:
-        rows, heads, parts = self.batch * self.heads, self.group, self.pick_splits + self.tail_splits
+        rows, heads, parts = self.batch * self.heads, self.group, 1 + self.tail_splits
 
         def floats(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -216,19 +220,15 @@ class Workspace(DeviceLength):
         self.scores = floats(rows, heads, self.stride)
         self.part_max, self.part_sum = floats(rows, self.score_splits, heads), floats(rows, self.score_splits, heads)
         self.lse, self.block_top = floats(rows, heads), floats(rows, heads, self.blocks)
-        if self.spread == "even":
-            self.candidates = integers(rows, self.width)
-        else:
-            self.found = integers(rows, self.stride, dtype=torch.int64)
-            self.listed = integers(rows, self.blocks)
-        self.counts = integers(rows)
-        self.partial = floats(rows, self.pick_splits, heads, self.dim_v)
+        self.listed = integers(rows, self.blocks)
+        self.found = integers(*((rows, self.stride) if self.spread == "need" else (1, 1)), dtype=torch.int64)
+        self.partial = floats(rows, heads, self.dim_v)
         self.shares, self.held = (
             floats(rows, parts, heads, max(16, power_of_two(self.rank))),
             floats(rows, parts, heads),
         )
-        self.counters = integers(rows)
-        self.hot_slots, self.hot_inserts = integers(rows, self.width), integers(rows, self.width)
+        self.done, self.tickets = integers(rows), integers(rows)
+        self.hot_slots, self.hot_coming, self.hot_places = (integers(rows, self.width) for _ in range(3))
 
     @property
     def nbytes(self) -> int:
