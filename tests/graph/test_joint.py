@@ -227,7 +227,9 @@ def test_triton_merged_models_are_saved_copied_and_loaded(merged: PreTrainedMode
     with torch.no_grad():
         want = merged(ids).logits
         merged.save_pretrained(tmp_path)
-        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, want)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert torch.equal(loaded(ids).logits, want)
+        assert len(joints_of(loaded.requires_grad_(False))) == 4
         torch.save(merged.state_dict(), tmp_path / "state")
         fresh = frozen("llama", seed=5)
         fresh.load_state_dict(torch.load(tmp_path / "state"))
