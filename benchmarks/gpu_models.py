@@ -51,7 +51,7 @@ def make_model(shape: str, device: torch.device, dtype: torch.dtype = torch.bflo
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.generation_config.eos_token_id = None
     nothing: Any = None
-    return LoadedModel(shape, model.eval(), nothing)
+    return LoadedModel(shape, model.eval().requires_grad_(False), nothing)
 
 
 class Models:

@@ -121,7 +121,7 @@ def load(
     tensor_parallel: int = 1,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """Load a causal language model and its tokenizer.
+    """Load a causal language model and its tokenizer, for decoding: its parameters ask for no gradients.
 
     Parameters
     ----------
@@ -180,7 +180,7 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch_dtype, device_map=device_map, trust_remote_code=trust_remote_code, **extra
         )
-    probe(model.eval())
+    probe(model.eval().requires_grad_(False))
     return LoadedModel(source.name, model, tokenizer)
 
 

@@ -39,6 +39,7 @@ def test_a_local_folder_loads_with_its_tokenizer(tiny_folder: Path) -> None:
     assert lm.context_length == 2048
     assert lm.model.dtype == torch.float32
     assert not lm.model.training
+    assert not any(parameter.requires_grad for parameter in lm.model.parameters())
     assert lm.tokenizer.padding_side == "left"
     assert lm.tokenizer.pad_token == "<|pad|>"
 

@@ -83,6 +83,7 @@ class GraphDecoder:
         self._key: tuple[object, ...] = ()
         self._scratch: tuple[object, ...] = ()
         self._kept: list[torch.Tensor] = []
+        self._held: list[torch.Tensor] = []  # weights that the recording reads, should another one put them elsewhere
         self._proofs = 0
         self.fused: dict[str, int] = {}
 
@@ -91,10 +92,10 @@ class GraphDecoder:
         self.leave(self._run)
         self._run += 1
         if self.reason is None and may_begin(cache):
-            self._weights = hash(tuple(parameter.data_ptr() for parameter in model.parameters()))
             self.reason = never(model, cache)
             if self.reason is None:
                 self._model, self._cache = model, cache
+                self._hold()
             else:
                 _log.info("decoding without a recorded step: %s", self.reason)
         return self._run
@@ -189,6 +190,7 @@ class GraphDecoder:
         if run == self._run:
             self.pause()
             self._model = self._cache = None
+            self._held = []
 
     @property
     def ahead(self) -> bool:
@@ -229,6 +231,7 @@ class GraphDecoder:
             self.fused = fusion.used
             self._take_back(cache)
         self._tape = tape
+        self._hold()
         self._scratch = cache.shared.scratch
         self._key = self._fingerprint(cache, padded)
         self.recorded += 1
@@ -238,6 +241,13 @@ class GraphDecoder:
         assert self._step is not None
         counters = tuple(tensor.data_ptr() for tensor in cache.shared.step_state)
         return (padded, self._weights, counters, *self._step.fingerprint())
+
+    def _hold(self) -> None:
+        """Note where the weights are; what a recording reads of them stays until the run ends."""
+        assert self._model is not None
+        weights = [parameter.detach() for parameter in self._model.parameters()]
+        self._weights = hash(tuple(weight.data_ptr() for weight in weights))
+        self._held = weights if self._step is not None else []
 
     def _keep(self, cache: KCache) -> None:
         """Note what the next step changes in place, should it turn out not to be wanted."""

@@ -1,20 +1,23 @@
-"""A model's small kernels, taken together while a step is recorded: norms, rotary embeddings, gated activations.
+"""A model's small kernels, taken together while a step is recorded: norms, rotary embeddings, gates, projections.
 
 A replayed graph costs what its kernels take, and a norm written in torch operators is six of them. Here is where such
-parts are looked for and put in; ``parts`` tries them and runs them. Afterwards the model is as it was.
+parts are looked for and put in; ``parts`` and ``joint`` try them and run them. Afterwards the model is as it was, but
+for the places of some weights: those of projections that were one product stay in one piece of memory.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from kcache.backends.triton.common import interpreted
+from kcache.graph.joint import joints_of
 from kcache.graph.parts import Gated, Norm, Part, Rotary
 
 _ROTARY = "apply_rotary_pos_emb"
@@ -47,8 +50,11 @@ class Fusion:
                     part = part_of(module)
                     if part is not None:
                         self._parts.append(part)
-                        vars(module)["forward"] = part
-                        undo.callback(vars(module).pop, "forward", None)
+                        _stand_in(module, part, undo)
+                for joint in joints_of(self._model):
+                    self._parts.append(joint)
+                    for module, forward in joint.forwards():
+                        _stand_in(module, forward, undo)
                 for namespace in {type(module).__module__ for module in self._model.modules()}:
                     original = getattr(sys.modules.get(namespace), _ROTARY, None)
                     if original is not None:
@@ -56,6 +62,11 @@ class Fusion:
                         setattr(sys.modules[namespace], _ROTARY, self._parts[-1])
                         undo.callback(setattr, sys.modules[namespace], _ROTARY, original)
             yield
+
+
+def _stand_in(module: nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
+    vars(module)["forward"] = forward
+    undo.callback(vars(module).pop, "forward", None)
 
 
 def _possible(model: nn.Module) -> bool:

@@ -24,7 +24,7 @@ Tensors = tuple[torch.Tensor, ...]
 Trial = tuple[Any, Callable[[Any], Any]]
 """What the original makes of random numbers, and what makes the same of them with a variant."""
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NOISE = 4e-6
 _FLIPS = 0.02
 """Share of 16-bit results that may round the other way; where another formula rounds it is a fifth and more."""
@@ -45,7 +45,7 @@ class Part(ABC):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Answer a call: by a kernel in the thread that made this and where a trial allows it, or as ever."""
         tensors = self.read(args, kwargs) if threading.get_ident() == self._thread else None
-        if tensors is None or any(tensor.stride(-1) != 1 or tensor.dtype not in _DTYPES for tensor in tensors):
+        if tensors is None or any(tensor.stride(-1) != 1 or tensor.dtype not in DTYPES for tensor in tensors):
             return self._original(*args, **kwargs)
         key = (*((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors), *self.choices(args, kwargs))
         if key not in self.proven:
@@ -58,7 +58,7 @@ class Part(ABC):
         random = torch.Generator(tensors[0].device).manual_seed(1)
         try:
             want, run = self.trial(tensors, args, kwargs, random)
-            return next((variant for variant in self.variants if _equal(run(variant), want)), None)
+            return next((variant for variant in self.variants if self.agree(run(variant), want)), None)
         except Exception as error:  # whatever it is, the original does it
             _log.debug("no kernel for %s: %s: %s", self.kind, type(error).__name__, error)
             return None
@@ -66,6 +66,10 @@ class Part(ABC):
     def choices(self, args: Any, kwargs: Any) -> tuple[object, ...]:
         """What a result depends on beside the tensors."""
         return ()
+
+    def agree(self, got: Any, want: Any) -> bool:
+        """Whether what a variant makes of a trial is what the original does."""
+        return _equal(got, want)
 
     @abstractmethod
     def read(self, args: Any, kwargs: Any) -> Tensors | None:
@@ -91,17 +95,17 @@ class Norm(Part):
 
     def read(self, args: Any, kwargs: Any) -> Tensors | None:
         """See :class:`Part`."""
-        entering = _only(args, kwargs)
+        entering = only(args, kwargs)
         fits = entering is not None and entering[0].shape[-1:] == self._module.weight.shape
         return entering if fits else None
 
     def trial(self, tensors: Tensors, args: Any, kwargs: Any, random: torch.Generator) -> Trial:
         """See :class:`Part`."""
         weight: torch.Tensor = self._module.weight  # type: ignore[assignment]
-        changed = nn.Parameter(_noise(weight.shape, weight, random), requires_grad=False)
+        changed = nn.Parameter(noise(weight.shape, weight, random), requires_grad=False)
         twin = _twin(self._module, _parameters={**self._module._parameters, "weight": changed})
         sizes = (1.0, 2 * self._eps**0.5, 10.0, 0.1)  # one at which epsilon counts
-        sample = torch.cat([(_noise(tensors[0].shape, tensors[0], random) + 0.5) * size for size in sizes])
+        sample = torch.cat([(noise(tensors[0].shape, tensors[0], random) + 0.5) * size for size in sizes])
         return _forward(twin, sample), lambda variant: pointwise.rms_norm(sample, changed, self._eps, variant)
 
     def run(self, variant: Any, tensors: Tensors, args: Any, kwargs: Any) -> Any:
@@ -121,13 +125,13 @@ class Gated(Part):
 
     def read(self, args: Any, kwargs: Any) -> Tensors | None:
         """See :class:`Part`."""
-        return _only(args, kwargs)
+        return only(args, kwargs)
 
     def trial(self, tensors: Tensors, args: Any, kwargs: Any, random: torch.Generator) -> Trial:
         """See :class:`Part`."""
         entering = tensors[0]
         inner = [self._module.get_submodule(name)(entering) for name in self._names]
-        inner = [_noise(tensor.shape, tensor, random) * 2 for tensor in inner]
+        inner = [noise(tensor.shape, tensor, random) * 2 for tensor in inner]
         stand_ins = {name: _Given(entering, tensor) for name, tensor in zip(self._names, inner, strict=True)}
         twin = _twin(self._module, _modules={**self._module._modules, **stand_ins, "down_proj": nn.Identity()})
         return _forward(twin, entering), lambda variant: pointwise.gated(*_gate_and_up(inner), variant)
@@ -175,7 +179,7 @@ class Rotary(Part):
 
     def trial(self, tensors: Tensors, args: Any, kwargs: Any, random: torch.Generator) -> Trial:
         """See :class:`Part`."""
-        sample = tuple(_noise(tensor.shape, tensor, random) for tensor in tensors)
+        sample = tuple(noise(tensor.shape, tensor, random) for tensor in tensors)
         want = self._original(*sample, *args[len(tensors) :], **kwargs)
         return want, lambda variant: self.run(variant, sample, args, kwargs)
 
@@ -204,7 +208,7 @@ class _Given(nn.Module):
         return self._result
 
 
-def _only(args: Any, kwargs: Any) -> Tensors | None:
+def only(args: Any, kwargs: Any) -> Tensors | None:
     """The tensor of a call that has no other argument."""
     return tuple(args) if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor) else None
 
@@ -225,7 +229,8 @@ def _forward(module: nn.Module, entering: torch.Tensor) -> Any:
     return type(module).forward(module, entering)
 
 
-def _noise(shape: Any, like: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+def noise(shape: Any, like: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Normal random numbers of another tensor's type, where it is."""
     return torch.randn(tuple(shape), generator=random, dtype=like.dtype, device=like.device)
 
 

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from kcache.attention import attach
 from kcache.decoding import decode
 from kcache.graph.decoder import PROOFS, GraphDecoder
+from kcache.graph.fuse import Fusion
 from kcache.graph.tape import CudaTape
 from kcache.policy import Policy
-from tests.gpu.test_engine_gpu import big, churn, ids_of
+from tests.gpu.test_engine_gpu import big, churn, ids_of, settle
 from tests.graph.samplers import Forced
 from tests.graph.twins import Twins
 from tests.models import left_padding, make, tokens
@@ -47,12 +48,13 @@ def replays(twins: Twins, least: int) -> None:
                          ids=["need", "even", "dense", "paper"])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_long_contexts_in_every_dtype(policy: Policy, dtype: torch.dtype) -> None:
-    twins = twins_of(big(dtype), policy.replace(offload=policy.offload if policy.offload == "none" else "all"),
+    model = big(dtype).requires_grad_(False)
+    twins = twins_of(model, policy.replace(offload=policy.offload if policy.offload == "none" else "all"),
                      max_length=6000)  # fmt: skip
     twins.prefill(ids_of(1, 2, 5000))
     twins.decode(24)
     replays(twins, 24 - PROOFS - 1)
-    assert set(twins.graph.fused) == {"norm", "gated", "rotary"}
+    assert set(twins.graph.fused) == {"norm", "gated", "rotary", "joint"}
 
 
 @pytest.mark.parametrize("policy", [MIXED, OFFLOADED.replace(spread="even")], ids=["need", "even"])
@@ -94,6 +96,33 @@ def test_other_families(kind: str) -> None:
     twins = twins_of(model, OFFLOADED, max_length=900)
     twins.prefill(ids_of(1, 1, 700))
     twins.decode(10)
+    replays(twins, 4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3"])
+def test_joint_products_take_no_more_memory_and_leave_the_model_as_it_was(kind: str) -> None:
+    """Projections hold 228 MiB; a stream's own scratch memory of matrix products is less than half of that."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 2}
+    model = make(kind, dtype=torch.bfloat16, **sizes, head_dim=128, num_hidden_layers=12, initializer_range=0.05)
+    model = model.cuda().requires_grad_(False)
+    ids = ids_of(3, 2, 40)
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits
+    twins = twins_of(model, OFFLOADED, max_length=900)
+    twins.prefill(ids_of(1, 2, 600))
+    settle()
+    held = torch.cuda.memory_allocated()
+    fusion, stream = Fusion(model), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), fusion.applied(), torch.cuda.stream(stream):
+        model(ids[:, :1], use_cache=False)
+    settle()
+    assert fusion.used.get("joint", 0) == (0 if kind == "phi3" else 24)
+    assert torch.cuda.memory_allocated() - held <= 2**27
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, use_cache=False).logits, before, rtol=0, atol=0)
+    twins.decode(8)
+    assert twins.graph.recorded == 1
     replays(twins, 4)
 
 

@@ -50,6 +50,9 @@ def test_triton_norms_of_heads_with_any_strides(device: torch.device) -> None:
         together.view(3, 2, 6, 16).transpose(1, 2),  # heads before positions
         together[..., :64].view(3, 2, 4, 16),  # queries cut from one product with keys
         together.view(3, 2, 16, 6).transpose(2, 3),  # no row is contiguous
+        together[:0, ..., :64].view(0, 2, 4, 16),
+        together[:, :1, 32:].view(3, 1, 4, 16).transpose(1, 2),  # heads of one token before its position
+        together[0, 0, 16:32],
     ]
     for rows in views:
         got = rms_norm(rows, weight, 1e-6, "rounded")

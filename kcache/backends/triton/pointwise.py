@@ -34,16 +34,17 @@ def nearest(values, dtype: tl.constexpr, BY_HAND: tl.constexpr):
 
 @triton.jit
 def norm_kernel(
-    rows, weight, out, eps, stride_r,
+    rows, weight, out, eps, inner, stride_o, stride_i,
     D: tl.constexpr, BLOCK: tl.constexpr, ROUNDED: tl.constexpr, ONE_PLUS: tl.constexpr,
     BY_HAND: tl.constexpr,
 ):  # fmt: skip
-    """One program per row."""
+    """One program per row; ``inner`` rows, such as heads, lie evenly, and so do such groups."""
     row = tl.program_id(0).to(tl.int64)
+    r_ptr = rows + (row // inner) * stride_o + (row % inner) * stride_i
     dims = tl.arange(0, BLOCK)
     dtype: tl.constexpr = out.dtype.element_ty
     scale = tl.load(weight + dims, mask=dims < D, other=0.0).to(tl.float32)
-    values = tl.load(rows + row * stride_r + dims, mask=dims < D, other=0.0).to(tl.float32)
+    values = tl.load(r_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
     normal = values * tl.rsqrt(tl.sum(values * values, 0) / D + eps)
     if ROUNDED:
         normal = nearest(normal, dtype, BY_HAND).to(tl.float32)
@@ -118,16 +119,25 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
+def _grouped(tensor: torch.Tensor) -> torch.Tensor:
+    """``[..., H, D]`` as ``[R, H, D]`` with each row contiguous; heads cut from a wider product need no copy."""
+    sizes = [size for size in tensor.shape[:-1] if size != 1]
+    inner = sizes[-1] if len(sizes) > 1 else 1
+    grouped = tensor.reshape(-1, inner, tensor.shape[-1])
+    return grouped if grouped.stride(-1) == 1 else grouped.contiguous()
+
+
 def rms_norm(rows: torch.Tensor, weight: torch.Tensor, eps: float, scaling: Scaling) -> torch.Tensor:
     """Divide rows ``[..., D]`` by their root mean square and multiply by ``weight`` ``[D]``; contiguous result."""
     width = rows.shape[-1]
-    flat = _flat(rows)
+    grouped = _grouped(rows)
     out = rows.new_empty(rows.shape)
     block = power_of_two(width)
     with on_device(rows.device):
-        norm_kernel[(len(flat),)](
-            flat, weight, out, eps, flat.stride(0), D=width, BLOCK=block, ROUNDED=scaling == "rounded",
-            ONE_PLUS=scaling == "one plus", BY_HAND=interpreted(), num_warps=min(8, max(1, block // 512)),
+        norm_kernel[(grouped.shape[0] * grouped.shape[1],)](
+            grouped, weight, out, eps, grouped.shape[1], grouped.stride(0), grouped.stride(1), D=width, BLOCK=block,
+            ROUNDED=scaling == "rounded", ONE_PLUS=scaling == "one plus", BY_HAND=interpreted(),
+            num_warps=min(8, max(1, block // 512)),
         )  # fmt: skip
     return out
 
