@@ -16,6 +16,6 @@ run() { "$@" || failed=1; }
 run "$python" benchmarks/first_look.py --output "$out/first_look.json"
 run "$python" -m benchmarks.gpu --folder "$out" "$@"
 workers=$("$python" -c "import xdist" 2>/dev/null && echo "-n auto") # compiling kernels takes longest
-run "$python" -m pytest $workers -m gpu tests/gpu tests/triton/test_triton_device.py
-run "$python" -m pytest $workers tests/triton -k "hot_rows or step_equals_fp64 or append or dense"
+kernels=(tests/triton/test_triton_{device,hot_rows,decode_step,append,dense}.py)
+run "$python" -m pytest $workers tests/gpu "${kernels[@]}"
 exit $failed

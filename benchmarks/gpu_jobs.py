@@ -30,6 +30,7 @@ from kcache.cache import KCache
 from kcache.forward import prefill
 from kcache.loading import LoadedModel
 from kcache.policy import Policy
+from kcache.tiers.spare import spare_of
 
 TOPN = 128
 GIB = 2**30
@@ -141,8 +142,10 @@ def largest_batch(need: Callable[[int], tuple[int, int]], device_bytes: int, hos
     return fits
 
 
-def batch_of(job: Job, engine: Engine, shapes: list[LayerShape], total_bytes: int, weights_bytes: int) -> int:
-    """The job's batch, worked out from its budget where it has none."""
+def batch_of(
+    job: Job, engine: Engine, shapes: list[LayerShape], total_bytes: int, weights_bytes: int, spare_bytes: int = 0
+) -> int:
+    """The job's batch, worked out from its budget where it has none; ``spare_bytes`` of RAM make way for it."""
     if job.batch is not None:
         return job.batch
     assert job.budget is not None
@@ -150,7 +153,7 @@ def batch_of(job: Job, engine: Engine, shapes: list[LayerShape], total_bytes: in
     allowed = job.budget
     if job.whole_card:
         allowed = min(job.budget, total_bytes) - weights_bytes - _SCRATCH
-    ram = int(psutil.virtual_memory().available * _SHARE_OF_RAM)
+    ram = int((psutil.virtual_memory().available + spare_bytes) * _SHARE_OF_RAM)
     return largest_batch(lambda batch: engine.need(shapes, room, batch), allowed, ram)
 
 
@@ -163,7 +166,7 @@ def measure(
     spec, shapes = spec or spec_of(job), layer_shapes(lm.model)
     engine = make_engine(job.engine, job.policy)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in lm.model.parameters())
-    batch = batch_of(job, engine, shapes, device_bytes, weights)
+    batch = batch_of(job, engine, shapes, device_bytes, weights, spare_of(lm.model).nbytes)
     if batch == 0:
         return Row(job.engine, lm.name, job.ctx, 0, status="does not fit", reason="not one sequence fits").to_dict()
     with replayed(Trace(FILE, job.ctx, lm.device)) if job.traced else nullcontext():
@@ -176,7 +179,7 @@ def measure_prefill(job: Job, lm: LoadedModel, repeats: int = 2) -> dict[str, An
     ids = torch.randint(0, lm.vocabulary, (1, job.ctx), device=lm.device)
     times: list[float] = []
     peak_bytes: int | None = None
-    for turn in range(repeats + 1):
+    for _ in range(repeats + 1):
         gc.collect()  # a cache is a cycle: the last turn's would be freed within this one's peak
         cache = KCache(lm.model, job.policy, max_length=job.ctx + 64)
         peak = PeakMemory(lm.device)
@@ -186,14 +189,15 @@ def measure_prefill(job: Job, lm: LoadedModel, repeats: int = 2) -> dict[str, An
             for _ in prefill(lm.model, cache, ids, None):
                 pass
         _synchronise(lm.device)
-        if turn:
-            times.append((time.perf_counter() - began) * 1e3)
+        times.append((time.perf_counter() - began) * 1e3)
         peak_bytes = peak.added_bytes()
         held = cache.stats
         del cache
+    first, *times = times
     return {
         "engine": "prefill", "model": lm.name, "ctx": job.ctx, "batch": 1, "status": "ok",
-        "prefill_ms_p50": statistics.median(times), "prefill_ms_low": min(times), "prefill_ms_high": max(times),
+        "prefill_first_ms": first, "prefill_ms_p50": statistics.median(times),
+        "prefill_ms_low": min(times), "prefill_ms_high": max(times),
         "peak_memory_bytes": peak_bytes, "device_kv_bytes": held.device_bytes, "host_kv_bytes": held.host_bytes,
         "v_layer_bytes": held.full_kv_bytes // (2 * len(lm.model.model.layers)), "policy": job.policy.to_dict(),
     }  # fmt: skip

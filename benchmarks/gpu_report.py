@@ -101,8 +101,8 @@ def job_line(name: str, figures: Figures) -> str:
         peak = figures["peak_memory_bytes"]
         return (
             f"{name:26} prompt of {figures['ctx']:,} in {figures['prefill_ms_p50']:.0f} ms "
-            f"[{figures['prefill_ms_low']:.0f}–{figures['prefill_ms_high']:.0f}], peak "
-            + ("unknown" if peak is None else f"{peak / 2**30:.1f} GiB")
+            f"[{figures['prefill_ms_low']:.0f}–{figures['prefill_ms_high']:.0f}], the first in "
+            f"{figures['prefill_first_ms']:.0f}, peak " + ("unknown" if peak is None else f"{peak / 2**30:.1f} GiB")
         )
     hits = figures.get("hit_rate")
     return (

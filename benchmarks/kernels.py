@@ -98,6 +98,8 @@ def measure(inputs: Inputs, base: Tuning) -> Iterator[Row]:
     yield Row(case.name, "append", "", *graph_us([inputs.append] * 8), 0)
     scores = [partial(inputs.scores, step) for step in steps]
     yield Row(case.name, "score", plan, *graph_us(scores), case.kv_bytes + score_bytes)
+    unfetched = [partial(inputs.scores_and_tail, step) for step in steps]
+    yield Row(case.name, "score, tail", plan, *graph_us(unfetched), total)
     yield Row(case.name, "step", "no hot rows", *graph_us([step.run for step in steps]), total, pick_bytes)
     warm = inputs.step(workspace, 0, inputs.hot())
     warm.run()
@@ -128,8 +130,6 @@ def sweep_row(inputs: Inputs, stage: str, change: dict[str, int], base: Tuning) 
         return
     warm = inputs.step(inputs.workspace(tuning), 0, inputs.hot())
     warm.run()
-    unfetched = [partial(inputs.scores_and_tail, warm)] * 8
-    yield Row(case.name, "no fetch", variant, *graph_us(unfetched), case.kv_bytes + case.tail_bytes)
     yield Row(case.name, stage, f"{variant}, all hot", *graph_us([warm.run] * 8), case.kv_bytes + case.tail_bytes)
 
 

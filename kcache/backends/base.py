@@ -73,9 +73,6 @@ class DecodeStep:
         What :meth:`Backend.keep_hot` made for this layer: picks found there need not be fetched.
     device_length : Tensor ``[1]`` int32 or None
         The length, where only the device knows it: ``length`` is then the most it may be. For kernels alone.
-    ahead : Tensor or None
-        Memory on the device that the model reads right after this step. A backend may bring it into the device's cache
-        while it waits for the link.
     """
 
     query: torch.Tensor
@@ -92,7 +89,6 @@ class DecodeStep:
     tally: torch.Tensor | None = None
     hot: HotStore | None = None
     device_length: torch.Tensor | None = None
-    ahead: torch.Tensor | None = None
     key_scales: torch.Tensor | None = None
     value_scales: torch.Tensor | None = None
 

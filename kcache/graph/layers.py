@@ -112,7 +112,7 @@ class CapturedTiered(_Captured):
         step = replace(step, length=step.keys.shape[2], device_length=inputs.length)
         if not layer.offloaded:
             return layer.shared.backend(layer.device).dense(step).unsqueeze(2)
-        result = layer.decode_step(replace(step, ahead=_read_next(module)))
+        result = layer.decode_step(step)
         self.latest = [result.picks, result.mass, result.weights]
         return result.out.unsqueeze(2)
 
@@ -210,12 +210,6 @@ class CapturedCache(Cache):
 
     def __init__(self, layers: Sequence[CapturedLayer]) -> None:
         super().__init__(layers=list(layers))
-
-
-def _read_next(module: torch.nn.Module) -> torch.Tensor | None:
-    """The weight of an attention module's output projection, if it is plain memory on the device."""
-    weight = getattr(module._modules.get("o_proj"), "weight", None)
-    return weight if isinstance(weight, torch.Tensor) and weight.is_cuda and weight.is_contiguous() else None
 
 
 def _row(states: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ def launch_all(
     triton_decode(
         query, keys, keys, length, scaling=dim**-0.5, lowrank=lowrank if tail == "lowrank" else None, mask=mask,
         softcap=softcap, sinks=sink, hot=HotRows(batch, heads, hot, dim, keys.dtype, cpu) if hot else None,
-        key_scales=scales, value_scales=scales, ahead=torch.empty(32 * dim, 32 * dim, dtype=dtype),
+        key_scales=scales, value_scales=scales,
         threshold=torch.empty(batch) if above else None,
         tally=torch.empty(batch, dtype=torch.int64) if above else None,
         workspace=Workspace(

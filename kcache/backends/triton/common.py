@@ -63,6 +63,12 @@ def choose_splits(rows: int, tiles: int, slots: int, least_tiles: int = 4, most:
     return best
 
 
+def cut(rows: int, tiles: int, programs: int, least_tiles: int, most: int = 128) -> int:
+    """Pieces to cut each of ``rows`` rows of work into for about so many ``programs`` of at least ``least_tiles``."""
+    splits = max(1, min(-(-programs // rows), tiles // least_tiles, most))
+    return -(-tiles // -(-tiles // splits))
+
+
 def reduction_step(width: int, parts: int) -> int:
     """Partial sums of ``width`` numbers to load at once: few round trips, without spilling."""
     return min(power_of_two(parts), max(1, 8192 // width))

@@ -18,16 +18,53 @@ import triton
 import triton.language as tl
 
 from kcache.backends.triton.common import weighted_rows, whole_rows
+from kcache.backends.triton.hot import hot_places
 
 
 @triton.jit
-def probabilities(scores, lse, row, pos, live, capacity, G: tl.constexpr, GP: tl.constexpr):
-    """Probabilities ``[GP, n]`` of the rows ``pos`` ``[n]``; 0 where masked or not ``live``."""
-    heads = tl.arange(0, GP)
-    s_ptrs = scores + (row.to(tl.int64) * G + heads)[:, None] * capacity + pos[None, :]
-    score = tl.load(s_ptrs, mask=(heads < G)[:, None] & live[None, :], other=float("-inf"))
-    norm = tl.load(lse + row * G + heads, mask=heads < G, other=0.0)
-    return tl.exp2(score - norm[:, None])
+def weigh_picks(
+    scores, norm, coefficients, picks, pick_weights, weights, tags, stamps, clock, shares, held, row, count,
+    stride_cr, capacity,
+    G: tl.constexpr, G2: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr, RQ: tl.constexpr,
+    RP: tl.constexpr, HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr,
+):  # fmt: skip
+    """Write what a row of work's picks weigh, ``weights`` ``[G, M]``, and stamp those that are stored.
+
+    Leaves in ``shares`` ``[G, RP]`` and ``held`` ``[G]`` minus the picks' part of the tail's sums. What a pick needs is
+    asked for at once, before any of it is used: under load a round trip takes two microseconds. ``RQ``: a power of two
+    that holds the directions.
+    """
+    heads = tl.arange(0, G2)
+    real = heads < G
+    directions = tl.arange(0, RQ)
+    lanes = tl.arange(0, TILE)
+    along = tl.zeros([G2, RQ], tl.float32)
+    total = tl.zeros([G2], tl.float32)
+    if HOT_WAYS > 0:
+        stamp = tl.zeros([TILE, HOT_WAYS], tl.int32) + tl.load(clock + row) + 1
+    for first in tl.range(0, count, TILE, num_stages=1):
+        nth = first + lanes
+        live = nth < count
+        pick = tl.load(picks + row * WIDTH + nth, mask=live, other=0)
+        s_ptrs = scores + (row.to(tl.int64) * G + heads)[:, None] * capacity + pick[None, :]
+        score = tl.load(s_ptrs, mask=real[:, None] & live[None, :], other=float("-inf"))
+        if RANK > 0:
+            c_ptrs = coefficients + directions[:, None] * stride_cr + pick[None, :]
+            part = tl.load(c_ptrs, mask=(directions < RANK)[:, None] & live[None, :], other=0.0)
+        if HOT_WAYS > 0:
+            _home, at = hot_places(row, pick, live, HOT_SETS, HOT_WAYS)
+            tag = tl.load(tags + at, mask=live[:, None], other=-1)
+            tl.store(stamps + at, stamp, mask=(tag == pick[:, None]) & live[:, None])
+        weight = tl.exp2(score - norm[:, None])
+        w_ptrs = weights + (row * G + heads)[:, None] * WIDTH + nth[None, :]
+        tl.store(w_ptrs, weight, mask=real[:, None] & live[None, :])
+        tl.store(pick_weights + row * WIDTH + nth, tl.sum(weight, 0) / G, mask=live)
+        total += tl.sum(weight, 1)
+        if RANK > 0:
+            along += tl.sum(weight[:, None, :] * part.to(tl.float32)[None, :, :], 2)
+    tl.store(held + heads, -total, mask=real)
+    if RANK > 0:
+        tl.store(shares + heads[:, None] * RP + directions[None, :], -along, mask=real[:, None])
 
 
 @triton.jit
@@ -50,65 +87,69 @@ def bring_rows(
 
 
 @triton.jit
-def fetch_row(
-    source, scales, scores, lse, coefficients, picks, pick_weights, partial, shares, held, store, slots, row, count,
-    stride_vl, stride_cr, capacity,
-    G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, HOT_ROWS: tl.constexpr, HAS_SCALES: tl.constexpr,
-    UPCAST: tl.constexpr,
+def read_rows(
+    source, scales, picks, weights, store, slots, row, first, count, stride_vl,
+    G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    HOT_WAYS: tl.constexpr, HAS_SCALES: tl.constexpr,
 ):  # fmt: skip
-    """Weigh and sum a row of work's picks; ``source``, ``scales``, ``coefficients``, ``store`` are those of its head.
+    """Weights ``[GP, ROWS]``, scales included, and V rows ``[ROWS, BLOCK_D]`` of a row of work's next picks."""
+    heads = tl.arange(0, GP)
+    columns = tl.arange(0, BLOCK_D)[None, :] < D
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    nth = first + tl.arange(0, ROWS)
+    live = nth < count
+    pick = tl.load(picks + row * WIDTH + nth, mask=live, other=0)
+    w_ptrs = weights + (row * G + heads)[:, None] * WIDTH + nth[None, :]
+    weight = tl.load(w_ptrs, mask=(heads < G)[:, None] & live[None, :], other=0.0)
+    # A row that weighs nothing (masked) may hold anything: it is not multiplied, nor does it cross the link.
+    weighed = tl.max(weight, 0) > 0.0
+    v_ptrs = source + pick.to(tl.int64)[:, None] * stride_vl + dims
+    if HOT_WAYS > 0:
+        slot = tl.load(slots + row * WIDTH + nth, mask=live, other=-1)
+        near = slot >= 0
+        n_ptrs = store + tl.maximum(slot, 0)[:, None] * D + dims
+        rows = tl.load(n_ptrs, mask=near[:, None] & columns, other=0, cache_modifier=".cg")
+        far = weighed & (slot < 0)
+        if tl.max(far.to(tl.int32), 0) > 0:
+            across = tl.load(v_ptrs, mask=far[:, None] & columns, other=0, cache_modifier=".cg")
+            rows = tl.where(near[:, None], rows, across)
+    else:
+        rows = tl.load(v_ptrs, mask=weighed[:, None] & columns, other=0, cache_modifier=".cg")
+    if HAS_SCALES:
+        weight *= tl.load(scales + pick, mask=weighed, other=0.0)[None, :]
+    return weight, rows
 
-    Leaves ``sum p v`` in ``partial`` ``[G, D]``, and in ``shares`` ``[G, RP]`` and ``held`` ``[G]`` minus the picks'
-    part of the tail's sums.
+
+@triton.jit
+def fetch_row(
+    source, scales, picks, weights, partial, store, slots, row, count, stride_vl,
+    G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    HOT_WAYS: tl.constexpr, HAS_SCALES: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Leave ``sum p v`` of a row of work's picks in ``partial`` ``[G, D]``; ``source`` and ``store`` are its head's.
+
+    The next rows are asked for before those at hand are multiplied.
     """
     heads = tl.arange(0, GP)
-    real = heads < G
     dims = tl.arange(0, BLOCK_D)
-    columns = (dims < D)[None, :]
-    directions = tl.arange(0, RP)
     result = tl.zeros([GP, BLOCK_D], tl.float32)
-    along = tl.zeros([G2, RP], tl.float32)
-    total = tl.zeros([GP], tl.float32)
+    weight, rows = read_rows(
+        source, scales, picks, weights, store, slots, row, 0, count, stride_vl,
+        G, GP, WIDTH, ROWS, D, BLOCK_D, HOT_WAYS, HAS_SCALES,
+    )  # fmt: skip
     for first in tl.range(0, count, ROWS, num_stages=1):
-        nth = first + tl.arange(0, ROWS)
-        live = nth < count
-        pick = tl.load(picks + row * WIDTH + nth, mask=live, other=0)
-        weights = probabilities(scores, lse, row, pick, live, capacity, G, GP)
-        tl.store(pick_weights + row * WIDTH + nth, tl.sum(weights, 0) / G, mask=live)
-        # A row that weighs nothing (masked) may hold anything: it is neither read nor multiplied.
-        weighed = tl.max(weights, 0) > 0.0
-        far = live & weighed
-        if HOT_ROWS > 0:
-            slot = tl.load(slots + row * WIDTH + nth, mask=live, other=-1)
-            near = far & (slot >= 0)
-            far = far & (slot < 0)
-            kept = tl.load(
-                store + tl.maximum(slot, 0)[:, None] * D + dims[None, :], mask=near[:, None] & columns, other=0,
-                cache_modifier=".cg",
-            )  # fmt: skip
-        v_ptrs = source + pick.to(tl.int64)[:, None] * stride_vl + dims[None, :]
-        rows = tl.load(v_ptrs, mask=far[:, None] & columns, other=0, cache_modifier=".cg")
-        if HOT_ROWS > 0:
-            rows = tl.where(near[:, None], kept, rows)
+        next_weight, next_rows = read_rows(
+            source, scales, picks, weights, store, slots, row, first + ROWS, count, stride_vl,
+            G, GP, WIDTH, ROWS, D, BLOCK_D, HOT_WAYS, HAS_SCALES,
+        )  # fmt: skip
+        rows = tl.where((tl.max(tl.abs(weight), 0) > 0.0)[:, None], rows, 0)
         if HAS_SCALES:
-            scale = tl.load(scales + pick, mask=live & weighed, other=0.0)
             # Whole numbers up to 127 are exact in bf16, whose exponents hold any product of weight and scale.
-            result += weighted_rows(weights * scale[None, :], whole_rows(rows, tl.bfloat16), UPCAST)
+            result += weighted_rows(weight, whole_rows(rows, tl.bfloat16), UPCAST)
         else:
-            result += weighted_rows(weights, rows, UPCAST)
-        total += tl.sum(weights, 1)
-        if RANK > 0:
-            c_ptrs = coefficients + directions[None, :] * stride_cr + pick[:, None]
-            part = tl.load(c_ptrs, mask=live[:, None] & (directions < RANK)[None, :], other=0.0).to(tl.float32)
-            # Summed over the first axis: a product of so few columns would make the other one's warps work in vain.
-            side = tl.trans(probabilities(scores, lse, row, pick, live, capacity, G, G2))
-            along += tl.sum(side[:, :, None] * part[:, None, :], 0)
-    tl.store(partial + heads[:, None] * D + dims[None, :], result, mask=real[:, None] & columns)
-    tl.store(held + heads, -total, mask=real)
-    if RANK > 0:
-        few = tl.arange(0, G2)
-        tl.store(shares + few[:, None] * RP + directions[None, :], -along, mask=(few < G)[:, None])
+            result += weighted_rows(weight, rows, UPCAST)
+        weight, rows = next_weight, next_rows
+    tl.store(partial + heads[:, None] * D + dims[None, :], result, mask=(heads < G)[:, None] & (dims < D)[None, :])
 
 
 @triton.jit

@@ -1,9 +1,10 @@
 """Hot rows: recently fetched V rows kept in device memory, so that most picks never cross the link.
 
 A set-associative store of ``SETS x WAYS`` rows per row of work; a position belongs to set ``position % SETS`` and each
-set drops its least recently picked row. Everything is decided on the device: ``hot_lookup``, between select and fetch,
-says for every pick where it is stored or, if it is not, will be; fetch brings what is missing into the store and reads
-all picks there. A slot that is hit in a step is never given away in that step. Hits are counted per row of work.
+set drops its least recently picked row. Everything is decided on the device: between select and fetch, picks that are
+stored get a new stamp, and then ``hot_admit`` says for every pick where it is stored or, if it is not, will be; fetch
+brings what is missing into the store and reads all picks there. A slot that is hit in a step is never given away in
+that step. Hits are counted per row of work.
 
 State per row of work: ``tags`` (position held, -1 none) and ``stamps`` (step of the last pick) ``[SETS * WAYS]``,
 ``claims`` ``[SETS]`` (all 0 between steps), ``clock`` and ``hits`` (one number each).
@@ -77,44 +78,38 @@ class HotRows:
 
 
 @triton.jit
-def hot_match(picks, tags, row, first, count, WIDTH: tl.constexpr, TILE: tl.constexpr, SETS: tl.constexpr,
-              WAYS: tl.constexpr):  # fmt: skip
-    """Look a tile of picks up: position, set, places of the set's ways, and which of them holds the position."""
-    lane = first + tl.arange(0, TILE)
-    live = lane < count
-    position = tl.load(picks + row * WIDTH + lane, mask=live, other=-1)
+def hot_places(row, position, live, SETS: tl.constexpr, WAYS: tl.constexpr):
+    """The set of each position, and where the tags and stamps of its ways are ``[n, WAYS]``."""
     home = tl.where(live, position % SETS, 0)
-    at = row * SETS * WAYS + home[:, None] * WAYS + tl.arange(0, WAYS)[None, :]
-    held = tl.load(tags + at, mask=live[:, None], other=-1)
-    return live, position, home, at, (held == position[:, None]) & live[:, None]
+    return home, row * SETS * WAYS + home[:, None] * WAYS + tl.arange(0, WAYS)[None, :]
 
 
 @triton.jit
-def hot_lookup(
+def hot_admit(
     picks, tags, stamps, clock, claims, slots, coming, places, hits, row, count,
     WIDTH: tl.constexpr, TILE: tl.constexpr, SETS: tl.constexpr, WAYS: tl.constexpr,
 ):  # fmt: skip
     """Fill ``slots``: where a pick is stored, or will be once it has come, or -1; returns how many are to come.
 
-    Those are listed, their positions in ``coming`` and their slots in ``places``. Every hit is stamped before the first
-    slot is given away. Picks are distinct, so what a tile lets in is no other tile's hit.
+    Those are listed, their positions in ``coming`` and their slots in ``places``. Every hit has its stamp already, so
+    that no slot of one is given away. Picks are distinct, so what a tile lets in is no other tile's hit.
     """
     way = tl.arange(0, WAYS)
     now = tl.load(clock + row) + 1
     stamp = tl.zeros([TILE, WAYS], tl.int32) + now
-    for first in range(0, count, TILE):
-        live, position, home, at, match = hot_match(picks, tags, row, first, count, WIDTH, TILE, SETS, WAYS)
-        tl.store(stamps + at, stamp, mask=match)
-    tl.debug_barrier()
-
     total = tl.load(hits + row)
     listed = count * 0
-    for first in range(0, count, TILE):
-        live, position, home, at, match = hot_match(picks, tags, row, first, count, WIDTH, TILE, SETS, WAYS)
+    for first in tl.range(0, count, TILE, num_stages=1):
+        lane = first + tl.arange(0, TILE)
+        live = lane < count
+        position = tl.load(picks + row * WIDTH + lane, mask=live, other=-1)
+        home, at = hot_places(row, position, live, SETS, WAYS)
+        held = tl.load(tags + at, mask=live[:, None], other=-1)
+        age = tl.load(stamps + at, mask=live[:, None], other=0)
+        match = (held == position[:, None]) & live[:, None]
         found = tl.max(match.to(tl.int32), 1) > 0
         missed = live & (found == 0)
         ticket = tl.atomic_add(claims + row * SETS + home, 1, mask=missed)
-        age = tl.load(stamps + at, mask=missed[:, None], other=0)
         # The ticket-th oldest way of the set, unless it was picked in this very step.
         order = tl.zeros([TILE, WAYS], tl.int32)
         for other in tl.static_range(WAYS):
@@ -127,7 +122,6 @@ def hot_lookup(
         tl.store(stamps + at, stamp, mask=victim)
         tl.store(claims + row * SETS + home, 0, mask=missed)
 
-        lane = first + tl.arange(0, TILE)
         slot = home * WAYS + tl.sum(tl.where(match | victim, way[None, :], 0), 1)
         tl.store(slots + row * WIDTH + lane, tl.where(found | kept, slot, -1), mask=live)
         running = tl.cumsum(kept.to(tl.int32), 0)

@@ -27,7 +27,6 @@ class StepInputs:
     tally: torch.Tensor | None = None
     key_scales: torch.Tensor | None = None
     value_scales: torch.Tensor | None = None
-    ahead: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,6 @@ from kcache.backends.triton.workspace import Workspace
 from kcache.lowrank import LowRank
 
 _HOT_TILE = 256
-_LINES = 512
-"""Lines of 128 bytes that a program brings ahead."""
 
 
 class Step:
@@ -58,15 +56,12 @@ class Step:
 
     def launch(self, shares: int, fetches: bool) -> None:
         """Launch what scores, with so many ``shares`` of a row's tail; whether it ``fetches`` as well."""
-        ws, ahead = self.ws, self.inputs.ahead
-        score_programs, tail_programs = self.rows * ws.score_splits, self.rows * shares
-        lines = 0 if ahead is None or ws.upcast else ahead.nbytes // 128
-        step_kernel[(score_programs + tail_programs + -(-lines // _LINES),)](
-            *self._scored, self.inputs.length, self.inputs.length if ahead is None else ahead, lines, *self._tensors,
-            *self._score_strides, *self._strides, ws.stride, ws.blocks, self.inputs.scaling,
-            self.inputs.softcap or 1.0, ws.score_splits, ws.tail_splits, self.shares + 1, score_programs,
-            tail_programs, **self._sizes, **self._score_sizes, FETCHES=fetches, LINES=_LINES if lines else 0,
-            num_warps=ws.warps, num_stages=1, maxnreg=ws.registers,
+        ws, score_programs = self.ws, self.rows * self.ws.score_splits
+        step_kernel[(score_programs + self.rows * shares,)](
+            *self._scored, self.inputs.length, *self._tensors, *self._score_strides, *self._strides,
+            ws.stride, ws.blocks, self.inputs.scaling, self.inputs.softcap or 1.0, ws.score_splits, ws.tail_splits,
+            self.shares + 1, score_programs, **self._sizes, **self._score_sizes, FETCHES=fetches, num_warps=ws.warps,
+            num_stages=1, maxnreg=ws.registers,
         )  # fmt: skip
 
     @property
@@ -111,7 +106,7 @@ class Step:
             given.values, self._value_scales, tail.coefficients, tail.base, tail.basis,
             none if given.sinks is None else given.sinks, none if given.threshold is None else given.threshold,
             ws.scores, ws.block_top, ws.part_max, ws.part_sum, ws.lse, ws.listed, ws.found, ws.done, ws.partial,
-            ws.shares, ws.held, ws.tickets, results.picks, results.weights, given.out, results.mass,
+            ws.shares, ws.held, ws.tickets, results.picks, results.weights, ws.weights, given.out, results.mass,
             none if given.tally is None else given.tally, *stored, ws.hot_slots, ws.hot_coming, ws.hot_places,
             none if hot is None else hot.hits, self.source, self.source_at,
         )  # fmt: skip
@@ -136,7 +131,8 @@ class Step:
         return {
             "D": ws.dim, "BLOCK_D": power_of_two(ws.dim), "BLOCK_L": ws.score_block, "STAGES": ws.tuning.score_stages,
             "AT_ONCE": self._directions, "BLOCK_T": ws.tail_tile, "TAIL_STAGES": ws.tuning.tail_stages,
-            "HAS_MASK": given.mask is not None, "HAS_SOFTCAP": given.softcap is not None, "HAS_KEY_SCALES": given.key_scales is not None,
+            "HAS_MASK": given.mask is not None, "HAS_SOFTCAP": given.softcap is not None,
+            "HAS_KEY_SCALES": given.key_scales is not None,
             "ALIGNED": is_aligned(self._tail.coefficients),
         }  # fmt: skip
 
@@ -149,8 +145,9 @@ class Step:
             "PICK": self.pick, "HEADS": ws.heads, "REPEAT": ws.repeat, "G": ws.group, "G2": group2, "GP": 16,
             "SP": power_of_two(ws.score_splits), "BLOCK": ws.block, "MOST": ws.width, "TILE": ws.select_tile,
             "MP": power_of_two(ws.width), "BP": power_of_two(ws.blocks), "GS": ws.heads_at_once,
-            "BRING": ws.bring_rows, "ROWS": ws.gather_rows, "DV": ws.dim_v, "BLOCK_DV": block_dv, "RANK": ws.rank,
-            "RP": ws.shares.shape[3], "STEP": reduction_step(group2 * ws.shares.shape[3], 1 + ws.tail_splits),
+            "WEIGHED": ws.weigh_tile, "BRING": ws.bring_rows, "ROWS": ws.gather_rows, "DV": ws.dim_v,
+            "BLOCK_DV": block_dv, "RANK": ws.rank, "RQ": power_of_two(ws.rank), "RP": ws.shares.shape[3],
+            "STEP": reduction_step(group2 * ws.shares.shape[3], 1 + ws.tail_splits),
             "RANK_STEP": reduction_step(group2 * block_dv, max(1, ws.rank)),
             "HOT_SETS": 1 if hot is None else hot.sets, "HOT_WAYS": 0 if hot is None else hot.ways,
             "HOT_TILE": min(_HOT_TILE, power_of_two(ws.width)), "HAS_SINKS": given.sinks is not None,
@@ -183,7 +180,6 @@ def triton_decode(
     hot: HotRows | None = None,
     out: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
-    ahead: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Score, select, fetch and combine for one layer and one new token. N and tail are the workspace's.
 
@@ -213,8 +209,6 @@ def triton_decode(
         Written and returned; by default a new tensor in the query's dtype.
     weights : Tensor like ``picks`` fp32 or None
         Gets what each pick holds, mean over the heads it was made for; where there is none it stays as it is.
-    ahead : Tensor or None
-        Memory on the device, contiguous, that is read next.
 
     Returns
     -------
@@ -234,7 +228,7 @@ def triton_decode(
         out = query.new_empty(query.shape[0], query.shape[1], ws.dim_v)
     inputs = StepInputs(
         query, keys, values, ws.length_tensor(length), scaling, out, lowrank, mask, softcap, sinks, threshold, tally,
-        key_scales, value_scales, None if ahead is None else ahead.view(-1).view(torch.uint8),
+        key_scales, value_scales,
     )  # fmt: skip
     rows = ws.batch * ws.heads
     if weights is None:

@@ -3,9 +3,8 @@
 ``step_kernel`` is all of it in one launch. Its first programs score pieces of K, row of work by row of work; whoever
 finishes a row's last piece selects its rows, fetches and combines them, while others go on scoring: the link works
 while K is read. The programs after those sum shares of the tail, each once its row is scored, and keep the device's
-memory busy while the last rows are fetched; those at the end bring memory that the model reads next into the device's
-cache. ``fetch_kernel`` selects and fetches in a launch of its own, for selections that take more registers than scoring
-has to spare.
+memory busy while the last rows are fetched. ``fetch_kernel`` selects and fetches in a launch of its own, for selections
+that take more registers than scoring has to spare.
 
 A program that waits (for scores, before its share of the tail) comes after all those it waits for, and programs start
 in order: what it waits for has begun and waits for nothing.
@@ -19,8 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kcache.backends.triton.gather import bring_rows, fetch_row, finish
-from kcache.backends.triton.hot import hot_lookup
+from kcache.backends.triton.gather import bring_rows, fetch_row, finish, weigh_picks
+from kcache.backends.triton.hot import hot_admit
 from kcache.backends.triton.score import score_piece
 from kcache.backends.triton.tail import tail_share
 
@@ -34,28 +33,18 @@ def wait_for(counter, target):
 
 
 @triton.jit
-def bring_ahead(memory, nth, lines, LINES: tl.constexpr):
-    """Ask for the ``nth`` ``LINES`` lines of 128 bytes of ``memory``, and go on."""
-    line = tl.minimum(nth * LINES + tl.arange(0, LINES), lines - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [(memory + line * 128).to(tl.int64)], dtype=tl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def fetch_picked(
     values, value_scales, coefficients, base, basis, sinks, threshold, scores, block_top, part_max, part_sum, lse,
-    listed, found, done, partial, shares, held, tickets, picks, pick_weights, out, mass, tally, hot_store, hot_tags,
-    hot_stamps, hot_clock, hot_claims, hot_slots, hot_coming, hot_places, hot_hits, source, source_at, length, row,
-    stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
-    capacity, blocks, splits, tail_splits, programs, PICK: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
-    G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
-    TILE: tl.constexpr, MP: tl.constexpr, BP: tl.constexpr, GS: tl.constexpr, BRING: tl.constexpr, ROWS: tl.constexpr,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr,
-    RANK_STEP: tl.constexpr, HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr, HOT_TILE: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr, HAS_SCALES: tl.constexpr, RENORMALISE: tl.constexpr,
-    UPCAST: tl.constexpr,
+    listed, found, done, partial, shares, held, tickets, picks, pick_weights, weights, out, mass, tally, hot_store,
+    hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_coming, hot_places, hot_hits, source, source_at,
+    length, row, stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob,
+    stride_oh, capacity, blocks, splits, tail_splits, programs, PICK: tl.constexpr, HEADS: tl.constexpr,
+    REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr,
+    MOST: tl.constexpr, TILE: tl.constexpr, MP: tl.constexpr, BP: tl.constexpr, GS: tl.constexpr,
+    WEIGHED: tl.constexpr, BRING: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    RANK: tl.constexpr, RQ: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, RANK_STEP: tl.constexpr,
+    HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr, HOT_TILE: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_TALLY: tl.constexpr, HAS_SCALES: tl.constexpr, RENORMALISE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Select, fetch and combine one row of work whose scores are complete."""
     batch = (row // HEADS).to(tl.int64)
@@ -67,10 +56,18 @@ def fetch_picked(
         HAS_TALLY,
     )  # fmt: skip
     tl.debug_barrier()
+    norm = tl.load(lse + row * G + tl.arange(0, G2), mask=tl.arange(0, G2) < G, other=0.0)
+    own = (row * (1 + tail_splits) + tail_splits) * G
+    weigh_picks(
+        scores, norm, coefficients + batch * stride_cb + kv_head.to(tl.int64) * stride_ch, picks, pick_weights, weights,
+        hot_tags, hot_stamps, hot_clock, shares + own * RP, held + own, row, kept, stride_cr, capacity,
+        G, G2, MOST, WEIGHED, RANK, RQ, RP, HOT_SETS, HOT_WAYS,
+    )  # fmt: skip
+    tl.debug_barrier()
     rows = values + batch * stride_vb + kv_head.to(tl.int64) * stride_vh
     store = hot_store + row.to(tl.int64) * (HOT_SETS * HOT_WAYS * DV)
     if HOT_WAYS > 0:
-        coming = hot_lookup(
+        coming = hot_admit(
             picks, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_coming, hot_places, hot_hits, row, kept,
             MOST, HOT_TILE, HOT_SETS, HOT_WAYS,
         )  # fmt: skip
@@ -80,11 +77,9 @@ def fetch_picked(
         )
         tl.debug_barrier()
     fetch_row(
-        rows, value_scales + batch * stride_wb + kv_head.to(tl.int64) * stride_wh, scores, lse,
-        coefficients + batch * stride_cb + kv_head.to(tl.int64) * stride_ch, picks, pick_weights,
-        partial + row.to(tl.int64) * G * DV, shares + (row * (1 + tail_splits) + tail_splits) * G * RP,
-        held + (row * (1 + tail_splits) + tail_splits) * G, store, hot_slots, row, kept, stride_vl, stride_cr, capacity,
-        G, G2, GP, MOST, ROWS, DV, BLOCK_DV, RANK, RP, HOT_WAYS, HAS_SCALES, UPCAST,
+        rows, value_scales + batch * stride_wb + kv_head.to(tl.int64) * stride_wh, picks, weights,
+        partial + row.to(tl.int64) * G * DV, store, hot_slots, row, kept, stride_vl,
+        G, GP, MOST, ROWS, DV, BLOCK_DV, HOT_WAYS, HAS_SCALES, UPCAST,
     )  # fmt: skip
     finish(
         tickets, done, partial, shares, held, base, basis, out, mass, row, batch, head,
@@ -94,40 +89,29 @@ def fetch_picked(
 
 
 @triton.jit(
-    do_not_specialize=[
-        "stride_mb",
-        "blocks",
-        "splits",
-        "tail_splits",
-        "programs",
-        "score_programs",
-        "tail_programs",
-        "ahead_lines",
-        "source_at",
-    ]
+    do_not_specialize=["stride_mb", "blocks", "splits", "tail_splits", "programs", "score_programs", "source_at"]
 )
 def step_kernel(
-    query, keys, key_scales, mask, length_ptr, ahead, ahead_lines,
+    query, keys, key_scales, mask, length_ptr,
     values, value_scales, coefficients, base, basis, sinks, threshold, scores, block_top, part_max, part_sum, lse,
-    listed, found, done, partial, shares, held, tickets, picks, pick_weights, out, mass, tally, hot_store, hot_tags,
-    hot_stamps, hot_clock, hot_claims, hot_slots, hot_coming, hot_places, hot_hits, source, source_at, stride_qb,
-    stride_qh, stride_kb, stride_kh, stride_kl, stride_sb, stride_sh, stride_mb, stride_vb, stride_vh, stride_vl,
-    stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh, capacity, blocks, scaling, softcap,
-    splits, tail_splits, programs, score_programs, tail_programs, PICK: tl.constexpr, HEADS: tl.constexpr,
+    listed, found, done, partial, shares, held, tickets, picks, pick_weights, weights, out, mass, tally, hot_store,
+    hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_coming, hot_places, hot_hits, source, source_at,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_sb, stride_sh, stride_mb, stride_vb, stride_vh,
+    stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh, capacity, blocks, scaling,
+    softcap, splits, tail_splits, programs, score_programs, PICK: tl.constexpr, HEADS: tl.constexpr,
     REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
-    TILE: tl.constexpr, MP: tl.constexpr, BP: tl.constexpr, GS: tl.constexpr, BRING: tl.constexpr, ROWS: tl.constexpr,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, AT_ONCE: tl.constexpr,
-    BLOCK_T: tl.constexpr, TAIL_STAGES: tl.constexpr, STEP: tl.constexpr, RANK_STEP: tl.constexpr,
-    HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr, HOT_TILE: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_KEY_SCALES: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr,
-    HAS_SCALES: tl.constexpr, RENORMALISE: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr,
-    FETCHES: tl.constexpr, LINES: tl.constexpr,
+    TILE: tl.constexpr, MP: tl.constexpr, BP: tl.constexpr, GS: tl.constexpr, WEIGHED: tl.constexpr,
+    BRING: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, RANK: tl.constexpr,
+    RQ: tl.constexpr, RP: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_T: tl.constexpr, TAIL_STAGES: tl.constexpr,
+    STEP: tl.constexpr, RANK_STEP: tl.constexpr, HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr,
+    HOT_TILE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_KEY_SCALES: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr, HAS_SCALES: tl.constexpr, RENORMALISE: tl.constexpr,
+    ALIGNED: tl.constexpr, UPCAST: tl.constexpr, FETCHES: tl.constexpr,
 ):  # fmt: skip
     """Score; with ``FETCHES`` select, fetch and combine; sum the tail.
 
-    ``programs`` finish a row. The first ``score_programs`` score, the ``tail_programs`` after them sum the tail, and
-    those after them bring ``LINES`` lines of what is ``ahead``.
+    ``programs`` finish a row; the first ``score_programs`` score.
     """
     pid = tl.program_id(0)
     length = tl.load(length_ptr)
@@ -147,18 +131,14 @@ def step_kernel(
                 tl.debug_barrier()
                 fetch_picked(
                     values, value_scales, coefficients, base, basis, sinks, threshold, scores, block_top, part_max,
-                    part_sum, lse, listed, found, done, partial, shares, held, tickets, picks, pick_weights, out, mass,
-                    tally, hot_store, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_coming, hot_places,
-                    hot_hits, source, source_at, length, row,
-                    stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr,
-                    stride_ob, stride_oh, capacity, blocks, splits, tail_splits, programs,
-                    PICK, HEADS, REPEAT, G, G2, GP, SP, BLOCK, MOST, TILE, MP, BP, GS, BRING, ROWS, DV, BLOCK_DV,
-                    RANK, RP, STEP, RANK_STEP, HOT_SETS, HOT_WAYS, HOT_TILE, HAS_SINKS, HAS_TALLY, HAS_SCALES,
-                    RENORMALISE, UPCAST,
+                    part_sum, lse, listed, found, done, partial, shares, held, tickets, picks, pick_weights, weights,
+                    out, mass, tally, hot_store, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_coming,
+                    hot_places, hot_hits, source, source_at, length, row, stride_vb, stride_vh, stride_vl, stride_wb,
+                    stride_wh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh, capacity, blocks, splits,
+                    tail_splits, programs, PICK, HEADS, REPEAT, G, G2, GP, SP, BLOCK, MOST, TILE, MP, BP, GS, WEIGHED,
+                    BRING, ROWS, DV, BLOCK_DV, RANK, RQ, RP, STEP, RANK_STEP, HOT_SETS, HOT_WAYS, HOT_TILE, HAS_SINKS,
+                    HAS_TALLY, HAS_SCALES, RENORMALISE, UPCAST,
                 )  # fmt: skip
-    elif pid >= score_programs + tail_programs:
-        if LINES > 0:
-            bring_ahead(ahead, pid - score_programs - tail_programs, ahead_lines, LINES)
     else:
         if RANK > 0:
             GROUPS: tl.constexpr = (RANK + AT_ONCE - 1) // AT_ONCE
@@ -185,25 +165,24 @@ def step_kernel(
 def fetch_kernel(
     length_ptr,
     values, value_scales, coefficients, base, basis, sinks, threshold, scores, block_top, part_max, part_sum, lse,
-    listed, found, done, partial, shares, held, tickets, picks, pick_weights, out, mass, tally, hot_store, hot_tags,
-    hot_stamps, hot_clock, hot_claims, hot_slots, hot_coming, hot_places, hot_hits, source, source_at, stride_vb,
-    stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh, capacity,
-    blocks, splits, tail_splits, programs, PICK: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
+    listed, found, done, partial, shares, held, tickets, picks, pick_weights, weights, out, mass, tally, hot_store,
+    hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_coming, hot_places, hot_hits, source, source_at,
+    stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
+    capacity, blocks, splits, tail_splits, programs, PICK: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
     G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
-    TILE: tl.constexpr, MP: tl.constexpr, BP: tl.constexpr, GS: tl.constexpr, BRING: tl.constexpr, ROWS: tl.constexpr,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr,
-    RANK_STEP: tl.constexpr, HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr, HOT_TILE: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr, HAS_SCALES: tl.constexpr, RENORMALISE: tl.constexpr,
-    UPCAST: tl.constexpr,
+    TILE: tl.constexpr, MP: tl.constexpr, BP: tl.constexpr, GS: tl.constexpr, WEIGHED: tl.constexpr,
+    BRING: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, RANK: tl.constexpr,
+    RQ: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, RANK_STEP: tl.constexpr, HOT_SETS: tl.constexpr,
+    HOT_WAYS: tl.constexpr, HOT_TILE: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr,
+    HAS_SCALES: tl.constexpr, RENORMALISE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Select, fetch and combine after a ``step_kernel`` that does not; one program per row of work."""
     fetch_picked(
         values, value_scales, coefficients, base, basis, sinks, threshold, scores, block_top, part_max, part_sum, lse,
-        listed, found, done, partial, shares, held, tickets, picks, pick_weights, out, mass, tally, hot_store, hot_tags,
-        hot_stamps, hot_clock, hot_claims, hot_slots, hot_coming, hot_places, hot_hits, source, source_at,
-        tl.load(length_ptr), tl.program_id(0),
-        stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
-        capacity, blocks, splits, tail_splits, programs,
-        PICK, HEADS, REPEAT, G, G2, GP, SP, BLOCK, MOST, TILE, MP, BP, GS, BRING, ROWS, DV, BLOCK_DV, RANK, RP, STEP,
-        RANK_STEP, HOT_SETS, HOT_WAYS, HOT_TILE, HAS_SINKS, HAS_TALLY, HAS_SCALES, RENORMALISE, UPCAST,
+        listed, found, done, partial, shares, held, tickets, picks, pick_weights, weights, out, mass, tally,
+        hot_store, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_coming, hot_places, hot_hits, source,
+        source_at, tl.load(length_ptr), tl.program_id(0), stride_vb, stride_vh, stride_vl, stride_wb, stride_wh,
+        stride_cb, stride_ch, stride_cr, stride_ob, stride_oh, capacity, blocks, splits, tail_splits, programs, PICK,
+        HEADS, REPEAT, G, G2, GP, SP, BLOCK, MOST, TILE, MP, BP, GS, WEIGHED, BRING, ROWS, DV, BLOCK_DV, RANK, RQ, RP,
+        STEP, RANK_STEP, HOT_SETS, HOT_WAYS, HOT_TILE, HAS_SINKS, HAS_TALLY, HAS_SCALES, RENORMALISE, UPCAST,
     )  # fmt: skip

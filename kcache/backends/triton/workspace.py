@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kcache.backends.triton.common import choose_splits, interpreted, multiprocessors, power_of_two
+from kcache.backends.triton.common import choose_splits, cut, interpreted, multiprocessors, power_of_two
 from kcache.policy import Select, Spread, Tail
 from kcache.sizes import rank_of
 from kcache.spread import MOST
@@ -21,6 +21,7 @@ _MOST_BLOCKS = 8192
 _LEAST_BLOCK = 16
 _SHARED_BYTES = 227 * 1024
 _REGISTERS = 65536
+_SCORE_WAVES = 8
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Tuning:
     select_tile: int = 1024
     bring_rows: int = 64
     gather_rows: int = 64
-    tail_tile: int = 256
-    tail_stages: int = 1
+    tail_tile: int = 512
+    tail_stages: int = 3
     tail_splits: int = 0
     dense_block: int = 0
     dense_warps: int = 4
@@ -197,16 +198,24 @@ class Workspace(DeviceLength):
         self.score_block = max(self.block, tune.score_block or (128 if large else 64))
         tiles = -(-self.capacity // self.score_block)
         resident = _residency(tune.residency, tune.score_stages, self.score_block, self.dim)
-        self.score_splits = tune.score_splits or choose_splits(rows, tiles, slots // tune.residency * resident)
+        # In several waves, so that most rows are fetched while others are scored.
+        self.score_splits = tune.score_splits or max(
+            choose_splits(rows, tiles, slots // tune.residency * resident),
+            cut(rows, tiles, _SCORE_WAVES * slots, least_tiles=8),
+        )
         # What a program that fetches would like to have is more than lets as many score at a time.
         self.registers = min(255, _REGISTERS // (32 * self.warps * resident) // 8 * 8)
         self.bring_rows, self.gather_rows = (
             max(16, min(rows_at_once, power_of_two(self.width))) for rows_at_once in (tune.bring_rows, tune.gather_rows)
         )
+        # Sums of a lane: all directions of every head, 32 numbers to a thread.
+        lanes = 1024 * self.warps // (power_of_two(self.group) * power_of_two(self.rank))
+        self.weigh_tile = max(16, min(256, power_of_two(self.width), lanes))
         tail_tiles = -(-self.capacity // self.tail_tile)
         self.tail_splits = 0
         if self.rank:
-            self.tail_splits = tune.tail_splits or choose_splits(rows, tail_tiles, slots, least_tiles=2)
+            # In two waves: those whose rows are being fetched have a place taken.
+            self.tail_splits = tune.tail_splits or cut(rows, tail_tiles, 2 * slots - slots // 10, least_tiles=2)
 
     def _allocate(self) -> None:
         rows, heads, parts = self.batch * self.heads, self.group, 1 + self.tail_splits
@@ -222,7 +231,7 @@ class Workspace(DeviceLength):
         self.lse, self.block_top = floats(rows, heads), floats(rows, heads, self.blocks)
         self.listed = integers(rows, self.blocks)
         self.found = integers(*((rows, self.stride) if self.spread == "need" else (1, 1)), dtype=torch.int64)
-        self.partial = floats(rows, heads, self.dim_v)
+        self.partial, self.weights = floats(rows, heads, self.dim_v), floats(rows, heads, self.width)
         self.shares, self.held = (
             floats(rows, parts, heads, max(16, power_of_two(self.rank))),
             floats(rows, parts, heads),
