@@ -43,7 +43,8 @@ def row(batch: int = 8, ms: float = 10.0, floor_ms: float = 8.0, **more: Any) ->
 
 def prompt(ms: float, peak: int) -> dict[str, Any]:
     return {
-        "status": "ok", "ctx": 32768, "batch": 1, "prefill_first_ms": 2 * ms, "prefill_ms_p50": ms, "prefill_ms_low": ms, "prefill_ms_high": ms,
+        "status": "ok", "ctx": 32768, "batch": 1, "prefill_first_ms": 2 * ms,
+        "prefill_ms_p50": ms, "prefill_ms_low": ms, "prefill_ms_high": ms,
         "peak_memory_bytes": peak,
     }  # fmt: skip
 
