@@ -78,8 +78,9 @@ def generate(
 ) -> None:
     """Generate from a file of prompts, several at a time.
 
-    A line is {"id", "prompt"} (continued as it stands), {"id", "messages"} (through the chat template), or plain text
-    whose id is its line number. A result is {"id", "text", "finish_reason", "prompt_tokens", "completion_tokens"}.
+    A line is {"id", "prompt"} (continued as it stands), {"id", "messages"} (through the chat template), or plain text;
+    where no id is given it is the line's number. A result is {"id", "text", "finish_reason", "prompt_tokens",
+    "completion_tokens"}.
 
     Killed at any moment and run again with the same -o, it goes on where it was. FILE.kcache beside the output
     remembers what it was made from; an output of another input or other settings is refused without --overwrite. A
