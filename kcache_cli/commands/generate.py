@@ -218,6 +218,8 @@ def _run(
     left = sum(len(todo.batches[number]) for number in todo.remaining)
     if left < len(work):
         note(f"continuing {path}: {len(work) - left:,} of {len(work):,} prompts are done")
+    if journal is not None:
+        note(f"results so far are in {journal.path}; they reach {path} in input order")
     meter = Meter(len(work), len(work) - left, job.max_tokens)
     with contextlib.ExitStack() as stack:
         file = standard_output() if path is None else stack.enter_context(path.open("ab"))
