@@ -37,8 +37,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 venv: $(STAMP)
 
+# At a terminal kcache is a job of its own: Ctrl-C stops a reply, and make, which would die of it, does not see it.
 chat: $(STAMP)
-	@$(BIN)/kcache chat $(MODEL) $(ARGS)
+	@[ ! -t 0 ] || { trap '' TSTP; set -m; }; $(BIN)/kcache chat $(MODEL) $(ARGS); exit $$?
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -189,16 +189,21 @@ class Fitter:
     def advice(self, ctx: int, batch: int) -> str:
         """What would fit instead."""
         ways = []
-        if self.policy.offload == "none":
-            other = replace(self, policy=self.policy.replace(offload="auto"))
-            if other.fits(ctx, batch):
-                ways.append("it would fit with V in host memory (--offload auto)")
+        if self.policy.offload == "none" and self._under(offload="auto").fits(ctx, batch):
+            ways.append("it would fit with V in host memory (--offload auto)")
+        elif self._under(k_bits=8).fits(ctx, batch):
+            cost = "scores close to exact ones, not exact" + (", and slow" if self.pools.device_bytes is None else "")
+            ways.append(f"it would fit with K in 8 bits (k_bits = 8 in a policy file: {cost})")
         if batch > 1:
             smaller = self.largest_batch(ctx, batch)
             ways.append("use a smaller batch" + (f" ({smaller} would fit)" if smaller else ""))
         longest = self.largest_ctx(batch, ctx)
         ways.append(f"about {longest:,} tokens would fit (--ctx {longest})" if longest else "no context would fit")
         return ", or ".join(ways)
+
+    def _under(self, **changes: Any) -> Fitter:
+        """The same under another policy."""
+        return replace(self, policy=self.policy.replace(**changes))
 
 
 def _last(holds: Callable[[int], bool], low: int, high: int) -> int:

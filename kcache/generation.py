@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from kcache.attention import attach
+from kcache.backends.cpu import compile_ahead
 from kcache.cache import KCache
 from kcache.decoding import decode
 from kcache.errors import CacheStateError, InputError
@@ -45,7 +46,7 @@ class TokenEvent:
     prompt_tokens, completion_tokens : int
         Tokens of this prompt, and new tokens so far.
     elapsed_ms, ttft_ms : float
-        Time since generation began, and the time of the first token.
+        Time since generation began, and the time of the first token; what has to be compiled first is in both.
     """
 
     index: int
@@ -160,6 +161,7 @@ def stream(
     ended = [False] * len(batch) if keep else []
     history = ids if not fed else torch.cat([torch.tensor([fed], device=device), ids], 1)
     ttft_ms, latest = 0.0, 0
+    compile_ahead(device, lm.model.dtype, cache.get_seq_length() + ids.shape[1])  # or the first step would wait for it
     with attach(lm.model):
         logits: torch.Tensor | None = None
         for newest, piece in prefill(lm.model, cache, ids, mask):

@@ -23,6 +23,11 @@ def console() -> Console:
     return Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
+def terminal_width() -> int | None:
+    """Columns of the terminal that standard error is; None where it is none."""
+    return console().width if sys.stderr.isatty() else None
+
+
 @contextmanager
 def working(label: str) -> Iterator[Callable[[str], None]]:
     """Show a spinner with the elapsed time for as long as the body runs, where standard error is a terminal.

@@ -359,3 +359,15 @@ def test_a_stream_that_is_left_detaches_the_model(lm: LoadedModel) -> None:
     next(events)
     events.close()  # type: ignore[attr-defined]
     assert not is_attached(lm.model)
+
+
+@pytest.mark.parametrize(("tokens", "compiles"), [(1023, False), (1024, True)])
+def test_steps_after_a_long_prompt_are_compiled_before_the_first_token(
+    lm: LoadedModel, monkeypatch: pytest.MonkeyPatch, tokens: int, compiles: bool
+) -> None:
+    pytest.importorskip("numba")
+    done: list[str] = []
+    monkeypatch.setattr("kcache.backends.jit.steps.compiled", lambda name, dtype: done.append(name))
+    events = generate(lm, [[5] * tokens], sampling=GREEDY, max_new_tokens=1, allow_overflow=True)
+    next(iter(events))
+    assert done == (["decode", "dense"] if compiles else [])

@@ -163,9 +163,9 @@ class CpuBackend(ReferenceBackend):
         return rows.view(*picks.shape, dim)
 
 
-def compile_ahead(device: torch.device, dtype: torch.dtype) -> None:
-    """Compile what decode steps on a CPU will call, so that no step waits for it; seconds once on a machine."""
-    if device.type == "cpu" and _has_numba():
+def compile_ahead(device: torch.device, dtype: torch.dtype, rows: int = _LONG) -> None:
+    """Compile what decode steps after ``rows`` rows will call, so that none waits for it; seconds once on a machine."""
+    if device.type == "cpu" and rows >= _LONG and _has_numba():
         from kcache.backends.jit.steps import compile_steps
 
         compile_steps(dtype)

@@ -107,17 +107,16 @@ def _parse_line(number: int, raw: bytes) -> Entry | None:
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "a number too long or nesting too deep"
         raise _Unusable(f"not valid JSON: {reason} (a line that begins with {{ is read as JSON)") from None
-    return Entry(number, _id_of(value), _prompt_of(value))
+    return Entry(number, _id_of(value, number), _prompt_of(value))
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise _Unusable(f"{name} is not a value; a prompt is text")
 
 
-def _id_of(value: dict[str, Any]) -> Id:
-    if "id" not in value:
-        raise _Unusable('no "id"; each line needs one')
-    found = value["id"]
+def _id_of(value: dict[str, Any], number: int) -> Id:
+    """The id a line gives, or its number."""
+    found = value.get("id", number)
     if isinstance(found, bool) or not isinstance(found, (str, int)):
         raise _Unusable(f'"id" must be a text or a whole number, not {json_line(found)[:40]}')
     if isinstance(found, str):

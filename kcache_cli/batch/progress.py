@@ -1,4 +1,7 @@
-"""The progress bar of a batch job, on standard error: prompts done, tokens per second, time left."""
+"""How far a batch job is, on standard error: prompts done, tokens per second, time left.
+
+A bar at a terminal; in a log, a line now and then.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kcache_cli.console import console
+from kcache_cli.exits import note
 
 if TYPE_CHECKING:
     from kcache import TokenEvent
+
+_LINE_S = 10.0
+"""Seconds between two lines of a log."""
 
 
 class Watch(Protocol):
@@ -30,7 +37,7 @@ class Meter:
     def __init__(self, total: int, done: int, max_tokens: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.total, self.done, self.max_tokens = total, done, max_tokens
         self.tokens = 0
-        self.units = done * max_tokens
+        self.units = self._units_before = done * max_tokens
         self._clock, self._began = clock, clock()
 
     def count(self, event: TokenEvent, tokens: int = 1) -> None:
@@ -51,15 +58,21 @@ class Meter:
         """Tokens per second over all prompts."""
         return self.tokens / self.elapsed_s if self.elapsed_s > 0 else 0.0
 
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until all is done, should it go on like this; None as long as nothing has come."""
+        made = self.units - self._units_before
+        return self.elapsed_s * (self.total * self.max_tokens - self.units) / made if made else None
+
 
 @contextmanager
 def progress_bar(meter: Meter) -> Iterator[Watch]:
-    """Draw the meter while the body runs, where standard error is a terminal; yields what to call per token."""
+    """Show the meter while the body runs: a bar at a terminal, else lines; yields what to call per token."""
+    if not sys.stderr.isatty():
+        yield _Lines(meter)
+        return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    if not sys.stderr.isatty():
-        yield meter.count
-        return
     bars = Progress(
         TextColumn("generating", markup=False),
         BarColumn(bar_width=None),
@@ -83,3 +96,27 @@ def progress_bar(meter: Meter) -> Iterator[Watch]:
 
 def _fields(meter: Meter) -> dict[str, Any]:
     return {"prompts": f"{meter.done:,}/{meter.total:,} prompts", "rate": f"{meter.tok_s:.1f} tok/s"}
+
+
+class _Lines:
+    """A line each time some seconds have passed."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter, self._next_s = meter, _LINE_S
+
+    def __call__(self, event: TokenEvent, tokens: int = 1) -> None:
+        meter = self._meter
+        meter.count(event, tokens)
+        if meter.elapsed_s < self._next_s:
+            return
+        self._next_s = meter.elapsed_s + _LINE_S
+        fields, left_s = _fields(meter), meter.left_s
+        left = "" if not left_s else f" · about {_span(left_s)} left"
+        note(f"{fields['prompts']} · {fields['rate']}{left}")
+
+
+def _span(seconds: float) -> str:
+    """A time for people: ``40 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

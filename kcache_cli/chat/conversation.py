@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from kcache.errors import InputError
 from kcache_cli.chat.figures import Figures
 from kcache_cli.console import working
-from kcache_cli.text import printable
 
 if TYPE_CHECKING:
     from kcache import Session
@@ -123,12 +122,6 @@ class Conversation:
         if tokens >= _LONG_PROMPT and not sys.stderr.isatty():
             print(f"kcache: {label}", file=sys.stderr, flush=True)
         return label
-
-
-def write_text(piece: str) -> None:
-    """Print a piece of an answer as text, at once."""
-    sys.stdout.write(printable(piece))
-    sys.stdout.flush()
 
 
 @contextmanager

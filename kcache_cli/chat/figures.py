@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kcache import Session
 
 
+_DOT = " · "
 _AHEAD = 1.12
 """Both tiers together hold at most this much of a full KV cache, unless room was made for tokens to come."""
 
@@ -75,6 +76,22 @@ class Figures:
         link = f"link {self.link_bytes_per_token / 1e6:.2f} MB/token"
         run = "host-only run: " if host_only else ""
         return f"{tokens} · {times}\n{run}{tiers} · {full} · {link}"
+
+
+def between_figures(text: str, width: int | None) -> str:
+    """Break lines of more than ``width`` columns between figures, where there is a dot; None is no limit."""
+    return "\n".join(piece for line in text.split("\n") for piece in _pieces(line.split(_DOT), width))
+
+
+def _pieces(figures: list[str], width: int | None) -> list[str]:
+    pieces = figures[:1]
+    for figure in figures[1:]:
+        longer = pieces[-1] + _DOT + figure
+        if width is None or len(longer) <= width:
+            pieces[-1] = longer
+        else:
+            pieces.append(figure)
+    return pieces
 
 
 def _seconds(ms: float) -> str:

@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable
 
 from kcache_cli.chat import slash
-from kcache_cli.chat.conversation import Conversation, stop_on_ctrl_c, write_text
-from kcache_cli.console import console
+from kcache_cli.chat.conversation import Conversation, stop_on_ctrl_c
+from kcache_cli.chat.figures import between_figures
+from kcache_cli.chat.writer import answer_writer
+from kcache_cli.console import console, terminal_width
 from kcache_cli.exits import debugging, describe
 from kcache_cli.text import json_line, printable
 
@@ -51,7 +53,7 @@ class Repl:
 
     def say(self, text: str) -> None:
         """Print a remark; it is no part of any answer."""
-        self._console.print(printable(text), style="dim")
+        self._console.print(printable(between_figures(text, terminal_width())), style="dim")
 
     def _greet(self) -> None:
         context = self.conversation.session.lm.context_length
@@ -75,11 +77,12 @@ class Repl:
 
     def _answer(self, message: str) -> None:
         pieces: list[str] = []
+        show = answer_writer()
 
         def write(piece: str) -> None:
             pieces.append(piece)
             if not self.as_json:
-                write_text(piece)
+                show(piece)
 
         stopped = False
         reply = None
@@ -123,8 +126,9 @@ def answer_once(conversation: Conversation, message: str, as_json: bool) -> None
         if reply.figures is not None:
             print(json_line(reply.figures.to_json(reply.text)), flush=True)
         return
-    reply = conversation.ask(message, write_text)
+    reply = conversation.ask(message, answer_writer())
     if not reply.text.endswith("\n"):
         print(flush=True)
     if reply.figures is not None:
-        print(reply.figures.footer(conversation.host_only), file=sys.stderr)
+        footer = reply.figures.footer(conversation.host_only)
+        print(between_figures(footer, terminal_width()), file=sys.stderr)

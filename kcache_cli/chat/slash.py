@@ -48,7 +48,7 @@ def run(conversation: Conversation, name: str, argument: str, say: Say) -> None:
     Raises
     ------
     Leave
-        For ``/bye``.
+        For ``/bye`` and ``/quit``.
     KCacheError
         If it cannot be done; nothing has changed then.
     """
@@ -59,7 +59,7 @@ def run(conversation: Conversation, name: str, argument: str, say: Say) -> None:
 
 
 def _help(conversation: Conversation, argument: str, say: Say) -> None:
-    for command in COMMANDS.values():
+    for command in dict.fromkeys(COMMANDS.values()):
         say(f"  {command.usage:<22}{command.help}")
     say('  """                   begins and ends a message of several lines')
     say("  Ctrl-C                stops the reply, or the reading at its next piece; twice: at once; Ctrl-D leaves")
@@ -195,5 +195,6 @@ COMMANDS = {
     "/save": Command(_save, "/save FILE", "write the conversation to a file"),
     "/load": Command(_load, "/load FILE", "go on from a saved conversation"),
     "/system": Command(_system, "/system [TEXT]", "show or set the system message; none removes it"),
-    "/bye": Command(_bye, "/bye", "leave"),
+    "/bye": Command(_bye, "/bye, /quit", "leave"),
 }
+COMMANDS["/quit"] = COMMANDS["/bye"]

@@ -78,8 +78,9 @@ def generate(
 ) -> None:
     """Generate from a file of prompts, several at a time.
 
-    A line is {"id", "prompt"} (continued as it stands), {"id", "messages"} (through the chat template), or plain text
-    whose id is its line number. A result is {"id", "text", "finish_reason", "prompt_tokens", "completion_tokens"}.
+    A line is {"id", "prompt"} (continued as it stands), {"id", "messages"} (through the chat template), or plain text;
+    where no id is given it is the line's number. A result is {"id", "text", "finish_reason", "prompt_tokens",
+    "completion_tokens"}.
 
     Killed at any moment and run again with the same -o, it goes on where it was. FILE.kcache beside the output
     remembers what it was made from; an output of another input or other settings is refused without --overwrite. A
@@ -217,6 +218,8 @@ def _run(
     left = sum(len(todo.batches[number]) for number in todo.remaining)
     if left < len(work):
         note(f"continuing {path}: {len(work) - left:,} of {len(work):,} prompts are done")
+    if journal is not None:
+        note(f"results so far are in {journal.path}; they reach {path} in input order")
     meter = Meter(len(work), len(work) - left, job.max_tokens)
     with contextlib.ExitStack() as stack:
         file = standard_output() if path is None else stack.enter_context(path.open("ab"))

@@ -170,8 +170,11 @@ class FakeEngine:
         return self.lm
 
     def session(self, lm: FakeModel, policy: Policy, **options: Any) -> FakeSession:
-        self.sessions.append(FakeSession(lm, policy, self.answers, **options))
-        return self.sessions[-1]
+        session = FakeSession(lm, policy, self.answers, **options)
+        if self.step_s:
+            session.before_token = lambda number: time.sleep(self.step_s)
+        self.sessions.append(session)
+        return session
 
     def encode(self, lm: FakeModel, prompt: Any) -> list[int]:
         if isinstance(prompt, list) and prompt[0]["content"] == "no template":

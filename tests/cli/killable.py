@@ -6,4 +6,4 @@ from kcache_cli.app import app
 from tests.cli.fakes import FakeEngine
 
 if __name__ == "__main__":
-    app(prog_name="kcache", obj=FakeEngine(step_s=0.02, light=True))
+    app(prog_name="kcache", obj=FakeEngine([["word "] * 1000], step_s=0.02, light=True))

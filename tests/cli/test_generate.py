@@ -49,6 +49,7 @@ def test_results_in_input_order_with_the_keys_promised(run: Run, prompts: Path) 
     assert all(list(row) == KEYS for row in rows)
     assert [row["prompt_tokens"] for row in rows] == [1 + 7 * number % 5 for number in range(11)]
     assert "11 prompts" in result.stderr
+    assert f"results so far are in {prompts.with_name('out.jsonl.kcache')}" in result.stderr
 
 
 def test_batches_hold_neighbours_in_length_longest_first(run: Run, prompts: Path) -> None:

@@ -14,6 +14,7 @@ def test_json_lines_and_plain_text() -> None:
         "plain text \n"
         "\n"
         '  {"id": 7, "messages": [{"role": "user", "content": "two"}], "extra": 1}\r\n'
+        '{"prompt": "three"}\n'
         "last"
     )
     inputs = parse_inputs(text.encode())
@@ -22,7 +23,8 @@ def test_json_lines_and_plain_text() -> None:
         Entry(1, "a", "one"),
         Entry(2, 2, "plain text "),
         Entry(4, 7, [{"role": "user", "content": "two"}]),
-        Entry(5, 5, "last"),
+        Entry(5, 5, "three"),
+        Entry(6, 6, "last"),
     ]
 
 
@@ -35,7 +37,6 @@ def test_byte_order_mark_and_letters() -> None:
     [
         ('{"id": 1, "prompt": "x"', "not valid JSON"),
         ("{not json}", "not valid JSON"),
-        ('{"prompt": "x"}', 'no "id"'),
         ('{"id": 1}', "neither given"),
         ('{"id": 1, "prompt": "x", "messages": []}', "both given"),
         ('{"id": 1, "prompt": ""}', "empty"),
@@ -82,6 +83,7 @@ def test_line_that_is_not_text() -> None:
     [
         ('{"id": "a", "prompt": "x"}\ny\n{"id": "a", "prompt": "z"}', 'lines 1 and 3 have the same id "a"'),
         ('{"id": 2, "prompt": "x"}\nplain', "lines 1 and 2 have the same id 2"),
+        ('{"id": 2, "prompt": "x"}\n{"prompt": "y"}', "lines 1 and 2 have the same id 2"),
     ],
 )
 def test_same_id_twice_names_both_lines(text: str, say: str) -> None:

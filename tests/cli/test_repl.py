@@ -180,8 +180,9 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert name in err
 
 
-def test_bye_leaves() -> None:
-    assert converse("/bye", "hi").session.messages == []
+@pytest.mark.parametrize("line", ["/bye", "/quit"])
+def test_bye_leaves(line: str) -> None:
+    assert converse(line, "hi").session.messages == []
 
 
 def test_set(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,39 @@
+"""What a batch job says of itself in a log."""
+
+from __future__ import annotations
+
+import pytest
+
+from kcache_cli.batch.progress import Meter, progress_bar
+from tests.cli.fakes import event
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_a_line_every_ten_seconds_not_per_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    meter = Meter(total=12, done=4, max_tokens=16, clock=clock)
+    with progress_bar(meter) as count:
+        for prompt in range(8):
+            for token in range(1, 17):
+                clock.now_s += 0.25
+                count(event(prompt, "", "length" if token == 16 else None, 3, token))
+    assert capsys.readouterr().err.splitlines() == [
+        "kcache: 6/12 prompts · 4.0 tok/s · about 22 s left",
+        "kcache: 9/12 prompts · 4.0 tok/s · about 12 s left",
+        "kcache: 11/12 prompts · 4.0 tok/s · about 2 s left",
+    ]
+
+
+def test_time_left_counts_what_short_answers_leave_out() -> None:
+    clock = Clock()
+    meter = Meter(total=4, done=0, max_tokens=1000, clock=clock)
+    assert meter.left_s is None
+    clock.now_s = 60
+    meter.count(event(0, "", "stop", 3, 1))
+    assert meter.left_s == 180

@@ -1,0 +1,98 @@
+"""A chat at a real terminal, with the keys that a person presses."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pty = pytest.importorskip("pty", reason="no such terminals on this platform")
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 20
+
+
+class Terminal:
+    """A program at the other end of a terminal."""
+
+    def __init__(self, *command: str) -> None:
+        self.shown = b""
+        self.pid, self._end = pty.fork()
+        if self.pid == 0:
+            os.chdir(ROOT)
+            os.environ["TERM"] = "xterm"
+            os.execvp(command[0], command)
+
+    def wait_for(self, text: bytes) -> None:
+        """Read until the program has shown ``text``, and forget what came before."""
+        deadline = time.monotonic() + LIMIT_S
+        while text not in self.shown:
+            assert time.monotonic() < deadline and self._read(), self.shown[-2000:].decode(errors="replace")
+        self.shown = self.shown.partition(text)[2]
+
+    def press(self, keys: bytes) -> None:
+        os.write(self._end, keys)
+
+    def exit_code(self) -> int:
+        """How the program ends."""
+        deadline = time.monotonic() + LIMIT_S
+        while self._read() and time.monotonic() < deadline:
+            continue
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def _read(self) -> bool:
+        """Take in what there is; False once nobody writes any more."""
+        if not select.select([self._end], [], [], 0.1)[0]:
+            return True
+        try:
+            found = os.read(self._end, 65536)
+        except OSError:  # the program's end is closed
+            return False
+        if b"\x1b[6n" in found:  # it asks where the cursor is
+            self.press(b"\x1b[1;1R")
+        self.shown += found
+        return bool(found)
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        os.close(self._end)
+
+
+@pytest.fixture(params=["kcache", "make"])
+def chat(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+    """A chat whose first answer is very long, started by itself or by ``make chat``."""
+    monkeypatch.setenv("KCACHE_HOME", str(tmp_path))  # what is typed goes into no history but its own
+    command = [sys.executable, "-m", "tests.cli.killable"]
+    if request.param == "make":
+        if shutil.which("make") is None:
+            pytest.skip("no make here")
+        program = tmp_path / "bin" / "kcache"
+        program.parent.mkdir()
+        program.write_text(f'#!/bin/sh\nexec {" ".join(command)} "$@"\n')
+        program.chmod(0o755)
+        (tmp_path / ".installed").touch()
+        terminal = Terminal("make", "chat", f"VENV={tmp_path}")
+    else:
+        terminal = Terminal(*command, "chat")
+    yield terminal
+    terminal.close()
+
+
+@pytest.mark.parametrize("leave", [b"\x04", b"/quit\r"], ids=["ctrl-d", "quit"])
+def test_leaving_after_a_stopped_reply_is_no_failure(chat: Terminal, leave: bytes) -> None:
+    chat.wait_for(b">>>")
+    chat.press(b"go on\r")
+    chat.wait_for(b"word word")
+    chat.press(b"\x03")
+    chat.wait_for(b"stopped")
+    chat.wait_for(b">>>")
+    chat.press(leave)
+    assert chat.exit_code() == 0
