@@ -17,5 +17,5 @@ run "$python" benchmarks/first_look.py --output "$out/first_look.json"
 run "$python" -m benchmarks.gpu --folder "$out" "$@"
 workers=$("$python" -c "import xdist" 2>/dev/null && echo "-n auto") # compiling kernels takes longest
 kernels=(tests/triton/test_triton_{device,hot_rows,decode_step,append,dense}.py)
-run "$python" -m pytest $workers tests/gpu "${kernels[@]}"
+run "$python" -m pytest $workers --failures "$out/failures.txt" tests/gpu "${kernels[@]}"
 exit $failed

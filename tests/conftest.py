@@ -25,6 +25,28 @@ from tests.saved import save_tiny
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--renew-screens`` writes the pictures that screens are compared with, instead of comparing."""
     parser.addoption("--renew-screens", action="store_true", help="write tests/tui/screens anew; look at them")
+    parser.addoption("--failures", type=Path, help="write what failed to this file at once: a run may be cut short")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Write failures as they come, in the process that all reports reach."""
+    file = config.getoption("failures")
+    if file is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Failures(file))
+
+
+class Failures:
+    """Writes each failure to a file as soon as it is reported."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        file.write_text("")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Add a test that has just failed, and why."""
+        if report.failed:
+            with self._file.open("a") as out:
+                out.write(f"{report.nodeid} ({report.when})\n{report.longreprtext}\n\n")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

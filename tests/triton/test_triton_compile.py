@@ -29,10 +29,9 @@ def test_triton_kernels_compile_for_sm90(config: str) -> None:
         assert kernel["shared"] <= 227 * 1024, name
         assert not any("TF32" in op for op in kernel["ops"]), f"{name} multiplies in tf32"
     step = kernels["step_kernel"]
-    assert any(op.startswith("HGMMA") for op in step["ops"])
-    # K in 8 bits is laid out for the registers in which it becomes floats: half as wide copies.
-    wide = "LDGSTS.E.64" if "8 bits" in config else "LDGSTS.E.BYPASS.128"
-    assert any(op.startswith(wide) for op in step["ops"])
+    product = "IGMMA" if "8 bits" in config else "HGMMA"
+    assert any(op.startswith(product) for op in step["ops"])
+    assert any(op.startswith("LDGSTS.E.BYPASS.128") for op in step["ops"])
     far = kernels["fetch_kernel" if "even" in config else "step_kernel"]["ops"]["LDG.E.128.STRONG.GPU"]
     assert far > 0, "rows come over the link in 16-byte loads"
     assert step["ops"]["LDG.E.128"] > 0, "and those of the tail out of device memory"

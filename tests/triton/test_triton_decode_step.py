@@ -207,6 +207,22 @@ def test_triton_strided_inputs(device: torch.device) -> None:
     check(problem)
 
 
+@pytest.mark.parametrize(("dim", "itemsize"), [(64, 2), (128, 1), (128, 2), (256, 2), (128, 4), (256, 4)])
+@pytest.mark.parametrize("shared", [99 * 1024, 163 * 1024, 227 * 1024])
+def test_triton_tiles_fit_in_shared_memory(
+    dim: int, itemsize: int, shared: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On cards with less than an H100's, too."""
+    monkeypatch.setattr("kcache.backends.triton.workspace.shared_bytes", lambda device: shared)
+    workspace = Workspace(1, 1, 1, dim, dim, 4096, 64, device, spread="need", itemsize=itemsize)
+    tiles = workspace.score_stages * workspace.score_block * dim * itemsize
+    assert workspace.score_stages >= 2
+    assert workspace.score_block >= workspace.block
+    assert tiles + 12 * 1024 <= shared
+    if shared == 227 * 1024:
+        assert workspace.score_stages == workspace.tuning.score_stages
+
+
 def test_triton_unsupported_sizes_say_why(device: torch.device) -> None:
     with pytest.raises(ValueError, match="17 query heads"):
         Workspace(1, 1, 17, 64, 64, 128, 8, device)

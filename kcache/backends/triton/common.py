@@ -32,6 +32,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may take; an H100's where nothing says otherwise."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return int(getattr(properties, "shared_memory_per_block_optin", 227 * 1024))
+
+
 def power_of_two(number: int) -> int:
     """The least power of two that is at least ``number`` (and at least 1)."""
     return 1 << max(0, number - 1).bit_length()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kcache.backends.triton.common import LOG2E, LOWEST, dot, whole_rows
+from kcache.backends.triton.common import LOG2E, LOWEST, dot
 
 
 @triton.jit
@@ -26,11 +26,41 @@ def log2_score(product, scaling, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def digits_of(q_base, stride_qh, dims, G: tl.constexpr, G2: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr):
+    """Queries as whole numbers: int8 ``[BLOCK_D, COLUMNS]``, and what a column counts, fp32 ``[COLUMNS]``.
+
+    Column ``c`` is digit ``c // G2`` of head ``c % G2``. Three digits to the base of 254 say a number to within
+    3e-8 of the head's largest, nearer than the query's own type does.
+    """
+    column = tl.arange(0, COLUMNS)
+    head, place = column % G2, column // G2
+    real = (head < G) & (place < 3)
+    q_ptrs = q_base + head[None, :] * stride_qh + dims[:, None]
+    q = tl.load(q_ptrs, mask=real[None, :] & (dims < D)[:, None], other=0.0).to(tl.float32)
+    unit = tl.maximum(tl.max(tl.abs(q), 0), 1.0e-30) / 127.0
+    rest = q / unit[None, :]
+    first = tl.floor(rest + 0.5)
+    rest = (rest - first) * 254.0
+    second = tl.floor(rest + 0.5)
+    third = tl.floor((rest - second) * 254.0 + 0.5)
+    digit = tl.where((place == 0)[None, :], first, tl.where((place == 1)[None, :], second, third))
+    unit = tl.where(place == 0, unit, tl.where(place == 1, unit / 254.0, unit / (254.0 * 254.0)))
+    return digit.to(tl.int8), tl.where(real, unit, 0.0)
+
+
+@triton.jit
+def whole_product(k, digits, unit, G2: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_L: tl.constexpr):
+    """``k @ q`` ``[BLOCK_L, G2]`` of rows and queries in whole numbers: exact but for the sum of three digits."""
+    product = tl.dot(k, digits, out_dtype=tl.int32).to(tl.float32) * unit[None, :]
+    return tl.sum(tl.reshape(product, [BLOCK_L, COLUMNS // G2, G2]), 1)
+
+
+@triton.jit
 def score_piece(
     query, keys, scales, mask, scores, block_top, part_max, part_sum, length, row, part, splits,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_sb, stride_sh, stride_mb,
     capacity, blocks, scaling, softcap,
-    HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+    HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SCALES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -41,11 +71,18 @@ def score_piece(
     start = part * tiles * BLOCK_L
     end = tl.minimum(start + tiles * BLOCK_L, length)
 
-    heads = tl.arange(0, GP)
     dims = tl.arange(0, BLOCK_D)
     lanes = tl.arange(0, BLOCK_L)
-    q_ptrs = query + batch * stride_qb + (head * G + heads)[None, :] * stride_qh + dims[:, None]
-    q = tl.load(q_ptrs, mask=(heads < G)[None, :] & (dims < D)[:, None], other=0.0)
+    q_base = query + batch * stride_qb + head * G * stride_qh
+    # Heads of a tile of scores: what the product of floats has columns for, or those there are.
+    WIDE: tl.constexpr = G2 if HAS_SCALES else GP
+    COLUMNS: tl.constexpr = max(16, 4 * G2)
+    heads = tl.arange(0, WIDE)
+    if HAS_SCALES:
+        digits, unit = digits_of(q_base, stride_qh, dims, G, G2, COLUMNS, D)
+    else:
+        q_ptrs = q_base + heads[None, :] * stride_qh + dims[:, None]
+        q = tl.load(q_ptrs, mask=(heads < G)[None, :] & (dims < D)[:, None], other=0.0)
     k_base = keys + batch * stride_kb + (head // REPEAT).to(tl.int64) * stride_kh
     f_base = scales + batch * stride_sb + (head // REPEAT).to(tl.int64) * stride_sh
     s_base = scores + row.to(tl.int64) * G * capacity
@@ -53,8 +90,8 @@ def score_piece(
     block = tl.arange(0, BLOCK_L // BLOCK)
     m_base = mask + batch * stride_mb
 
-    top = tl.full([BLOCK_L, GP], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_L, GP], tl.float32)
+    top = tl.full([BLOCK_L, WIDE], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_L, WIDE], tl.float32)
     for first in tl.range(start, end, BLOCK_L, num_stages=STAGES):
         pos = first + lanes
         inside = pos < end
@@ -64,10 +101,9 @@ def score_piece(
             seen = inside[:, None] & (dims < D)[None, :]
         k_ptrs = k_base + pos[:, None] * stride_kl + dims[None, :]
         if HAS_SCALES:
-            # Whole numbers up to 127 are exact in any of the query's types.
-            k = whole_rows(tl.load(k_ptrs, mask=seen, other=0, eviction_policy="evict_first"), q.dtype)
+            k = tl.load(k_ptrs, mask=seen, other=0, eviction_policy="evict_first")
             scale = tl.load(f_base + pos, mask=inside, other=0.0)
-            product = dot(k, q, UPCAST) * scale[:, None]
+            product = whole_product(k, digits, unit, G2, COLUMNS, BLOCK_L) * scale[:, None]
         else:
             k = tl.load(k_ptrs, mask=seen, other=0.0, eviction_policy="evict_first")
             product = dot(k, q.to(k.dtype), UPCAST)
@@ -78,7 +114,7 @@ def score_piece(
         score = tl.where(inside[:, None], score, float("-inf"))
         s_ptrs = s_base + heads.to(tl.int64)[None, :] * capacity + pos[:, None]
         tl.store(s_ptrs, score, mask=inside[:, None] & (heads < G)[None, :])
-        tops = tl.max(tl.reshape(score, [BLOCK_L // BLOCK, BLOCK, GP]), 1)
+        tops = tl.max(tl.reshape(score, [BLOCK_L // BLOCK, BLOCK, WIDE]), 1)
         t_ptrs = t_base + heads[None, :] * blocks + (first // BLOCK + block)[:, None]
         tl.store(t_ptrs, tops, mask=(first + block * BLOCK < end)[:, None] & (heads < G)[None, :])
         # Running maxima stay per lane of the tile: one reduction per program instead of one per tile.

@@ -18,6 +18,8 @@ from kcache.backends.triton.workspace import Workspace
 from kcache.lowrank import LowRank
 
 _HOT_TILE = 256
+_LEAST_DIMS = 32
+"""Of a product of whole numbers."""
 
 
 class Step:
@@ -129,7 +131,8 @@ class Step:
         """Compile-time constants of scoring and of the tail."""
         ws, given = self.ws, self.inputs
         return {
-            "D": ws.dim, "BLOCK_D": power_of_two(ws.dim), "BLOCK_L": ws.score_block, "STAGES": ws.tuning.score_stages,
+            "D": ws.dim, "BLOCK_D": max(_LEAST_DIMS if given.key_scales is not None else 1, power_of_two(ws.dim)),
+            "BLOCK_L": ws.score_block, "STAGES": ws.score_stages,
             "AT_ONCE": self._directions, "BLOCK_T": ws.tail_tile, "TAIL_STAGES": ws.tuning.tail_stages,
             "HAS_MASK": given.mask is not None, "HAS_SOFTCAP": given.softcap is not None,
             "HAS_KEY_SCALES": given.key_scales is not None,

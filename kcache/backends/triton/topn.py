@@ -120,7 +120,7 @@ def step_kernel(
         score_piece(
             query, keys, key_scales, mask, scores, block_top, part_max, part_sum, length, row, pid % splits, splits,
             stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_sb, stride_sh, stride_mb,
-            capacity, blocks, scaling, softcap, HEADS, REPEAT, G, GP, D, BLOCK_D, BLOCK_L, BLOCK, STAGES,
+            capacity, blocks, scaling, softcap, HEADS, REPEAT, G, G2, GP, D, BLOCK_D, BLOCK_L, BLOCK, STAGES,
             HAS_MASK, HAS_SOFTCAP, HAS_KEY_SCALES, UPCAST,
         )  # fmt: skip
         # All of a program's stores are ordered before its count, and a reader's loads after all counts.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kcache.backends.triton.common import choose_splits, cut, interpreted, multiprocessors, power_of_two
+from kcache.backends.triton.common import choose_splits, cut, interpreted, multiprocessors, power_of_two, shared_bytes
 from kcache.policy import Select, Spread, Tail
 from kcache.sizes import rank_of
 from kcache.spread import MOST
@@ -19,7 +19,8 @@ from kcache.spread import MOST
 _MOST_CANDIDATES = 32768
 _MOST_BLOCKS = 8192
 _LEAST_BLOCK = 16
-_SHARED_BYTES = 227 * 1024
+_OTHER_SHARED_BYTES = 12 * 1024
+"""What a program needs beside its tiles, about."""
 _REGISTERS = 65536
 _SCORE_WAVES = 8
 
@@ -66,9 +67,9 @@ class Tuning:
     processors: int = 0
 
 
-def _residency(most: int, tiles: int, rows: int, dim: int) -> int:
-    """Programs per multiprocessor, with ``tiles`` 16-bit tiles ``[rows, dim]`` each in shared memory."""
-    return max(1, min(most, _SHARED_BYTES // (tiles * rows * power_of_two(dim) * 2 + 9216)))
+def _residency(most: int, tile_bytes: int, shared: int) -> int:
+    """Programs per multiprocessor, with ``tile_bytes`` each in shared memory; 0 where not even one fits."""
+    return min(most, shared // (tile_bytes + _OTHER_SHARED_BYTES))
 
 
 def select_block(capacity: int) -> int:
@@ -190,14 +191,23 @@ class Workspace(DeviceLength):
         self.select_warps = min(16, max(tune.select_warps, candidates // 256))
         self.heads_at_once = max(1, min(power_of_two(self.group), 1024 * self.select_warps // max(1, candidates)))
 
+    def _plan_tiles(self, tune: Tuning, row_bytes: int) -> int:
+        """Rows of K in a tile, and tiles in flight, that shared memory has room for; returns how many programs fit."""
+        shared, stages = shared_bytes(self.device), tune.score_stages
+        block = tune.score_block or (128 if row_bytes <= 256 else 64)
+        choices = [(block, stages), (block // 2, stages), (block // 2, 2), (block // 4, 2)]
+        found = [_residency(tune.residency, stages * rows * row_bytes, shared) for rows, stages in choices]
+        best = next((nth for nth, fits in enumerate(found) if fits), len(choices) - 1)
+        rows, self.score_stages = choices[best]
+        self.score_block = max(self.block, rows)
+        return max(1, found[best])
+
     def _plan_splits(self, tune: Tuning, itemsize: int) -> None:
         """Programs that rows of work are cut into."""
         rows = self.batch * self.heads
         slots = (tune.processors or multiprocessors(self.device)) * tune.residency
-        large = itemsize * power_of_two(self.dim) <= 256
-        self.score_block = max(self.block, tune.score_block or (128 if large else 64))
+        resident = self._plan_tiles(tune, itemsize * power_of_two(self.dim))
         tiles = -(-self.capacity // self.score_block)
-        resident = _residency(tune.residency, tune.score_stages, self.score_block, self.dim)
         # In several waves, so that most rows are fetched while others are scored.
         self.score_splits = tune.score_splits or max(
             choose_splits(rows, tiles, slots // tune.residency * resident),
@@ -205,9 +215,8 @@ class Workspace(DeviceLength):
         )
         # What a program that fetches would like to have is more than lets as many score at a time.
         self.registers = min(255, _REGISTERS // (32 * self.warps * resident) // 8 * 8)
-        self.bring_rows, self.gather_rows = (
-            max(16, min(rows_at_once, power_of_two(self.width))) for rows_at_once in (tune.bring_rows, tune.gather_rows)
-        )
+        most = min(power_of_two(self.width), 8192 // power_of_two(self.dim_v))  # 32 numbers to a thread
+        self.bring_rows, self.gather_rows = (max(16, min(rows, most)) for rows in (tune.bring_rows, tune.gather_rows))
         # Sums of a lane: all directions of every head, 32 numbers to a thread.
         lanes = 1024 * self.warps // (power_of_two(self.group) * power_of_two(self.rank))
         self.weigh_tile = max(16, min(256, power_of_two(self.width), lanes))
@@ -273,7 +282,8 @@ class DenseWorkspace(DeviceLength):
         self.block = tune.dense_block or (128 if large else 64 if widest <= 128 else 32)
         self.stages = tune.dense_stages or (2 if large else 3)
         tiles = -(-capacity // self.block)
-        resident = _residency(tune.dense_residency, self.stages + 1, self.block, widest)
+        tile_bytes = (self.stages + 1) * self.block * power_of_two(widest) * 2
+        resident = max(1, _residency(tune.dense_residency, tile_bytes, shared_bytes(device)))
         self.device, self.capacity, self.upcast = device, capacity, interpreted()
         self.splits = choose_splits(rows, tiles, processors * resident)
         self.part_max = torch.empty(rows, self.splits, group, dtype=torch.float32, device=device)
