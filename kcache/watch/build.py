@@ -14,10 +14,10 @@ from functools import lru_cache
 import numpy as np
 
 from kcache.arriving import Arriving
-from kcache.watch.capture import Captured
 from kcache.watch.codec import Message
 from kcache.watch.columns import NO_SHARE, PARTS, PHASES, ROLES, ROOTS, STATS
 from kcache.watch.frame import MOST_BUCKETS, Memory, Phase, SequenceFrame, Speed, bucket_tokens
+from kcache.watch.moment import Captured
 from kcache.watch.tokens import Tokens
 
 Shapes = tuple[tuple[int, ...], ...]

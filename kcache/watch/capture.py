@@ -12,7 +12,7 @@ import math
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,8 @@ from transformers import PreTrainedModel
 
 from kcache.arriving import Arriving
 from kcache.cache import KCache
-from kcache.counted import Picked
-from kcache.layer import TieredLayer
-from kcache.snapshots import layer_snapshot
-from kcache.watch.columns import KINDS, MODES, STATS
+from kcache.watch.moment import Captured, Picks, moment_of, picks_of
 
-MOST_PICKS = 65_536
-"""Picks looked at per step; of a larger batch only the first sequences are observed."""
 QUEUE = 256
 """Frames that may wait for the publisher; then the oldest give way."""
 _FORWARDS = 65_536
@@ -51,45 +46,6 @@ class Forward:
     prompt: bool
     ids: Arriving | None
     mask: Arriving | None
-
-
-@dataclass(frozen=True, slots=True)
-class Picks:
-    """Picks, what each weighs, and mass of the observed sequences of all layers, flat, layer after layer.
-
-    ``shapes`` has per layer the shape of its picks ``[S, Hkv, N]`` or ``[S, Hkv, G, N]``, which heads that picked
-    fewer fill up with -1; ``heads`` its query heads; ``()`` and 0 where it picked nothing.
-    """
-
-    step: tuple[int, int]
-    observed: int
-    shapes: tuple[tuple[int, ...], ...]
-    heads: tuple[int, ...]
-    positions: tuple[torch.Tensor, ...]
-    mass: tuple[torch.Tensor, ...]
-    weights: tuple[torch.Tensor, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Captured:
-    """A moment as the engine hands it over: counters of each layer (the fields of Stats), and picks under way.
-
-    ``prompt`` says of the end of a forward whether that read a prompt; None for a moment in between.
-    """
-
-    run: int
-    time_s: float
-    batch: int
-    counts: list[tuple[int, ...]]
-    kinds: bytes
-    modes: bytes
-    picks: Picks | None = None
-    positions: tuple[Arriving, ...] = ()
-    mass: tuple[Arriving, ...] = ()
-    weights: tuple[Arriving, ...] = ()
-    before: tuple[Arriving, ...] = ()
-    shapes_before: tuple[tuple[int, ...], ...] = ()
-    prompt: bool | None = None
 
 
 class Capture:
@@ -161,8 +117,8 @@ class Capture:
         if cache is None:
             return None
         try:
-            picks = self._latest if self.running or self._latest is not None else _picks(cache, self.run)
-            return _captured(cache, self.run, picks, self._earlier)
+            picks = self._latest if self.running or self._latest is not None else picks_of(cache, self.run)
+            return moment_of(cache, self.run, picks, self._earlier)
         except AttributeError:  # the engine has just moved V of a layer; the frame at the end of its step will do
             return None
 
@@ -223,7 +179,7 @@ class Capture:
             return
         if not self._taking and now + 2 * (now - self._began_s) < self.due_s:
             return  # neither this step nor the next is wanted
-        before, self._latest = self._latest, _picks(cache, self.run)
+        before, self._latest = self._latest, picks_of(cache, self.run)
         self._earlier = before
         if not self._taking and (self.probe or now < self.due_s):
             return
@@ -232,7 +188,7 @@ class Capture:
         if len(self.ready) >= QUEUE:
             self.ready.popleft()
             self.lost += 1
-        self.ready.append(_captured(cache, self.run, self._latest, before, self._prompt))
+        self.ready.append(moment_of(cache, self.run, self._latest, before, self._prompt))
         self.took_s = time.perf_counter() - now
         self._wake()
 
@@ -248,86 +204,3 @@ class Capture:
 def watchers_of(model: PreTrainedModel) -> list[Capture]:
     """Who watches a model."""
     return list(vars(model).get(_WATCHERS, ()))
-
-
-def _picks(cache: KCache, run: int) -> Picks | None:
-    """Put the picks of all layers together; None where no layer has any."""
-    layers = [layer.picked if isinstance(layer, TieredLayer) else None for layer in cache.layers]
-    picking = [picked for picked in layers if picked is not None]
-    if not picking:
-        return None
-    batch = cache.batch_size
-    total = sum(picked.picks.numel() for picked in picking)
-    observed = max(1, min(batch, MOST_PICKS * batch // max(1, total)))
-    if observed < batch:
-        picking = [Picked(*(tensor[:observed] for tensor in picked)) for picked in picking]
-    positions, mass, weights = zip(*picking, strict=True)
-    shapes = iter([tuple(tensor.shape) for tensor in positions])
-    heads = iter([math.prod(tensor.shape[1:]) for tensor in mass])
-    return Picks(
-        step=(run, max(layer.steps for layer in cache.tiered_layers)),
-        observed=observed,
-        shapes=tuple(() if picked is None else next(shapes) for picked in layers),
-        heads=tuple(0 if picked is None else next(heads) for picked in layers),
-        positions=_together(positions),
-        mass=_together(mass),
-        weights=_together(weights),
-    )
-
-
-def _together(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Flatten and join, one tensor for each stretch of layers on one device."""
-    joined: list[torch.Tensor] = []
-    start = 0
-    for end in range(1, len(tensors) + 1):
-        if end == len(tensors) or tensors[end].device != tensors[start].device:
-            joined.append(torch.cat([tensor.reshape(-1) for tensor in tensors[start:end]]))
-            start = end
-    return tuple(joined)
-
-
-def _captured(
-    cache: KCache, run: int, picks: Picks | None, before: Picks | None, prompt: bool | None = None
-) -> Captured:
-    """Read the counters, and send the picks on their way."""
-    counts: list[tuple[int, ...]] = []
-    kinds, modes = bytearray(), bytearray()
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, TieredLayer):
-            counts.append(layer.counts())
-            kinds.append(_KIND[layer.kind])
-            modes.append(_MODE[layer.mode])
-        else:
-            shot = layer_snapshot(index, layer, picks=False)
-            counts.append(tuple(getattr(shot.stats, name) for name in STATS))
-            kinds.append(_KIND[shot.kind])
-            modes.append(_MODE[shot.mode])
-    follows = (
-        picks is not None
-        and before is not None
-        and before.step == (picks.step[0], picks.step[1] - 1)
-        and [shape[:-1] for shape in before.shapes] == [shape[:-1] for shape in picks.shapes]
-    )
-    return Captured(
-        run,
-        time.time(),
-        cache.batch_size,
-        counts,
-        bytes(kinds),
-        bytes(modes),
-        picks,
-        () if picks is None else _sent(picks.positions, torch.int32),
-        () if picks is None else _sent(picks.mass, torch.float32),
-        () if picks is None else _sent(picks.weights, torch.float32),
-        _sent(before.positions, torch.int32) if follows and before is not None else (),
-        before.shapes if follows and before is not None else (),
-        prompt,
-    )
-
-
-def _sent(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[Arriving, ...]:
-    return tuple(Arriving(tensor.to(dtype)) for tensor in tensors)
-
-
-_KIND = {kind: code for code, kind in enumerate(KINDS)}
-_MODE = {mode: code for code, mode in enumerate(MODES)}

@@ -20,12 +20,13 @@ from transformers import PreTrainedModel
 
 from kcache.cache import KCache
 from kcache.watch.build import build
-from kcache.watch.capture import NEVER, Capture, Captured
+from kcache.watch.capture import NEVER, Capture
 from kcache.watch.codec import Message
 from kcache.watch.columns import PHASES
 from kcache.watch.frame import Info, Phase
 from kcache.watch.gauges import Gauges
 from kcache.watch.local import LocalSource
+from kcache.watch.moment import Captured
 from kcache.watch.recorder import Recorder
 from kcache.watch.server import Server
 from kcache.watch.tokens import Pieces, Tokens

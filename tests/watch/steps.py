@@ -9,10 +9,11 @@ import torch
 
 from kcache.arriving import Arriving
 from kcache.watch.build import build
-from kcache.watch.capture import Captured, Forward, Picks
+from kcache.watch.capture import Forward
 from kcache.watch.codec import Message
 from kcache.watch.columns import STATS
 from kcache.watch.frame import Memory
+from kcache.watch.moment import Captured, Picks
 from kcache.watch.tokens import Pieces, Tokens
 
 RECENT = 128

@@ -15,10 +15,10 @@ from kcache.arriving import Arriving
 from kcache.errors import FormatError
 from kcache.telemetry import Stats
 from kcache.watch.build import build
-from kcache.watch.capture import Captured, Picks
 from kcache.watch.codec import pack, unpack
 from kcache.watch.columns import STATS, read_frame
 from kcache.watch.frame import Frame, Memory, bucket_tokens, since, zoom
+from kcache.watch.moment import Captured, Picks
 from tests.watch.steps import Steps
 
 

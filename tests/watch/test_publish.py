@@ -253,9 +253,9 @@ def test_a_padded_batch(lm: LoadedModel, tmp_path: Path) -> None:
 
 
 def test_a_large_batch_is_observed_in_part(lm: LoadedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from kcache.watch import capture
+    from kcache.watch import moment
 
-    monkeypatch.setattr(capture, "MOST_PICKS", 50)  # 2 layers x 2 heads x 6 rows are 24 a sequence
+    monkeypatch.setattr(moment, "MOST_PICKS", 50)  # 2 layers x 2 heads x 6 rows are 24 a sequence
     with publish(lm, record=tmp_path / "run.kcr"):
         list(kcache.generate(lm, [PROMPT] * 5, TOPN, sampling=GREEDY, max_new_tokens=3))
     frame = open_recording(tmp_path / "run.kcr").latest()
