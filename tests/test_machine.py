@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from kcache import host
+from kcache.bandwidth import GATHER_ROWS
 from kcache.errors import InputError
 from kcache.fastpath import findings
 from kcache.host import Host, NumaNode, PciSlot
-from kcache.machine import GATHER_ROWS, Machine, measure
+from kcache.machine import Machine, measure
 
 GOOD_HOST = Host(
     cpu="a CPU",
