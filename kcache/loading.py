@@ -7,8 +7,6 @@ whether the model is one that kcache can serve. Loading itself is ``from_pretrai
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +24,8 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from kcache.demo import SMOLLM2
 from kcache.devices import check_device_map, input_device
-from kcache.errors import DoesNotFitError, InputError, ModelNotFoundError, UnsupportedModelError
+from kcache.errors import InputError, ModelNotFoundError, UnsupportedModelError
+from kcache.explained import explained, short
 from kcache.models import Source, find_source
 from kcache.parallel import check_heads
 from kcache.probe import probe
@@ -176,7 +175,7 @@ def load(
         extra["quantization_config"] = quantization_config
     if tensor_parallel > 1:
         extra["distributed_config"] = DistributedConfig(tp_plan="auto", tp_size=tensor_parallel)
-    with _explained(source), quiet_transformers():
+    with explained(source), quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch_dtype, device_map=device_map, trust_remote_code=trust_remote_code, **extra
         )
@@ -212,7 +211,7 @@ def load_config(
         return SMOLLM2.config()
     folder = source.fetch(weights=False, code=trust_remote_code)
     extra = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    with _explained(source), quiet_transformers():
+    with explained(source), quiet_transformers():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
     check_supported(config, source.name, trust_remote_code=trust_remote_code)
     return config
@@ -276,45 +275,11 @@ def _load_tokenizer(source: Source, folder: Path, trust: bool, extra: dict[str, 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust, padding_side="left", **extra)
     except ImportError as error:
-        raise UnsupportedModelError(f"the tokenizer of {source.name} needs another package: {_short(error)}") from error
+        raise UnsupportedModelError(f"the tokenizer of {source.name} needs another package: {short(error)}") from error
     except Exception as error:  # transformers raises nearly anything when files are missing or malformed
         raise ModelNotFoundError(
-            f"{source.name} has no usable tokenizer ({_short(error)}); put its tokenizer files beside config.json"
+            f"{source.name} has no usable tokenizer ({short(error)}); put its tokenizer files beside config.json"
         ) from error
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-@contextmanager
-def _explained(source: Source) -> Iterator[None]:
-    """Turn what transformers raises while it loads into a kcache error of one line."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise DoesNotFitError(
-            f"the weights of {source.name} do not fit the device; use device_map='auto', a smaller dtype, or "
-            "quantization"
-        ) from error
-    except ImportError as error:
-        raise UnsupportedModelError(f"loading {source.name} needs another package: {_short(error)}") from error
-    except OSError as error:
-        raise ModelNotFoundError(
-            f"the files of {source.name} cannot be used: {_short(error)}; fetch them again"
-        ) from error
-    except Exception as error:
-        if "remote_code" in str(error):
-            raise UnsupportedModelError(
-                f"{source.name} brings its own Python code; read it, and if you trust it, set trust_remote_code"
-            ) from error
-        if type(error).__name__ == "SafetensorError":
-            raise ModelNotFoundError(
-                f"the weights of {source.name} are damaged or incomplete ({_short(error)}); fetch them again"
-            ) from error
-        raise UnsupportedModelError(f"transformers cannot load {source.name}: {_short(error)}") from error
-
-
-def _short(error: Exception) -> str:
-    """Return an error's text as one line of bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (text if len(text) <= 200 else f"{text[:199]}…").rstrip(".")
