@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from kcache.backends.base import DecodeResult, DecodeStep
-from kcache.backends.jit.regions import COMBINE, FIELDS, SCORE, compiled
+from kcache.backends.jit.entries import compiled
+from kcache.backends.jit.regions import COMBINE, FIELDS, SCORE
 from kcache.backends.jit.team import find_team
 from kcache.spread import MOST
 
