@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -45,9 +47,9 @@ def test_pieces_somewhat_smaller_fit_and_others_do_not(driver: Driver, mappings:
     spare = Spare()
     take(Arena(CPU, spare), SIZES)
     gc.collect()
-    assert spare.serves([3 * 2**20, 4 * 2**20])
-    assert not spare.serves([6 * 2**20, 6 * 2**20])
-    assert not spare.serves([2**20]), "a piece of three times the size would be wasted on it"
+    assert spare.serves([3 * 2**20, 4 * 2**20], CPU)
+    assert not spare.serves([6 * 2**20, 6 * 2**20], CPU)
+    assert not spare.serves([2**20], CPU), "a piece of three times the size would be wasted on it"
     larger = take(Arena(CPU, spare), [9 * 2**20])
     assert spare.nbytes == 0, "what does not serve makes way"
     assert len(driver.locked) == 1
@@ -64,6 +66,37 @@ def test_the_device_is_waited_for_once_before_memory_has_another_owner(
     again = take(Arena(CPU, spare), SIZES)
     assert len(waits) == 1
     assert len(again) == 3
+
+
+def test_each_device_has_its_own(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one device has read says nothing of what another reads; it lies near the one and not the other."""
+    spare, waits, devices = Spare(), [], [torch.device("cuda", number) for number in range(2)]
+    arenas_of = [Arena(device, spare) for device in devices]
+    tensors = [pinned_empty((2**20,), torch.uint8, arena=arena) for arena in arenas_of]
+    places = [tensor.data_ptr() for tensor in tensors]
+    tensors.clear()
+    gc.collect()
+    assert not spare.serves([2**20, 2**20], devices[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    tensors = [pinned_empty((2**20,), torch.uint8, arena=arena) for arena in reversed(arenas_of)]
+    assert [tensor.data_ptr() for tensor in reversed(tensors)] == places
+    assert waits == devices[::-1]
+    tensors.clear()
+    gc.collect()
+    arenas_of[0].prepare([9 * 2**20])
+    assert spare.serves([2**20], devices[1]), "only what cannot serve this device makes way"
+
+
+def test_two_threads_never_get_the_same(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for the device lets other threads run, in the midst of taking."""
+    spare = Spare()
+    take(Arena(CPU, spare), [2**20, 2**20])
+    gc.collect()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: time.sleep(0.05))
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: pinned_empty((2**20,), torch.uint8, arena=Arena(CPU, spare)), range(2))
+    assert one.data_ptr() != other.data_ptr()
+    assert spare.nbytes == 0
 
 
 def test_it_is_given_back_with_the_model(driver: Driver, mappings: list[object]) -> None:

@@ -56,9 +56,9 @@ class Arena:
         self.drop()
         wanted = [rounded(size) for size in sizes]
         if self.spare is not None:
-            if self.spare.serves(wanted):
+            if self.spare.serves(wanted, self.device):
                 return
-            self.spare.release()
+            self.spare.release(self.device)
         total = sum(wanted)
         if total:
             try:

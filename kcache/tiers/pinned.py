@@ -26,8 +26,8 @@ def pinned_empty(
 ) -> torch.Tensor:
     """Allocate a host tensor and register its memory with the CUDA driver.
 
-    ``device`` is the one that will read it (default: the current one); every other may. The memory is a part of
-    ``arena``, if that has one prepared, or what another cache has left.
+    ``device`` is the one that will read it (default: the arena's, or the current one); every other may. The memory is a
+    part of ``arena``, if that has one prepared, or what another cache has left.
 
     Raises
     ------
@@ -37,8 +37,10 @@ def pinned_empty(
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes == 0:
         return torch.empty(shape, dtype=dtype)
-    spare = None if arena is None else arena.spare
-    part = None if spare is None else spare.take(rounded(nbytes))
+    spare = None
+    if arena is not None:
+        device, spare = device or arena.device, arena.spare
+    part = None if spare is None else spare.take(rounded(nbytes), device)
     if part is None:
         part = _registered(nbytes, device, arena)
     tensor = torch.frombuffer(

@@ -8,6 +8,7 @@ short.
 from __future__ import annotations
 
 import mmap
+import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,11 +37,12 @@ class Part:
 
 
 class Spare:
-    """What is kept for the next cache."""
+    """What is kept for the next cache, whichever threads use and leave it."""
 
     def __init__(self) -> None:
         self._parts: list[Part] = []
-        self._unsettled = False
+        self._unsettled: set[torch.device | None] = set()
+        self._lock = threading.RLock()  # a finaliser may come to keep something in the midst of anything
         weakref.finalize(self, _give_back, self._parts).atexit = False  # the system takes it back then
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Spare:
@@ -57,13 +59,14 @@ class Spare:
         return sum(part.nbytes for part in self._parts)
 
     def keep(self, part: Part) -> None:
-        """Keep what the device may still be reading."""
-        self._parts.append(part)
-        self._unsettled = True
+        """Keep what its device may still be reading."""
+        with self._lock:
+            self._parts.append(part)
+            self._unsettled.add(part.device)
 
-    def serves(self, sizes: Iterable[int]) -> bool:
-        """Whether there is a part for each of so many bytes."""
-        left = list(self._parts)
+    def serves(self, sizes: Iterable[int], device: torch.device | None) -> bool:
+        """Whether there is a part for each of so many bytes, for a device to read."""
+        left = self._of(device)
         for size in sorted(sizes, reverse=True):
             found = _smallest(left, size)
             if found is None:
@@ -71,20 +74,28 @@ class Spare:
             left.remove(found)
         return True
 
-    def take(self, nbytes: int) -> Part | None:
-        """A part of at least ``nbytes`` that nobody reads any more, or None; the host waits for the device once."""
-        part = _smallest(self._parts, nbytes)
-        if part is None:
-            return None
-        if self._unsettled:
-            torch.cuda.synchronize(part.device)
-            self._unsettled = False
-        self._parts.remove(part)
-        return part
+    def take(self, nbytes: int, device: torch.device | None) -> Part | None:
+        """A part of at least ``nbytes`` that ``device`` has read and reads no more, or None; the host waits once."""
+        with self._lock:
+            part = _smallest(self._of(device), nbytes)
+            if part is None:
+                return None
+            self._parts.remove(part)
+            if device in self._unsettled:
+                self._unsettled.discard(device)  # first: what is kept meanwhile is waited for again
+                torch.cuda.synchronize(device)
+            return part
 
-    def release(self) -> None:
-        """Give everything back to the system."""
-        _give_back(self._parts)
+    def release(self, device: torch.device | None = None) -> None:
+        """Give back to the system what ``device`` has read, or all."""
+        with self._lock:
+            parts = list(self._parts) if device is None else self._of(device)
+            for part in parts:
+                self._parts.remove(part)
+        _give_back(parts)
+
+    def _of(self, device: torch.device | None) -> list[Part]:
+        return [part for part in self._parts if part.device == device]
 
 
 def spare_of(model: Any) -> Spare:
