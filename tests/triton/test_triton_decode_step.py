@@ -129,6 +129,51 @@ def test_triton_constant_rows_and_ties(device: torch.device) -> None:
     check(problem.to(device))
 
 
+def test_triton_as_many_ties_as_select_searches(device: torch.device) -> None:
+    """2,048 picks among 32,768 rows that are equal: their running count reaches a sign."""
+    problem = make_problem(1, 1, 1, dim=16, length=32768, topn=2048, tail="none")
+    problem.query[:] = 0
+    problem = problem.to(device)
+    _, picks, _ = run(problem, make_workspace(problem, replace(SMALL, score_block=1024)))
+    assert torch.equal(picks.flatten().cpu(), torch.arange(2048, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("where", ["query", "keys"])
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_triton_what_is_no_number_ends_in_none(
+    where: str, number: float, threshold: float | None, device: torch.device
+) -> None:
+    """And not in a search among weights beyond 1 that never ends."""
+    problem = make_problem(1, 1, length=300, topn=4, threshold=threshold, sharpness=4.0)
+    if where == "query":
+        problem.query[0, 0, 0] = number
+    else:
+        problem.keys[0, 0, 5, 0] = abs(number) * problem.query[0, 0, 0].sign()
+    problem = problem.to(device)
+    out, _, _ = run(problem, make_workspace(problem))
+    assert out[0, 0].isnan().all()
+    assert where == "keys" or out[0, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("which", ["step_kernel", "fetch_kernel"])
+def test_triton_a_step_after_an_interrupted_one(
+    which: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted:
+        def __getitem__(self, grid: object) -> None:
+            raise KeyboardInterrupt
+
+    problem = make_problem().to(device)
+    workspace = make_workspace(problem)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"kcache.backends.triton.step.{which}", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            run(problem, workspace)
+    out, picks, _ = run(problem, workspace)
+    assert_near(out, expected(problem, picks)[0], torch.float32)
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_triton_threshold_among_ties(share: float, device: torch.device) -> None:
     """Constant rows: all lie above the threshold, far more than the most, or none does."""

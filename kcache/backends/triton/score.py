@@ -30,7 +30,7 @@ def digits_of(q_base, stride_qh, dims, G: tl.constexpr, G2: tl.constexpr, COLUMN
     """Queries as whole numbers: int8 ``[BLOCK_D, COLUMNS]``, and what a column counts, fp32 ``[COLUMNS]``.
 
     Column ``c`` is digit ``c // G2`` of head ``c % G2``. Three digits to the base of 254 say a number to within
-    3e-8 of the head's largest, nearer than the query's own type does.
+    1e-7 of the head's largest, nearer than 16 bits do.
     """
     column = tl.arange(0, COLUMNS)
     head, place = column % G2, column // G2
@@ -133,7 +133,10 @@ def log_sum_exp(
     part_max, part_sum, sinks, row, head, splits,
     G: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """The log-sum-exp (log2 units) of each of a row's heads ``[GP]``, sinks included; 0 where nothing is allowed."""
+    """The log-sum-exp (log2 units) of each of a row's heads ``[GP]``, sinks included; 0 where nothing is allowed.
+
+    NaN stays NaN, so that no probability exceeds 1, which select relies on.
+    """
     heads = tl.arange(0, GP)
     parts = tl.arange(0, SP)
     at = (row * splits + parts)[None, :] * G + heads[:, None]
@@ -147,4 +150,4 @@ def log_sum_exp(
     total = tl.sum(sums * tl.exp2(peaks - peak[:, None]), 1)
     if HAS_SINKS:
         total += tl.exp2(sink - peak)
-    return tl.where(total > 0.0, peak + tl.log2(tl.where(total > 0.0, total, 1.0)), 0.0)
+    return tl.where(total == 0.0, 0.0, peak + tl.log2(tl.where(total == 0.0, 1.0, total)))

@@ -76,10 +76,16 @@ def take(keys, low, high, above, target):
     """Which keys are taken, and at which place in the list: those above the threshold first, then the first ties."""
     over = keys >= high
     tie = (keys >= low) & (keys < high)
-    # Both running counts in one scan; tiles hold fewer than 2**15 keys.
+    # Both running counts in one scan; tiles hold 2**15 keys at most, so many ties reach the sign.
     running = tl.cumsum(over.to(tl.int32) + (tie.to(tl.int32) << 16), 0)
-    place = tl.where(over, (running & 0xFFFF) - 1, above + (running >> 16) - 1)
+    place = tl.where(over, (running & 0xFFFF) - 1, above + ((running >> 16) & 0xFFFF) - 1)
     return (over | tie) & (place < target), place
+
+
+@triton.jit
+def larger(one, other):
+    """The larger of two numbers, ``one`` where ``other`` is none; the interpreter's maximum would be none, too."""
+    return tl.where(other > one, other, one)
 
 
 @triton.jit
@@ -109,7 +115,7 @@ def pick_most(
     best = tl.zeros([BP], tl.float32)
     for head in range(G):
         tops = tl.load(t_ptrs + head * blocks, mask=live, other=float("-inf"))
-        best = tl.maximum(best, tl.exp2(tops - tl.sum(tl.where(heads == head, norms, 0.0), 0)))
+        best = larger(best, tl.exp2(tops - tl.sum(tl.where(heads == head, norms, 0.0), 0)))
     block_keys = tl.where(live, best.to(tl.int32, bitcast=True), -1)
     low, high, above = find_threshold(block_keys, n_blocks, 0)
     taken, place = take(block_keys, low, high, above, n_blocks)
@@ -129,7 +135,7 @@ def pick_most(
         there = (first + few < G)[:, None]
         score = tl.load(s_ptrs + first * capacity, mask=there & inside[None, :], other=float("-inf"))
         norm = tl.load(lse + row * G + first + few, mask=first + few < G, other=0.0)
-        weight = tl.maximum(weight, tl.max(tl.exp2(score - norm[:, None]), 0))
+        weight = larger(weight, tl.max(tl.exp2(score - norm[:, None]), 0))
     keys = tl.where(inside, weight.to(tl.int32, bitcast=True), -1)
     # N blocks reach down to `low`, so N rows do as well, but for rounding between the two kernels.
     low, high, above = find_threshold(keys, n_rows, tl.maximum(low - 64, 0))

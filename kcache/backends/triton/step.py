@@ -49,12 +49,16 @@ class Step:
         ws = self.ws
         # Comparing for the N largest takes registers that a program which scores has not got.
         at_once = ws.spread == "need"
-        self.launch(self.shares, at_once)
-        if not at_once:
-            fetch_kernel[(self.rows,)](
-                self.inputs.length, *self._tensors, *self._strides, ws.stride, ws.blocks, ws.score_splits,
-                ws.tail_splits, self.shares + 1, **self._sizes, num_warps=ws.select_warps, num_stages=1,
-            )  # fmt: skip
+        try:
+            self.launch(self.shares, at_once)
+            if not at_once:
+                fetch_kernel[(self.rows,)](
+                    self.inputs.length, *self._tensors, *self._strides, ws.stride, ws.blocks, ws.score_splits,
+                    ws.tail_splits, self.shares + 1, **self._sizes, num_warps=ws.select_warps, num_stages=1,
+                )  # fmt: skip
+        except BaseException:  # an interrupt between two launches, too: the next step would wait for ever
+            ws.set_back()
+            raise
 
     def launch(self, shares: int, fetches: bool) -> None:
         """Launch what scores, with so many ``shares`` of a row's tail; whether it ``fetches`` as well."""

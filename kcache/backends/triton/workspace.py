@@ -248,6 +248,11 @@ class Workspace(DeviceLength):
         self.done, self.tickets = integers(rows), integers(rows)
         self.hot_slots, self.hot_coming, self.hot_places = (integers(rows, self.width) for _ in range(3))
 
+    def set_back(self) -> None:
+        """Set the counters back after a step of which not all was launched; a whole one does so itself."""
+        self.done.zero_()
+        self.tickets.zero_()
+
     @property
     def nbytes(self) -> int:
         """Bytes of scratch on the device."""
