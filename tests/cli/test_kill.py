@@ -52,7 +52,7 @@ def test_killed_four_times_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
 
 def test_ctrl_c_leaves_with_130(tmp_path: Path) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("word\n" * 100)
+    source.write_text("word\n" * 2000)  # a minute of work
     process = start(source, out)
     wait_for_growth(tmp_path / "out.jsonl.kcache", 1000, process)
     process.send_signal(signal.SIGINT)

@@ -59,6 +59,8 @@ def test_a_worker_killed_on_the_way_loses_and_repeats_nothing(run: Run, one_thre
         time.sleep(0.02)
     workers = workers_of(process)
     assert len(workers) == 2, process.communicate()[1] if process.poll() is not None else "still starting"
+    while not any(worker.status() == psutil.STATUS_RUNNING for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.005)
     for worker in workers:  # both, so that one of them is in the middle of a batch
         os.kill(worker.pid, signal.SIGKILL)
     assert lines_in(journal) < 12, "killed before the end"
