@@ -1,6 +1,7 @@
 """How many bytes a model and its cache take in either tier, from its config alone, and whether they are there.
 
 What chat, generate and plan ask before anything is loaded. :mod:`kcache.need` counts, :mod:`kcache.fitting` compares.
+And the way to get memory back that nobody uses.
 """
 
 from __future__ import annotations
@@ -8,15 +9,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kcache.errors import DoesNotFitError
 from kcache.fitting import WHOLE, Fitter, Pools, Split
 from kcache.need import MemoryNeed, ModelShape, cache_bytes
 from kcache.policy import Policy
+from kcache.tiers.spare import spare_of
 from kcache.weights import Weights
 
-__all__ = ["MemoryNeed", "Split", "auto_batch_size", "cache_bytes", "check_fits", "weight_bytes"]
+__all__ = ["MemoryNeed", "Split", "auto_batch_size", "cache_bytes", "check_fits", "release", "weight_bytes"]
+
+
+def release(model: PreTrainedModel) -> int:
+    """Give the host memory back that caches of a model have left for its next one; returns how many bytes.
+
+    On CUDA that is pinned memory, kept as long as the model is. A cache that is still there keeps its own.
+    """
+    spare = spare_of(model)
+    nbytes = spare.nbytes
+    spare.release()
+    return nbytes
 
 
 def check_fits(

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from kcache import memory
 from kcache.errors import DoesNotFitError
 from kcache.tiers import arena as arenas
 from kcache.tiers.arena import Arena
@@ -109,6 +110,16 @@ def test_it_is_given_back_with_the_model(driver: Driver, mappings: list[object])
         assert spare_of(twin).nbytes == 0
         assert spare_of(twin) is not spare_of(model)
     del model, twin
+    assert left(mappings) == 0
+    assert not driver.locked
+
+
+def test_it_can_be_asked_back(driver: Driver, mappings: list[object]) -> None:
+    model = torch.nn.Linear(1, 1)
+    assert memory.release(model) == 0  # type: ignore[arg-type]
+    take(Arena(CPU, spare_of(model)), SIZES)
+    gc.collect()
+    assert memory.release(model) == sum(map(arenas.rounded, SIZES))  # type: ignore[arg-type]
     assert left(mappings) == 0
     assert not driver.locked
 

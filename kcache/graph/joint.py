@@ -1,16 +1,19 @@
 """Projections that read the same input, as one product: queries, keys and values, or a gate and what it gates.
 
 A product of a few rows costs one read of its weights, and a small one never comes to the memory's speed. So the weights
-of a group are put one under the other in one piece of memory, of which each module's own parameter is a view from then
+of a group are put one under the other in one piece of memory, of which each module's own parameter is a part from then
 on. That outlasts the recording: nothing of the model is held twice, and what its modules compute, save and copy is what
-it was. Their use does not: only in a recorded step does the first of a group that is called make the product for all,
-and the others find their part of it waiting.
+it was. (Each part is a storage of its own: what saves models takes parameters that share one for tied.) Their use does
+not: only in a recorded step does the first of a group that is called make the product for all, and the others find
+their part of it waiting.
 
 Shapes: I inputs, N outputs of a group.
 """
 
 from __future__ import annotations
 
+import ctypes
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.dlpack import from_dlpack
 
 from kcache.graph.parts import DTYPES, Part, Tensors, Trial, noise, only
 
@@ -31,6 +35,8 @@ _AS_NEAR = 2.0
 """How much further off the exact result the joint product may be than the ones apart, in the root mean square."""
 _PIECE = 2048
 """Outputs that the exact result is worked out for at a time: their weights are in fp64 meanwhile."""
+
+_log = logging.getLogger(__name__)
 
 Merged = tuple[torch.Tensor, torch.Tensor | None]
 """The weight ``[N, I]`` and the bias ``[N]`` of a group."""
@@ -91,11 +97,10 @@ class Joint(Part):
         variant = super()._prove(tensors, args, kwargs)
         if variant is not None and self._merged is None and self._tried is not None:
             self._merged = self._tried
-            for module, weight in zip(self._modules, self._merged[0].split(self._sizes), strict=True):
-                module.weight.data = weight
-            if self._merged[1] is not None:
-                for module, bias in zip(self._modules, self._merged[1].split(self._sizes), strict=True):
-                    module.bias.data = bias
+            weight, bias = self._merged
+            _put(weight, [module.weight for module in self._modules])
+            if bias is not None:
+                _put(bias, [module.bias for module in self._modules])
         self._tried = None
         return variant
 
@@ -127,8 +132,13 @@ def joints_of(model: nn.Module) -> list[Joint]:
         for tensor in (*module._parameters.values(), *module._buffers.values())
         if tensor is not None and type(tensor) in (nn.Parameter, torch.Tensor)
     )
-    groups = ([module._modules.get(name) for name in names] for module in model.modules() for names in GROUPS)
-    return [Joint(group) for group in groups if _joinable(group, holders)]  # type: ignore[arg-type]
+    groups = [[module._modules.get(name) for name in names] for module in model.modules() for names in GROUPS]
+    members = Counter(module for group in groups for module in group)
+    return [
+        Joint(group)  # type: ignore[arg-type]
+        for group in groups
+        if all(members[module] == 1 for module in group) and _joinable(group, holders)
+    ]
 
 
 def _joinable(group: Sequence[nn.Module | None], holders: Counter[int]) -> bool:
@@ -144,14 +154,14 @@ def _untouched(module: nn.Module) -> bool:
 
 
 def _mergeable(parameters: Sequence[nn.Parameter | None], holders: Counter[int]) -> bool:
-    """Whether parameters can become views of one, or are already."""
+    """Whether parameters can become parts of one, or are already."""
     tensors = [parameter for parameter in parameters if parameter is not None and _plain(parameter)]
     kinds = {(tensor.dtype, tensor.device, tensor.shape[1:]) for tensor in tensors}
     if len(tensors) < len(parameters) or len(kinds) > 1:
         return False
     stores = [tensor.untyped_storage() for tensor in tensors]
-    if _whole(tensors) is not None:
-        return holders[stores[0].data_ptr()] == len(tensors)
+    if len({store.data_ptr() for store in stores}) == 1:
+        return _whole(tensors) is not None and holders[stores[0].data_ptr()] == len(tensors)
     alone = all(holders[store.data_ptr()] == 1 for store in stores)
     return alone and all(store.nbytes() == tensor.nbytes for store, tensor in zip(stores, tensors, strict=True))
 
@@ -165,16 +175,52 @@ def _plain(parameter: nn.Parameter) -> bool:
 
 
 def _whole(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The tensor that others, contiguous, are views of, if they follow each other and are all of it."""
-    first, length = tensors[0], sum(map(len, tensors))
-    store, end = first.untyped_storage(), 0
+    """The tensor that others, contiguous, make up where one begins where the other ends; it owns nothing."""
+    first, end = tensors[0], tensors[0].data_ptr()
     for tensor in tensors:
-        if tensor.untyped_storage().data_ptr() != store.data_ptr() or tensor.storage_offset() != end:
+        if tensor.data_ptr() != end:
             return None
-        end += tensor.numel()
-    if store.nbytes() != end * first.element_size():
-        return None
-    return first.detach().as_strided((length, *first.shape[1:]), first.stride())
+        end += tensor.nbytes
+    shape, nbytes = (sum(map(len, tensors)), *first.shape[1:]), end - first.data_ptr()
+    if first.untyped_storage().nbytes() - first.storage_offset() * first.element_size() >= nbytes:
+        return first.detach().as_strided(shape, first.stride())
+    if first.device.type == "cuda":
+        bytes_there = torch.as_tensor(_Memory(first.data_ptr(), nbytes), device=first.device)
+    else:
+        bytes_there = torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(first.data_ptr()), dtype=torch.uint8)
+    return bytes_there.view(first.dtype).view(shape)
+
+
+class _Memory:
+    """Memory on a device, for whoever asks by the interface that NumPy's arrays have."""
+
+    def __init__(self, pointer: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "data": (pointer, False), "shape": (nbytes,), "typestr": "|u1", "version": 2,
+        }  # fmt: skip
+
+
+def _put(whole: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
+    """Make parameters parts of a tensor, unless it is what they made up already, and owns nothing."""
+    if parameters[0].data_ptr() != whole.data_ptr():
+        for parameter, part in zip(parameters, _parts(whole, list(map(len, parameters))), strict=True):
+            parameter.data = part
+
+
+def _parts(whole: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
+    """The pieces of a tensor, each a storage of its own in the same memory, which stays as long as one of them does.
+
+    Where it is not found again by their places, they are views that share its storage.
+    """
+    views = whole.split(sizes)
+    try:
+        parts = [from_dlpack(view) for view in views]
+        again = _whole(parts)
+    except Exception as error:  # whatever it is, views do as well
+        _log.debug("parts of %s share a storage: %s", tuple(whole.shape), error)
+        return views
+    same = again is not None and again.data_ptr() == whole.data_ptr() and again.shape == whole.shape
+    return parts if same else views
 
 
 def _merged(modules: Sequence[nn.Linear]) -> Merged:

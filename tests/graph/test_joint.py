@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils.other import clean_state_dict_for_safetensors
+from safetensors.torch import save_model
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
@@ -204,12 +207,17 @@ def test_triton_replayed_steps_with_joint_products(make_model: Callable[[], PreT
 
 @pytest.fixture
 def merged() -> PreTrainedModel:
-    """A model whose projections have become views."""
+    """A model whose projections lie in one piece of memory."""
     model = frozen("llama")
     with Fusion(model).applied(), torch.no_grad():
         model(tokens(1, 2, 1))
     attention = model.model.layers[0].self_attn
-    assert attention.q_proj.weight.untyped_storage().data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()
+    query, key, value = (module.weight for module in (attention.q_proj, attention.k_proj, attention.v_proj))
+    assert query.data_ptr() + query.nbytes == key.data_ptr()
+    assert key.data_ptr() + key.nbytes == value.data_ptr()
+    assert len({parameter.untyped_storage().data_ptr() for parameter in model.parameters()}) == len(
+        list(model.parameters())
+    )
     return model
 
 
@@ -234,6 +242,10 @@ def test_triton_merged_models_are_saved_copied_and_loaded(merged: PreTrainedMode
         fresh = frozen("llama", seed=5)
         fresh.load_state_dict(torch.load(tmp_path / "state"))
         assert torch.equal(fresh(ids).logits, want)
+        kept = clean_state_dict_for_safetensors(dict(merged.state_dict()))
+        assert kept.keys() == merged.state_dict().keys(), "nothing is taken for tied"
+        save_model(merged, str(tmp_path / "model.safetensors"))
+        assert len(pickle.dumps(merged)) < 1.1 * len(pickle.dumps(frozen("llama")))
         other = copy.deepcopy(merged)
         other.model.layers[0].self_attn.q_proj.weight.zero_()
         assert not torch.equal(other(ids).logits, want)
@@ -311,8 +323,41 @@ def test_weights_tied_to_another_module_are_left_alone() -> None:
     assert [joint._modules[0] for joint in joints_of(model)] == [layer.mlp.gate_proj for layer in model.model.layers]
 
 
-def test_views_with_a_neighbour_that_is_not_of_the_group_are_left_alone(merged: PreTrainedModel) -> None:
+def test_triton_a_projection_that_is_exchanged_makes_a_new_group(merged: PreTrainedModel) -> None:
     attention = merged.model.layers[0].self_attn
     attention.k_proj = nn.Linear(32, 16, bias=False).requires_grad_(False)
-    assert len(joints_of(merged)) == 3
+    ids = tokens(2, 1, 9)
+    with torch.no_grad():
+        want = merged(ids).logits
+        fusion = Fusion(merged)
+        with fusion.applied():
+            merged(tokens(1, 2, 1))
+        assert fusion.used["joint"] == 4
+        assert torch.equal(merged(ids).logits, want)
+    assert attention.q_proj.weight.data_ptr() + attention.q_proj.weight.nbytes == attention.k_proj.weight.data_ptr()
     assert type(attention) is modeling_llama.LlamaAttention
+
+
+def test_a_projection_in_two_groups_is_in_none() -> None:
+    model = frozen("llama")
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.q_proj = first.q_proj
+    assert [joint._modules[0] for joint in joints_of(model)] == [layer.mlp.gate_proj for layer in model.model.layers]
+
+
+def test_triton_parts_that_cannot_be_apart_share_a_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(tensor: torch.Tensor) -> torch.Tensor:
+        raise BufferError("no")
+
+    monkeypatch.setattr("kcache.graph.joint.from_dlpack", refuse)
+    model, ids = frozen("llama"), tokens(2, 1, 9)
+    with torch.no_grad():
+        want = model(ids).logits
+        for _ in range(2):
+            fusion = Fusion(model)
+            with fusion.applied():
+                model(tokens(1, 2, 1))
+            assert fusion.used["joint"] == 4
+        assert torch.equal(model(ids).logits, want)
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.weight.untyped_storage().data_ptr() == attention.k_proj.weight.untyped_storage().data_ptr()
