@@ -194,7 +194,7 @@ def triton_decode(
     ----------
     query : Tensor ``[B, Hq, D]``
     keys : Tensor ``[B, Hkv, capacity, D]`` on the device
-        A row is contiguous; any other strides.
+        A row is contiguous, any other strides; the rows of a head lie within 2**31 numbers.
     values : Tensor ``[B, Hkv, capacity, Dv]``
         In pinned host memory (or on the device), laid out like ``keys``.
     length : int or Tensor ``[1]`` int32 on the device
