@@ -15,7 +15,14 @@ ROOT = Path(__file__).parents[2]
 
 def start(source: Path, out: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "tests.cli.killable", "generate", "--batch-size", "2", "--temperature", "1"]
-    return subprocess.Popen([*command, "-i", str(source), "-o", str(out)], cwd=ROOT, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [*command, "-i", str(source), "-o", str(out)], cwd=ROOT, stderr=subprocess.PIPE, preexec_fn=hear_interrupts
+    )
+
+
+def hear_interrupts() -> None:
+    """A job in the background of a shell is started deaf to them, and so would be what these tests start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_growth(path: Path, beyond: int, process: subprocess.Popen[bytes]) -> None:
