@@ -60,12 +60,10 @@ CASES = [
     Case("llama-3.1-8b, batch 1, 128k", 1, 8, 4, 131072),
     Case("llama-2-7b, batch 4, 15k", 4, 32, 1, 15360),
 ]
-# What a sweep changes, by the stage that is timed again.
-SWEEP: list[tuple[str, dict[str, int]]] = [
-    *(("step", change) for change in (
-        {"select_tile": 2048}, {"tail_stages": 1}, {"tail_splits": 4}, {"score_splits": 16}, {"tail_tile": 256},
-        {"gather_rows": 128},
-    )),
+# What a sweep changes of a step, one after the other.
+SWEEP: list[dict[str, int]] = [
+    {"select_tile": 2048}, {"tail_stages": 1}, {"tail_splits": 4}, {"score_splits": 16}, {"tail_tile": 256},
+    {"gather_rows": 128},
 ]  # fmt: skip
 
 
@@ -172,8 +170,7 @@ def compile_shard(shard: int, cases: list[Case], processors: int, sweep: bool) -
         (case, stage, base) for case in cases for stage in ("step", "hot", "scores", "tail", "even", "dense", "append")
     ]
     if sweep:
-        for stage, change in SWEEP:
-            jobs.append((cases[0], "hot" if stage == "step" else stage, replace(base, **change)))
+        jobs += [(cases[0], "hot", replace(base, **change)) for change in SWEEP]
     with compile_only():
         for case, stage, tuning in jobs[shard::SHARDS]:
             inputs = Inputs(case, cpu, host, fill=False)

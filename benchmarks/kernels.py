@@ -119,18 +119,12 @@ def measure(inputs: Inputs, base: Tuning) -> Iterator[Row]:
     yield Row(case.name, "torch sdpa", "for comparison", *graph_us(calls), 2 * case.kv_bytes)
 
 
-def sweep_row(inputs: Inputs, stage: str, change: dict[str, int], base: Tuning) -> Iterator[Row]:
-    """Time one stage with some launch parameters changed."""
-    case, tuning = inputs.case, replace(base, **change)
-    variant = " ".join(f"{name}={value}" for name, value in change.items())
-    if stage == "dense":
-        dense = inputs.dense(tuning)
-        calls: list[Callable[[], object]] = [partial(dense, query) for query in inputs.queries]
-        yield Row(case.name, "dense", variant, *graph_us(calls), 2 * case.kv_bytes)
-        return
-    warm = inputs.step(inputs.workspace(tuning), 0, inputs.hot())
+def sweep_row(inputs: Inputs, change: dict[str, int], base: Tuning) -> Iterator[Row]:
+    """Time a step with some launch parameters changed."""
+    case, variant = inputs.case, " ".join(f"{name}={value}" for name, value in change.items())
+    warm = inputs.step(inputs.workspace(replace(base, **change)), 0, inputs.hot())
     warm.run()
-    yield Row(case.name, stage, f"{variant}, all hot", *graph_us([warm.run] * 8), case.kv_bytes + case.tail_bytes)
+    yield Row(case.name, "step", f"{variant}, all hot", *graph_us([warm.run] * 8), case.kv_bytes + case.tail_bytes)
 
 
 def check(inputs: Inputs, base: Tuning) -> dict[str, float]:
@@ -216,7 +210,7 @@ def main() -> None:
         print(case.name, " ".join(f"{key} {value:.2e}" for key, value in checks[case.name].items()), flush=True)
         plans = [measure(inputs, base)]
         if options.sweep and case is cases[0]:
-            plans += [sweep_row(inputs, stage, change, base) for stage, change in SWEEP]
+            plans += [sweep_row(inputs, change, base) for change in SWEEP]
         for plan in plans:
             if time.perf_counter() - began > options.budget_s:
                 break

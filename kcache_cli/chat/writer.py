@@ -27,7 +27,9 @@ class Folding:
     """
 
     def __init__(self, width: int) -> None:
-        self._width = width
+        from rich.cells import cell_len
+
+        self._width, self._cells = width, cell_len
         self._column = 0
 
     def fold(self, piece: str) -> str:
@@ -35,8 +37,6 @@ class Folding:
         return "".join(map(self._next, piece))
 
     def _next(self, character: str) -> str:
-        from rich.cells import cell_len
-
         if character == " " and self._column >= self._width:
             character = "\n"
         if character == "\n":
@@ -44,7 +44,7 @@ class Folding:
         elif character == "\t":
             self._column = min(self._width, self._column // 8 * 8 + 8)
         else:
-            cells = cell_len(character)
+            cells = self._cells(character)
             fits = self._column + cells <= self._width
             self._column = self._column + cells if fits else cells
         return character
