@@ -62,7 +62,7 @@ CASES = [
 ]
 # What a sweep changes of a step, one after the other.
 SWEEP: list[dict[str, int]] = [
-    {"select_tile": 2048}, {"tail_stages": 1}, {"tail_splits": 4}, {"score_splits": 16}, {"tail_tile": 256},
+    {"ahead": 1000}, {"ahead": 20}, {"select_tile": 2048}, {"tail_splits": 4}, {"score_splits": 16},
     {"gather_rows": 128},
 ]  # fmt: skip
 

@@ -117,6 +117,8 @@ def test_triton_step_does_not_depend_on_tuning(device: torch.device) -> None:
     problem = make_problem(length=300, topn=4, padded=True, threshold=0.4, batch=3).to(device)
     for tile in (16, 32, 1024):
         check(problem, Tuning(select_tile=tile, gather_rows=32, tail_tile=64, processors=8))
+    for ahead in (1, 2, 5, 100):
+        check(problem, replace(SMALL, ahead=ahead, score_splits=3, tail_splits=2))
 
 
 def test_triton_constant_rows_and_ties(device: torch.device) -> None:

@@ -1,7 +1,8 @@
 """Above: the rows whose weight exceeds a threshold (``spread="need"``), at most M of a row of work, the largest.
 
 One program per row of work, in two rounds. Round one lists the blocks whose largest score comes to a weight above the
-threshold, round two the rows above it among theirs: of the scores it reads only what lies beside a pick. A row is
+threshold, round two the rows above it among theirs: of the scores it reads only what lies beside a pick. What a round
+reads is asked for ahead, since under load a round trip takes longer than what is done with its answer. A row is
 listed as one integer, its weight's bits above its position, so that no two are equal: where more than M are listed, the
 M-th largest is found by searching the integers four ways at a time, and exactly M lie at or above it.
 
@@ -18,24 +19,54 @@ from kcache.backends.triton.select import count_three
 
 
 @triton.jit
-def list_blocks(
-    block_top, listed, norm, least, row, live_blocks, blocks, G: tl.constexpr, GP: tl.constexpr, TILE: tl.constexpr
-):
-    """List a row's blocks with a weight above ``least``, in order; returns how many there are."""
+def read_tops(block_top, row, first, live_blocks, blocks, G: tl.constexpr, GP: tl.constexpr, TILE: tl.constexpr):
+    """The largest scores ``[GP, TILE]`` of a row's blocks from number ``first`` on."""
     heads = tl.arange(0, GP)
+    block = first + tl.arange(0, TILE)
+    t_ptrs = block_top + (row.to(tl.int64) * G + heads)[:, None] * blocks + block[None, :]
+    return tl.load(t_ptrs, mask=(heads < G)[:, None] & (block < live_blocks)[None, :], other=float("-inf"))
+
+
+@triton.jit
+def list_blocks(
+    block_top, listed, tops, norm, least, row, live_blocks, blocks,
+    G: tl.constexpr, GP: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """List a row's blocks with a weight above ``least``, in order; returns how many there are.
+
+    ``tops`` are those of the first blocks; the next ones are asked for before those at hand are looked at.
+    """
     lane = tl.arange(0, TILE)
-    t_base = block_top + (row.to(tl.int64) * G + heads)[:, None] * blocks
     own = listed + row.to(tl.int64) * blocks
     count = live_blocks * 0
     for first in range(0, live_blocks, TILE):
-        block = first + lane
-        live = block < live_blocks
-        tops = tl.load(t_base + block[None, :], mask=(heads < G)[:, None] & live[None, :], other=float("-inf"))
-        over = (tl.max(tl.exp2(tops - norm[:, None]), 0) > least) & live
+        next_tops = read_tops(block_top, row, first + TILE, live_blocks, blocks, G, GP, TILE)
+        over = (tl.max(tl.exp2(tops - norm[:, None]), 0) > least) & (first + lane < live_blocks)
         running = tl.cumsum(over.to(tl.int32), 0)
-        tl.store(own + count + running - 1, block, mask=over)
+        tl.store(own + count + running - 1, first + lane, mask=over)
         count += tl.max(running, 0)
+        tops = next_tops
     return count
+
+
+@triton.jit
+def read_listed(listed, row, first, count, blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Positions ``[TILE]`` of the rows of a row's listed blocks, from the ``first``-th on."""
+    lane = first + tl.arange(0, TILE)
+    nth = lane // BLOCK
+    return tl.load(listed + row.to(tl.int64) * blocks + nth, mask=nth < count, other=0) * BLOCK + lane % BLOCK
+
+
+@triton.jit
+def read_scores(
+    scores, pos, row, first, count, capacity, G: tl.constexpr, GP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
+):
+    """Scores ``[GP, TILE]`` of those rows; -inf past the last of ``count`` blocks."""
+    heads = tl.arange(0, GP)
+    there = (first + tl.arange(0, TILE)) // BLOCK < count
+    # The scratch holds whole blocks, so no position needs a mask.
+    s_ptrs = scores + (row.to(tl.int64) * G + heads)[:, None] * capacity + pos[None, :]
+    return tl.load(s_ptrs, mask=(heads < G)[:, None] & there[None, :], other=float("-inf"))
 
 
 @triton.jit
@@ -45,27 +76,25 @@ def list_rows(
 ):  # fmt: skip
     """List the rows above ``least`` of the ``count`` listed blocks, in order, the first M as picks; returns how many.
 
-    A step takes TILE rows.
+    A step takes TILE rows; the scores of the next step's and the positions of those after are on their way meanwhile.
     """
-    heads = tl.arange(0, GP)
     lane = tl.arange(0, TILE)
-    s_base = scores + (row.to(tl.int64) * G + heads)[:, None] * capacity
-    own = listed + row.to(tl.int64) * blocks
     total = count * 0
+    pos = read_listed(listed, row, 0, count, blocks, BLOCK, TILE)
+    next_pos = read_listed(listed, row, TILE, count, blocks, BLOCK, TILE)
+    score = read_scores(scores, pos, row, 0, count, capacity, G, GP, BLOCK, TILE)
     for first in range(0, count * BLOCK, TILE):
-        nth = (first + lane) // BLOCK
-        there = nth < count
-        pos = tl.load(own + nth, mask=there, other=0) * BLOCK + lane % BLOCK
-        # The scratch holds whole blocks, so no position needs a mask.
-        score = tl.load(s_base + pos[None, :], mask=(heads < G)[:, None] & there[None, :], other=float("-inf"))
+        last_pos = read_listed(listed, row, first + 2 * TILE, count, blocks, BLOCK, TILE)
+        next_score = read_scores(scores, next_pos, row, first + TILE, count, capacity, G, GP, BLOCK, TILE)
         weight = tl.max(tl.exp2(score - norm[:, None]), 0)
-        over = (weight > least) & there & (pos < length)
+        over = (weight > least) & ((first + lane) // BLOCK < count) & (pos < length)
         running = tl.cumsum(over.to(tl.int32), 0)
         place = total + running - 1
         key = (weight.to(tl.int32, bitcast=True).to(tl.int64) << 32) | pos.to(tl.int64)
         tl.store(found + row.to(tl.int64) * capacity + place, key, mask=over)
         tl.store(picks + row * MOST + place, pos, mask=over & (place < MOST))
         total += tl.max(running, 0)
+        pos, next_pos, score = next_pos, last_pos, next_score
     return total
 
 
@@ -121,9 +150,11 @@ def pick_above(
     """Write a row's picks, filled up with -1, and its heads' log-sum-exps; returns how many rows were picked."""
     least = tl.load(threshold + row // HEADS)
     heads = tl.arange(0, G2)
+    live_blocks = tl.cdiv(length, BLOCK)
+    tops = read_tops(block_top, row, 0, live_blocks, blocks, G, G2, TILE)
     norm = log_sum_exp(part_max, part_sum, sinks, row, row % HEADS, splits, G, G2, SP, HAS_SINKS)
     tl.store(lse + row * G + heads, norm, mask=heads < G)
-    count = list_blocks(block_top, listed, norm, least, row, tl.cdiv(length, BLOCK), blocks, G, G2, TILE)
+    count = list_blocks(block_top, listed, tops, norm, least, row, live_blocks, blocks, G, G2, TILE)
     tl.debug_barrier()
     total = list_rows(
         scores, listed, found, picks, norm, least, row, count, length, capacity, blocks, G, G2, BLOCK, MOST, TILE

@@ -38,6 +38,12 @@ def shared_bytes(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", 227 * 1024))
 
 
+def cached_bytes(device: torch.device) -> int:
+    """Size of the device's L2 cache; an H100's where nothing says otherwise."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return int(getattr(properties, "L2_cache_size", 50 * 2**20))
+
+
 def power_of_two(number: int) -> int:
     """The least power of two that is at least ``number`` (and at least 1)."""
     return 1 << max(0, number - 1).bit_length()

@@ -1,9 +1,9 @@
 """Fetch and combine: picked V rows straight from pinned host memory, weighed and summed, and the tail added.
 
-One program serves a row of work. With hot rows it first brings what is missing into their store, many rows at a time:
-all 16-byte loads are issued before any is used, because bandwidth over the link is bytes in flight over a round trip of
-microseconds. Then it reads all picks in their order, out of device memory, so that the sum is the same whatever was
-stored. Without, the picks come over the link as they are weighed.
+One program serves a row of work. It reads many rows at a time, all 16-byte loads issued before any is used, because
+bandwidth over the link is bytes in flight over a round trip of microseconds. With hot rows most of them are read out of
+device memory, and what crosses the link is stored there on the way. Either way picks are summed in their order, so that
+the sum is the same whatever was stored.
 
 The tail was summed over *all* rows (:mod:`.tail`); here the picks' part is taken away again. Whoever is last to finish
 a row adds the sums up, turns the tail's back to V's coordinates and writes the output (:func:`finish`).
@@ -18,17 +18,17 @@ import triton
 import triton.language as tl
 
 from kcache.backends.triton.common import weighted_rows, whole_rows
-from kcache.backends.triton.hot import hot_places
+from kcache.backends.triton.hot import hot_admit
 
 
 @triton.jit
 def weigh_picks(
-    scores, norm, coefficients, picks, pick_weights, weights, tags, stamps, clock, shares, held, row, count,
-    stride_cr, capacity,
+    scores, norm, coefficients, picks, pick_weights, weights, tags, stamps, clock, claims, slots, hits, shares, held,
+    row, count, stride_cr, capacity,
     G: tl.constexpr, G2: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr, RQ: tl.constexpr,
     RP: tl.constexpr, HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr,
 ):  # fmt: skip
-    """Write what a row of work's picks weigh, ``weights`` ``[G, M]``, and stamp those that are stored.
+    """Write what a row of work's picks weigh, ``weights`` ``[G, M]``, and in which slots they are hot or will be.
 
     Leaves in ``shares`` ``[G, RP]`` and ``held`` ``[G]`` minus the picks' part of the tail's sums. What a pick needs is
     asked for at once, before any of it is used: under load a round trip takes two microseconds. ``RQ``: a power of two
@@ -41,7 +41,8 @@ def weigh_picks(
     along = tl.zeros([G2, RQ], tl.float32)
     total = tl.zeros([G2], tl.float32)
     if HOT_WAYS > 0:
-        stamp = tl.zeros([TILE, HOT_WAYS], tl.int32) + tl.load(clock + row) + 1
+        now = tl.load(clock + row) + 1
+        hit = tl.load(hits + row)
     for first in tl.range(0, count, TILE, num_stages=1):
         nth = first + lanes
         live = nth < count
@@ -52,38 +53,27 @@ def weigh_picks(
             c_ptrs = coefficients + directions[:, None] * stride_cr + pick[None, :]
             part = tl.load(c_ptrs, mask=(directions < RANK)[:, None] & live[None, :], other=0.0)
         if HOT_WAYS > 0:
-            _home, at = hot_places(row, pick, live, HOT_SETS, HOT_WAYS)
-            tag = tl.load(tags + at, mask=live[:, None], other=-1)
-            tl.store(stamps + at, stamp, mask=(tag == pick[:, None]) & live[:, None])
+            slot, found = hot_admit(pick, live, tags, stamps, claims, row, now, TILE, HOT_SETS, HOT_WAYS)
+            tl.store(slots + row * WIDTH + nth, slot, mask=live)
+            hit += tl.sum(found.to(tl.int64), 0)
         weight = tl.exp2(score - norm[:, None])
         w_ptrs = weights + (row * G + heads)[:, None] * WIDTH + nth[None, :]
         tl.store(w_ptrs, weight, mask=real[:, None] & live[None, :])
         tl.store(pick_weights + row * WIDTH + nth, tl.sum(weight, 0) / G, mask=live)
         total += tl.sum(weight, 1)
         if RANK > 0:
-            along += tl.sum(weight[:, None, :] * part.to(tl.float32)[None, :, :], 2)
+            # A product for each eighth of the tile: summed lane by lane, a sum over lanes would be many shuffles.
+            w_parts = tl.permute(tl.reshape(weight, [G2, 8, TILE // 8]), [1, 0, 2])
+            c_parts = tl.permute(tl.reshape(part.to(tl.float32), [RQ, 8, TILE // 8]), [1, 2, 0])
+            along += tl.sum(tl.dot(w_parts, c_parts, input_precision="ieee"), 0)
+        if HOT_WAYS > 0:
+            tl.debug_barrier()
     tl.store(held + heads, -total, mask=real)
     if RANK > 0:
         tl.store(shares + heads[:, None] * RP + directions[None, :], -along, mask=real[:, None])
-
-
-@triton.jit
-def bring_rows(
-    source, stride_vl, store, coming, places, count, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
-):
-    """Copy the ``count`` rows listed in ``coming`` from host memory to their ``places`` in a store ``[rows, D]``."""
-    dims = tl.arange(0, BLOCK_D)
-    for first in tl.range(0, count, ROWS, num_stages=1):
-        nth = first + tl.arange(0, ROWS)
-        there = nth < count
-        position = tl.load(coming + nth, mask=there, other=0)
-        place = tl.load(places + nth, mask=there, other=0)
-        wanted = there[:, None] & (dims < D)[None, :]
-        rows = tl.load(
-            source + position.to(tl.int64)[:, None] * stride_vl + dims[None, :], mask=wanted, other=0,
-            cache_modifier=".cg",
-        )  # fmt: skip
-        tl.store(store + place[:, None] * D + dims[None, :], rows, mask=wanted)
+    if HOT_WAYS > 0:
+        tl.store(clock + row, now)
+        tl.store(hits + row, hit)
 
 
 @triton.jit
@@ -92,7 +82,7 @@ def read_rows(
     G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     HOT_WAYS: tl.constexpr, HAS_SCALES: tl.constexpr,
 ):  # fmt: skip
-    """Weights ``[GP, ROWS]``, scales included, and V rows ``[ROWS, BLOCK_D]`` of a row of work's next picks."""
+    """Weights ``[GP, ROWS]``, scales included, V rows ``[ROWS, BLOCK_D]`` and slots of a row of work's next picks."""
     heads = tl.arange(0, GP)
     columns = tl.arange(0, BLOCK_D)[None, :] < D
     dims = tl.arange(0, BLOCK_D)[None, :]
@@ -103,21 +93,18 @@ def read_rows(
     weight = tl.load(w_ptrs, mask=(heads < G)[:, None] & live[None, :], other=0.0)
     # A row that weighs nothing (masked) may hold anything: it is not multiplied, nor does it cross the link.
     weighed = tl.max(weight, 0) > 0.0
+    wanted = weighed
     v_ptrs = source + pick.to(tl.int64)[:, None] * stride_vl + dims
+    slot = tl.full([ROWS], -1, tl.int32)
     if HOT_WAYS > 0:
         slot = tl.load(slots + row * WIDTH + nth, mask=live, other=-1)
-        near = slot >= 0
-        n_ptrs = store + tl.maximum(slot, 0)[:, None] * D + dims
-        rows = tl.load(n_ptrs, mask=near[:, None] & columns, other=0, cache_modifier=".cg")
-        far = weighed & (slot < 0)
-        if tl.max(far.to(tl.int32), 0) > 0:
-            across = tl.load(v_ptrs, mask=far[:, None] & columns, other=0, cache_modifier=".cg")
-            rows = tl.where(near[:, None], rows, across)
-    else:
-        rows = tl.load(v_ptrs, mask=weighed[:, None] & columns, other=0, cache_modifier=".cg")
+        # One load for both: the device's memory and the host's are one space of addresses.
+        v_ptrs = tl.where((slot >= 0)[:, None], store + tl.maximum(slot, 0)[:, None] * D + dims, v_ptrs)
+        wanted = weighed | (slot != -1)
+    rows = tl.load(v_ptrs, mask=wanted[:, None] & columns, other=0, cache_modifier=".cg")
     if HAS_SCALES:
         weight *= tl.load(scales + pick, mask=weighed, other=0.0)[None, :]
-    return weight, rows
+    return weight, rows, slot
 
 
 @triton.jit
@@ -133,22 +120,25 @@ def fetch_row(
     heads = tl.arange(0, GP)
     dims = tl.arange(0, BLOCK_D)
     result = tl.zeros([GP, BLOCK_D], tl.float32)
-    weight, rows = read_rows(
+    weight, rows, slot = read_rows(
         source, scales, picks, weights, store, slots, row, 0, count, stride_vl,
         G, GP, WIDTH, ROWS, D, BLOCK_D, HOT_WAYS, HAS_SCALES,
     )  # fmt: skip
     for first in tl.range(0, count, ROWS, num_stages=1):
-        next_weight, next_rows = read_rows(
+        next_weight, next_rows, next_slot = read_rows(
             source, scales, picks, weights, store, slots, row, first + ROWS, count, stride_vl,
             G, GP, WIDTH, ROWS, D, BLOCK_D, HOT_WAYS, HAS_SCALES,
         )  # fmt: skip
+        if HOT_WAYS > 0:
+            arrived = (slot < -1)[:, None] & (dims < D)[None, :]
+            tl.store(store + tl.maximum(-2 - slot, 0)[:, None] * D + dims[None, :], rows, mask=arrived)
         rows = tl.where((tl.max(tl.abs(weight), 0) > 0.0)[:, None], rows, 0)
         if HAS_SCALES:
             # Whole numbers up to 127 are exact in bf16, whose exponents hold any product of weight and scale.
             result += weighted_rows(weight, whole_rows(rows, tl.bfloat16), UPCAST)
         else:
             result += weighted_rows(weight, rows, UPCAST)
-        weight, rows = next_weight, next_rows
+        weight, rows, slot = next_weight, next_rows, next_slot
     tl.store(partial + heads[:, None] * D + dims[None, :], result, mask=(heads < G)[:, None] & (dims < D)[None, :])
 
 

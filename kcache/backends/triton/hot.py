@@ -1,10 +1,10 @@
 """Hot rows: recently fetched V rows kept in device memory, so that most picks never cross the link.
 
 A set-associative store of ``SETS x WAYS`` rows per row of work; a position belongs to set ``position % SETS`` and each
-set drops its least recently picked row. Everything is decided on the device: between select and fetch, picks that are
-stored get a new stamp, and then ``hot_admit`` says for every pick where it is stored or, if it is not, will be; fetch
-brings what is missing into the store and reads all picks there. A slot that is hit in a step is never given away in
-that step. Hits are counted per row of work.
+set drops its least recently picked row. Everything is decided on the device: between select and fetch, ``hot_admit``
+says of a tile of picks where each is stored or, if it is not, will be; fetch reads what is stored there and the rest
+over the link, and stores that on the way. A slot that is hit is never given away to another pick of the same tile.
+Hits are counted per row of work.
 
 State per row of work: ``tags`` (position held, -1 none) and ``stamps`` (step of the last pick) ``[SETS * WAYS]``,
 ``claims`` ``[SETS]`` (all 0 between steps), ``clock`` and ``hits`` (one number each).
@@ -78,58 +78,39 @@ class HotRows:
 
 
 @triton.jit
-def hot_places(row, position, live, SETS: tl.constexpr, WAYS: tl.constexpr):
-    """The set of each position, and where the tags and stamps of its ways are ``[n, WAYS]``."""
-    home = tl.where(live, position % SETS, 0)
-    return home, row * SETS * WAYS + home[:, None] * WAYS + tl.arange(0, WAYS)[None, :]
-
-
-@triton.jit
 def hot_admit(
-    picks, tags, stamps, clock, claims, slots, coming, places, hits, row, count,
-    WIDTH: tl.constexpr, TILE: tl.constexpr, SETS: tl.constexpr, WAYS: tl.constexpr,
-):  # fmt: skip
-    """Fill ``slots``: where a pick is stored, or will be once it has come, or -1; returns how many are to come.
+    position, live, tags, stamps, claims, row, now, TILE: tl.constexpr, SETS: tl.constexpr, WAYS: tl.constexpr
+):
+    """Where each of a tile of picks is stored: its slot, -2 - slot if it is to be stored there, or -1.
 
-    Those are listed, their positions in ``coming`` and their slots in ``places``. Every hit has its stamp already, so
-    that no slot of one is given away. Picks are distinct, so what a tile lets in is no other tile's hit.
+    Picks are distinct, so what a tile lets in is no other tile's hit. Also returns which were found.
     """
-    way = tl.arange(0, WAYS)
-    now = tl.load(clock + row) + 1
+    way = tl.arange(0, WAYS)[None, :]
     stamp = tl.zeros([TILE, WAYS], tl.int32) + now
-    total = tl.load(hits + row)
-    listed = count * 0
-    for first in tl.range(0, count, TILE, num_stages=1):
-        lane = first + tl.arange(0, TILE)
-        live = lane < count
-        position = tl.load(picks + row * WIDTH + lane, mask=live, other=-1)
-        home, at = hot_places(row, position, live, SETS, WAYS)
-        held = tl.load(tags + at, mask=live[:, None], other=-1)
-        age = tl.load(stamps + at, mask=live[:, None], other=0)
-        match = (held == position[:, None]) & live[:, None]
-        found = tl.max(match.to(tl.int32), 1) > 0
-        missed = live & (found == 0)
-        ticket = tl.atomic_add(claims + row * SETS + home, 1, mask=missed)
-        # The ticket-th oldest way of the set, unless it was picked in this very step.
-        order = tl.zeros([TILE, WAYS], tl.int32)
-        for other in tl.static_range(WAYS):
-            one = tl.sum(tl.where(way[None, :] == other, age, 0), 1)[:, None]
-            order += ((one < age) | ((one == age) & (other < way[None, :]))).to(tl.int32)
-        victim = (order == ticket[:, None]) & (age < now) & missed[:, None]
-        kept = tl.max(victim.to(tl.int32), 1) > 0
-        tl.debug_barrier()
-        tl.store(tags + at, tl.broadcast_to(position[:, None], [TILE, WAYS]), mask=victim)
-        tl.store(stamps + at, stamp, mask=victim)
-        tl.store(claims + row * SETS + home, 0, mask=missed)
-
-        slot = home * WAYS + tl.sum(tl.where(match | victim, way[None, :], 0), 1)
-        tl.store(slots + row * WIDTH + lane, tl.where(found | kept, slot, -1), mask=live)
-        running = tl.cumsum(kept.to(tl.int32), 0)
-        tl.store(coming + row * WIDTH + listed + running - 1, position, mask=kept)
-        tl.store(places + row * WIDTH + listed + running - 1, slot, mask=kept)
-        listed += tl.max(running, 0)
-        total += tl.sum(found.to(tl.int64), 0)
-        tl.debug_barrier()
-    tl.store(clock + row, now)
-    tl.store(hits + row, total)
-    return listed
+    home = tl.where(live, position % SETS, 0)
+    at = row * SETS * WAYS + home[:, None] * WAYS + way
+    held = tl.load(tags + at, mask=live[:, None], other=-1)
+    match = (held == position[:, None]) & live[:, None]
+    tl.store(stamps + at, stamp, mask=match)
+    found = tl.max(match.to(tl.int32), 1) > 0
+    missed = live & (found == 0)
+    ticket = tl.atomic_add(claims + row * SETS + home, 1, mask=missed)
+    ticket = tl.where(missed, ticket, 0)
+    tl.debug_barrier()  # every hit of the tile has its stamp: no slot of one is given away
+    age = tl.load(stamps + at, mask=missed[:, None], other=now)
+    # The ticket-th oldest way of the set, unless it was picked in this very step.
+    order = age
+    victim = match & (match == 0)
+    for turn in range(tl.minimum(tl.max(ticket, 0) + 1, WAYS)):
+        oldest = order == tl.min(order, 1)[:, None]
+        oldest = oldest & (way == tl.min(tl.where(oldest, way, WAYS), 1)[:, None])
+        victim = victim | (oldest & (ticket == turn)[:, None])
+        order = tl.where(oldest, 0x7FFFFFFF, order)
+    victim = victim & (age < now) & missed[:, None]
+    kept = tl.max(victim.to(tl.int32), 1) > 0
+    tl.debug_barrier()  # every claim is made, and every age read
+    tl.store(tags + at, tl.broadcast_to(position[:, None], [TILE, WAYS]), mask=victim)
+    tl.store(stamps + at, stamp, mask=victim)
+    tl.store(claims + row * SETS + home, 0, mask=missed)
+    slot = home * WAYS + tl.sum(tl.where(match | victim, way, 0), 1)
+    return tl.where(found, slot, tl.where(kept, -2 - slot, -1)), found

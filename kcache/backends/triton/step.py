@@ -17,7 +17,6 @@ from kcache.backends.triton.topn import fetch_kernel, step_kernel
 from kcache.backends.triton.workspace import Workspace
 from kcache.lowrank import LowRank
 
-_HOT_TILE = 256
 _LEAST_DIMS = 32
 """Of a product of whole numbers."""
 
@@ -62,12 +61,13 @@ class Step:
 
     def launch(self, shares: int, fetches: bool) -> None:
         """Launch what scores, with so many ``shares`` of a row's tail; whether it ``fetches`` as well."""
-        ws, score_programs = self.ws, self.rows * self.ws.score_splits
-        step_kernel[(score_programs + self.rows * shares,)](
+        ws = self.ws
+        ahead = min(ws.ahead, self.rows) if shares else self.rows
+        step_kernel[(self.rows * (ws.score_splits + shares),)](
             *self._scored, self.inputs.length, *self._tensors, *self._score_strides, *self._strides,
             ws.stride, ws.blocks, self.inputs.scaling, self.inputs.softcap or 1.0, ws.score_splits, ws.tail_splits,
-            self.shares + 1, score_programs, **self._sizes, **self._score_sizes, FETCHES=fetches, num_warps=ws.warps,
-            num_stages=1, maxnreg=ws.registers,
+            self.shares + 1, self.rows, ahead, shares, **self._sizes, **self._score_sizes, FETCHES=fetches,
+            num_warps=ws.warps, num_stages=1, maxnreg=ws.registers,
         )  # fmt: skip
 
     @property
@@ -113,7 +113,7 @@ class Step:
             none if given.sinks is None else given.sinks, none if given.threshold is None else given.threshold,
             ws.scores, ws.block_top, ws.part_max, ws.part_sum, ws.lse, ws.listed, ws.found, ws.done, ws.partial,
             ws.shares, ws.held, ws.tickets, results.picks, results.weights, ws.weights, given.out, results.mass,
-            none if given.tally is None else given.tally, *stored, ws.hot_slots, ws.hot_coming, ws.hot_places,
+            none if given.tally is None else given.tally, *stored, ws.hot_slots,
             none if hot is None else hot.hits, self.source, self.source_at,
         )  # fmt: skip
 
@@ -152,12 +152,12 @@ class Step:
             "PICK": self.pick, "HEADS": ws.heads, "REPEAT": ws.repeat, "G": ws.group, "G2": group2, "GP": 16,
             "SP": power_of_two(ws.score_splits), "BLOCK": ws.block, "MOST": ws.width, "TILE": ws.select_tile,
             "MP": power_of_two(ws.width), "BP": power_of_two(ws.blocks), "GS": ws.heads_at_once,
-            "WEIGHED": ws.weigh_tile, "BRING": ws.bring_rows, "ROWS": ws.gather_rows, "DV": ws.dim_v,
+            "WEIGHED": ws.weigh_tile, "ROWS": ws.gather_rows, "DV": ws.dim_v,
             "BLOCK_DV": block_dv, "RANK": ws.rank, "RQ": power_of_two(ws.rank), "RP": ws.shares.shape[3],
             "STEP": reduction_step(group2 * ws.shares.shape[3], 1 + ws.tail_splits),
             "RANK_STEP": reduction_step(group2 * block_dv, max(1, ws.rank)),
             "HOT_SETS": 1 if hot is None else hot.sets, "HOT_WAYS": 0 if hot is None else hot.ways,
-            "HOT_TILE": min(_HOT_TILE, power_of_two(ws.width)), "HAS_SINKS": given.sinks is not None,
+            "HAS_SINKS": given.sinks is not None,
             "HAS_TALLY": given.tally is not None, "HAS_SCALES": given.value_scales is not None,
             "RENORMALISE": ws.tail == "renormalise", "UPCAST": ws.upcast,
         }  # fmt: skip

@@ -1,10 +1,11 @@
 """The kernels of a tiered layer's decode step.
 
-``step_kernel`` is all of it in one launch. Its first programs score pieces of K, row of work by row of work; whoever
-finishes a row's last piece selects its rows, fetches and combines them, while others go on scoring: the link works
-while K is read. The programs after those sum shares of the tail, each once its row is scored, and keep the device's
-memory busy while the last rows are fetched. ``fetch_kernel`` selects and fetches in a launch of its own, for selections
-that take more registers than scoring has to spare.
+``step_kernel`` is all of it in one launch. Programs score pieces of K, row of work by row of work; whoever finishes a
+row's last piece selects its rows, fetches and combines them, while others go on scoring: the link works while K is
+read. Other programs sum shares of the tail, those of a row of work some rows after those that score it: early enough
+to find the scores in the L2 cache, late enough not to wait, and the last of them keep the device's memory busy while
+the last rows are fetched. ``fetch_kernel`` selects and fetches in a launch of its own, for selections that take more
+registers than scoring has to spare.
 
 A program that waits (for scores, before its share of the tail) comes after all those it waits for, and programs start
 in order: what it waits for has begun and waits for nothing.
@@ -18,8 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kcache.backends.triton.gather import bring_rows, fetch_row, finish, weigh_picks
-from kcache.backends.triton.hot import hot_admit
+from kcache.backends.triton.gather import fetch_row, finish, weigh_picks
 from kcache.backends.triton.score import score_piece
 from kcache.backends.triton.tail import tail_share
 
@@ -33,17 +33,34 @@ def wait_for(counter, target):
 
 
 @triton.jit
+def duty(pid, rows, ahead, splits, shares):
+    """Whether program ``pid`` scores, its row of work, and which of its row's pieces or shares of the tail is its own.
+
+    Scoring is ``ahead`` rows of work before the tail. Of ``rows`` each has ``splits`` pieces and ``shares`` shares.
+    """
+    alone, both = ahead * splits, (rows - ahead) * (splits + shares)
+    scores, row, nth = pid < alone, pid // splits, pid % splits
+    if pid >= alone + both:
+        row, nth = rows - ahead + (pid - alone - both) // shares, (pid - alone - both) % shares
+    elif pid >= alone:
+        row, nth = (pid - alone) // (splits + shares), (pid - alone) % (splits + shares)
+        scores = nth < splits
+        row, nth = row + tl.where(scores, ahead, 0), tl.where(scores, nth, nth - splits)
+    return scores, row, nth
+
+
+@triton.jit
 def fetch_picked(
     values, value_scales, coefficients, base, basis, sinks, threshold, scores, block_top, part_max, part_sum, lse,
     listed, found, done, partial, shares, held, tickets, picks, pick_weights, weights, out, mass, tally, hot_store,
-    hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_coming, hot_places, hot_hits, source, source_at,
+    hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_hits, source, source_at,
     length, row, stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob,
     stride_oh, capacity, blocks, splits, tail_splits, programs, PICK: tl.constexpr, HEADS: tl.constexpr,
     REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr,
     MOST: tl.constexpr, TILE: tl.constexpr, MP: tl.constexpr, BP: tl.constexpr, GS: tl.constexpr,
-    WEIGHED: tl.constexpr, BRING: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    WEIGHED: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     RANK: tl.constexpr, RQ: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, RANK_STEP: tl.constexpr,
-    HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr, HOT_TILE: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr, HAS_SINKS: tl.constexpr,
     HAS_TALLY: tl.constexpr, HAS_SCALES: tl.constexpr, RENORMALISE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Select, fetch and combine one row of work whose scores are complete."""
@@ -60,22 +77,12 @@ def fetch_picked(
     own = (row * (1 + tail_splits) + tail_splits) * G
     weigh_picks(
         scores, norm, coefficients + batch * stride_cb + kv_head.to(tl.int64) * stride_ch, picks, pick_weights, weights,
-        hot_tags, hot_stamps, hot_clock, shares + own * RP, held + own, row, kept, stride_cr, capacity,
-        G, G2, MOST, WEIGHED, RANK, RQ, RP, HOT_SETS, HOT_WAYS,
+        hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_hits, shares + own * RP, held + own, row, kept,
+        stride_cr, capacity, G, G2, MOST, WEIGHED, RANK, RQ, RP, HOT_SETS, HOT_WAYS,
     )  # fmt: skip
     tl.debug_barrier()
     rows = values + batch * stride_vb + kv_head.to(tl.int64) * stride_vh
     store = hot_store + row.to(tl.int64) * (HOT_SETS * HOT_WAYS * DV)
-    if HOT_WAYS > 0:
-        coming = hot_admit(
-            picks, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_coming, hot_places, hot_hits, row, kept,
-            MOST, HOT_TILE, HOT_SETS, HOT_WAYS,
-        )  # fmt: skip
-        tl.debug_barrier()
-        bring_rows(
-            rows, stride_vl, store, hot_coming + row * MOST, hot_places + row * MOST, coming, DV, BLOCK_DV, BRING
-        )
-        tl.debug_barrier()
     fetch_row(
         rows, value_scales + batch * stride_wb + kv_head.to(tl.int64) * stride_wh, picks, weights,
         partial + row.to(tl.int64) * G * DV, store, hot_slots, row, kept, stride_vl,
@@ -89,36 +96,36 @@ def fetch_picked(
 
 
 @triton.jit(
-    do_not_specialize=["stride_mb", "blocks", "splits", "tail_splits", "programs", "score_programs", "source_at"]
-)
+    do_not_specialize=[
+        "stride_mb", "blocks", "splits", "tail_splits", "programs", "rows", "ahead", "tail_programs", "source_at",
+    ]
+)  # fmt: skip
 def step_kernel(
-    query, keys, key_scales, mask, length_ptr,
-    values, value_scales, coefficients, base, basis, sinks, threshold, scores, block_top, part_max, part_sum, lse,
-    listed, found, done, partial, shares, held, tickets, picks, pick_weights, weights, out, mass, tally, hot_store,
-    hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_coming, hot_places, hot_hits, source, source_at,
-    stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_sb, stride_sh, stride_mb, stride_vb, stride_vh,
-    stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh, capacity, blocks, scaling,
-    softcap, splits, tail_splits, programs, score_programs, PICK: tl.constexpr, HEADS: tl.constexpr,
-    REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
-    TILE: tl.constexpr, MP: tl.constexpr, BP: tl.constexpr, GS: tl.constexpr, WEIGHED: tl.constexpr,
-    BRING: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, RANK: tl.constexpr,
-    RQ: tl.constexpr, RP: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_T: tl.constexpr, TAIL_STAGES: tl.constexpr,
-    STEP: tl.constexpr, RANK_STEP: tl.constexpr, HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr,
-    HOT_TILE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_KEY_SCALES: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr, HAS_SCALES: tl.constexpr, RENORMALISE: tl.constexpr,
-    ALIGNED: tl.constexpr, UPCAST: tl.constexpr, FETCHES: tl.constexpr,
+    query, keys, key_scales, mask, length_ptr, values, value_scales, coefficients, base, basis, sinks, threshold,
+    scores, block_top, part_max, part_sum, lse, listed, found, done, partial, shares, held, tickets, picks,
+    pick_weights, weights, out, mass, tally, hot_store, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots,
+    hot_hits, source, source_at, stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_sb, stride_sh, stride_mb,
+    stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
+    capacity, blocks, scaling, softcap, splits, tail_splits, programs, rows, ahead, tail_programs, PICK: tl.constexpr,
+    HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
+    MOST: tl.constexpr, TILE: tl.constexpr, MP: tl.constexpr, BP: tl.constexpr, GS: tl.constexpr, WEIGHED: tl.constexpr,
+    ROWS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, RANK: tl.constexpr, RQ: tl.constexpr,
+    RP: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_T: tl.constexpr, TAIL_STAGES: tl.constexpr, STEP: tl.constexpr,
+    RANK_STEP: tl.constexpr, HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_KEY_SCALES: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr,
+    HAS_SCALES: tl.constexpr, RENORMALISE: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr,
+    FETCHES: tl.constexpr,
 ):  # fmt: skip
     """Score; with ``FETCHES`` select, fetch and combine; sum the tail.
 
-    ``programs`` finish a row; the first ``score_programs`` score.
+    ``programs`` finish a row. For the others see :func:`duty`.
     """
-    pid = tl.program_id(0)
+    scoring, row, nth = duty(tl.program_id(0), rows, ahead, splits, tail_programs)
     length = tl.load(length_ptr)
-    if pid < score_programs:
-        row = pid // splits
+    if scoring:
         score_piece(
-            query, keys, key_scales, mask, scores, block_top, part_max, part_sum, length, row, pid % splits, splits,
+            query, keys, key_scales, mask, scores, block_top, part_max, part_sum, length, row, nth, splits,
             stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_sb, stride_sh, stride_mb,
             capacity, blocks, scaling, softcap, HEADS, REPEAT, G, G2, GP, D, BLOCK_D, BLOCK_L, BLOCK, STAGES,
             HAS_MASK, HAS_SOFTCAP, HAS_KEY_SCALES, UPCAST,
@@ -132,18 +139,15 @@ def step_kernel(
                 fetch_picked(
                     values, value_scales, coefficients, base, basis, sinks, threshold, scores, block_top, part_max,
                     part_sum, lse, listed, found, done, partial, shares, held, tickets, picks, pick_weights, weights,
-                    out, mass, tally, hot_store, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_coming,
-                    hot_places, hot_hits, source, source_at, length, row, stride_vb, stride_vh, stride_vl, stride_wb,
-                    stride_wh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh, capacity, blocks, splits,
-                    tail_splits, programs, PICK, HEADS, REPEAT, G, G2, GP, SP, BLOCK, MOST, TILE, MP, BP, GS, WEIGHED,
-                    BRING, ROWS, DV, BLOCK_DV, RANK, RQ, RP, STEP, RANK_STEP, HOT_SETS, HOT_WAYS, HOT_TILE, HAS_SINKS,
-                    HAS_TALLY, HAS_SCALES, RENORMALISE, UPCAST,
+                    out, mass, tally, hot_store, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_hits,
+                    source, source_at, length, row, stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb,
+                    stride_ch, stride_cr, stride_ob, stride_oh, capacity, blocks, splits, tail_splits, programs, PICK,
+                    HEADS, REPEAT, G, G2, GP, SP, BLOCK, MOST, TILE, MP, BP, GS, WEIGHED, ROWS, DV, BLOCK_DV, RANK, RQ,
+                    RP, STEP, RANK_STEP, HOT_SETS, HOT_WAYS, HAS_SINKS, HAS_TALLY, HAS_SCALES, RENORMALISE, UPCAST,
                 )  # fmt: skip
     else:
         if RANK > 0:
             GROUPS: tl.constexpr = (RANK + AT_ONCE - 1) // AT_ONCE
-            nth = pid - score_programs
-            row = nth // (tail_splits * GROUPS)
             batch = (row // HEADS).to(tl.int64)
             head = row % HEADS
             kv_head = head // REPEAT
@@ -151,7 +155,7 @@ def step_kernel(
             tail_share(
                 scores, part_max, part_sum, sinks,
                 coefficients + batch * stride_cb + kv_head.to(tl.int64) * stride_ch, shares, held, length, row, head,
-                nth // GROUPS % tail_splits, nth % GROUPS * AT_ONCE, stride_cr, capacity, splits, tail_splits,
+                nth // GROUPS, nth % GROUPS * AT_ONCE, stride_cr, capacity, splits, tail_splits,
                 G, G2, SP, RANK, RP, AT_ONCE, BLOCK_T, TAIL_STAGES, HAS_SINKS, ALIGNED,
             )  # fmt: skip
             finish(
@@ -166,23 +170,23 @@ def fetch_kernel(
     length_ptr,
     values, value_scales, coefficients, base, basis, sinks, threshold, scores, block_top, part_max, part_sum, lse,
     listed, found, done, partial, shares, held, tickets, picks, pick_weights, weights, out, mass, tally, hot_store,
-    hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_coming, hot_places, hot_hits, source, source_at,
+    hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_hits, source, source_at,
     stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
     capacity, blocks, splits, tail_splits, programs, PICK: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
     G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
     TILE: tl.constexpr, MP: tl.constexpr, BP: tl.constexpr, GS: tl.constexpr, WEIGHED: tl.constexpr,
-    BRING: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, RANK: tl.constexpr,
+    ROWS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, RANK: tl.constexpr,
     RQ: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, RANK_STEP: tl.constexpr, HOT_SETS: tl.constexpr,
-    HOT_WAYS: tl.constexpr, HOT_TILE: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr,
+    HOT_WAYS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr,
     HAS_SCALES: tl.constexpr, RENORMALISE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Select, fetch and combine after a ``step_kernel`` that does not; one program per row of work."""
     fetch_picked(
         values, value_scales, coefficients, base, basis, sinks, threshold, scores, block_top, part_max, part_sum, lse,
         listed, found, done, partial, shares, held, tickets, picks, pick_weights, weights, out, mass, tally,
-        hot_store, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_coming, hot_places, hot_hits, source,
+        hot_store, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_hits, source,
         source_at, tl.load(length_ptr), tl.program_id(0), stride_vb, stride_vh, stride_vl, stride_wb, stride_wh,
         stride_cb, stride_ch, stride_cr, stride_ob, stride_oh, capacity, blocks, splits, tail_splits, programs, PICK,
-        HEADS, REPEAT, G, G2, GP, SP, BLOCK, MOST, TILE, MP, BP, GS, WEIGHED, BRING, ROWS, DV, BLOCK_DV, RANK, RQ, RP,
-        STEP, RANK_STEP, HOT_SETS, HOT_WAYS, HOT_TILE, HAS_SINKS, HAS_TALLY, HAS_SCALES, RENORMALISE, UPCAST,
+        HEADS, REPEAT, G, G2, GP, SP, BLOCK, MOST, TILE, MP, BP, GS, WEIGHED, ROWS, DV, BLOCK_DV, RANK, RQ, RP,
+        STEP, RANK_STEP, HOT_SETS, HOT_WAYS, HAS_SINKS, HAS_TALLY, HAS_SCALES, RENORMALISE, UPCAST,
     )  # fmt: skip

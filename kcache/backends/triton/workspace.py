@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
-from kcache.backends.triton.common import choose_splits, cut, interpreted, multiprocessors, power_of_two, shared_bytes
+from kcache.backends.triton.common import (
+    cached_bytes,
+    choose_splits,
+    cut,
+    interpreted,
+    multiprocessors,
+    power_of_two,
+    shared_bytes,
+)
 from kcache.policy import Select, Spread, Tail
 from kcache.sizes import rank_of
 from kcache.spread import MOST
@@ -37,11 +45,13 @@ class Tuning:
         Rows of K per tile (0 chooses by the size of a row), tiles in flight, programs per row of work (0 chooses).
     select_warps, select_tile : int
         Least warps of a program that selects for itself; how many rows select looks at in a step.
-    bring_rows, gather_rows : int
-        Rows that are read over the link at once into the store of hot rows; picked rows that are weighed at once.
+    gather_rows : int
+        Picked rows that are read, and weighed, at once.
     tail_tile, tail_stages, tail_splits : int
         Rows of the tail per tile (fewer where many heads share them), tiles in flight, programs per row of work (0
         chooses).
+    ahead : int
+        Rows of work that are scored before the first one's tail is summed; 0 chooses by the size of the L2 cache.
     dense_block, dense_warps, dense_stages, dense_residency : int
         The same for the dense decode of resident layers; 0 chooses by size, of stages as well.
     processors : int
@@ -55,11 +65,11 @@ class Tuning:
     score_splits: int = 0
     select_warps: int = 8
     select_tile: int = 1024
-    bring_rows: int = 64
     gather_rows: int = 64
     tail_tile: int = 512
     tail_stages: int = 3
     tail_splits: int = 0
+    ahead: int = 0
     dense_block: int = 0
     dense_warps: int = 4
     dense_stages: int = 0
@@ -185,7 +195,7 @@ class Workspace(DeviceLength):
         self.tail_tile = max(16, min(tune.tail_tile, 2048 // power_of_two(self.group)))
         whole = max(self.block, self.tail_tile)
         self.stride = -(-self.capacity // whole) * whole
-        self.select_tile = max(self.block, min(tune.select_tile, 16384 // power_of_two(self.group)))
+        self.select_tile = max(self.block, min(tune.select_tile, 4096 // power_of_two(self.group)))
         # Probabilities of the candidates are held 32 to a thread at most.
         candidates = power_of_two(self.width) * self.block if self.spread == "even" else 0
         self.select_warps = min(16, max(tune.select_warps, candidates // 256))
@@ -216,10 +226,12 @@ class Workspace(DeviceLength):
         # What a program that fetches would like to have is more than lets as many score at a time.
         self.registers = min(255, _REGISTERS // (32 * self.warps * resident) // 8 * 8)
         most = min(power_of_two(self.width), 8192 // power_of_two(self.dim_v))  # 32 numbers to a thread
-        self.bring_rows, self.gather_rows = (max(16, min(rows, most)) for rows in (tune.bring_rows, tune.gather_rows))
-        # Sums of a lane: all directions of every head, 32 numbers to a thread.
-        lanes = 1024 * self.warps // (power_of_two(self.group) * power_of_two(self.rank))
-        self.weigh_tile = max(16, min(256, power_of_two(self.width), lanes))
+        self.gather_rows = max(16, min(tune.gather_rows, most))
+        # An eighth of it is summed as one product, which takes 16 numbers at least.
+        self.weigh_tile = max(128, min(256, power_of_two(self.width)))
+        # As many as leave their scores in two thirds of the cache, and more than are being scored at a time.
+        row_bytes = 4 * self.group * self.stride
+        self.ahead = tune.ahead or max(2 * cached_bytes(self.device) // 3 // row_bytes, 2 * slots // self.score_splits)
         tail_tiles = -(-self.capacity // self.tail_tile)
         self.tail_splits = 0
         if self.rank:
@@ -246,7 +258,7 @@ class Workspace(DeviceLength):
             floats(rows, parts, heads),
         )
         self.done, self.tickets = integers(rows), integers(rows)
-        self.hot_slots, self.hot_coming, self.hot_places = (integers(rows, self.width) for _ in range(3))
+        self.hot_slots = integers(rows, self.width)
 
     def set_back(self) -> None:
         """Set the counters back after a step of which not all was launched; a whole one does so itself."""
