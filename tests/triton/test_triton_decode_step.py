@@ -142,12 +142,14 @@ def test_triton_as_many_ties_as_select_searches(device: torch.device) -> None:
 
 @pytest.mark.parametrize("where", ["query", "keys"])
 @pytest.mark.parametrize("number", [float("inf"), float("nan")])
-@pytest.mark.parametrize("threshold", [None, 0.5])
+@pytest.mark.parametrize(
+    ("threshold", "tail"), [(None, "lowrank"), (0.5, "lowrank"), (0.5, "none"), (0.5, "renormalise")]
+)
 def test_triton_what_is_no_number_ends_in_none(
-    where: str, number: float, threshold: float | None, device: torch.device
+    where: str, number: float, threshold: float | None, tail: str, device: torch.device
 ) -> None:
     """And not in a search among weights beyond 1 that never ends."""
-    problem = make_problem(1, 1, length=300, topn=4, threshold=threshold, sharpness=4.0)
+    problem = make_problem(1, 1, length=300, topn=4, threshold=threshold, tail=tail, sharpness=4.0)
     if where == "query":
         problem.query[0, 0, 0] = number
     else:

@@ -39,7 +39,7 @@ def weigh_picks(
     directions = tl.arange(0, RQ)
     lanes = tl.arange(0, TILE)
     along = tl.zeros([G2, RQ], tl.float32)
-    total = tl.zeros([G2], tl.float32)
+    total = norm * 0.0  # no number where the scores are none, of which nothing is picked
     if HOT_WAYS > 0:
         now = tl.load(clock + row) + 1
         hit = tl.load(hits + row)
@@ -161,6 +161,7 @@ def finish_row(
     tl.store(mass + row * G + heads, picked, mask=real)
     if RENORMALISE:
         result = result / tl.maximum(picked, 1.0e-37)[:, None]
+    result += (picked * 0.0)[:, None]
     if RANK > 0:
         total = tail_splits + 1
         rest = tl.zeros([G2], tl.float32)
