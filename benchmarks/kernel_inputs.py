@@ -62,7 +62,7 @@ CASES = [
 ]
 # What a sweep changes of a step, one after the other.
 SWEEP: list[dict[str, int]] = [
-    {"ahead": 1000}, {"ahead": 20}, {"select_tile": 2048}, {"tail_splits": 4}, {"score_splits": 16},
+    {"ahead": 20}, {"ahead": 40}, {"select_tile": 2048}, {"tail_splits": 4}, {"score_splits": 16},
     {"gather_rows": 128},
 ]  # fmt: skip
 

@@ -44,6 +44,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "fp32": {**LLAMA3, "dim": 64, "dtype": torch.float32, "topn": 64},
     "fp32, head size 128": {**LLAMA3, "dtype": torch.float32},
     "head size 256, hot, 8 bits": {**LLAMA3, "group": 2, "dim": 256, "hot": 512, "bits": 8},
+    "all directions": {**LLAMA3, "dim": 256, "hot": 512, "rank": 256},
 }  # fmt: skip
 
 

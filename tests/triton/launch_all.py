@@ -25,6 +25,7 @@ def launch_all(
     sinks: bool = False,
     padded: bool = False,
     hot: int = 0,
+    rank: int | None = None,
     bits: int = 16,
     tuning: Tuning | None = None,
 ) -> None:
@@ -34,7 +35,7 @@ def launch_all(
     query = torch.empty(batch, kv_heads * group, dim, dtype=dtype)
     new = torch.empty(batch, kv_heads, dim, dtype=dtype)
     keys = torch.empty(batch, kv_heads, capacity, dim, dtype=dtype)
-    rank = rank_of(None, dim)
+    rank = rank_of(rank, dim)
     coefficients = torch.empty(batch, kv_heads, rank, capacity, dtype=dtype)
     lowrank = LowRank(torch.empty(batch, kv_heads, dim), torch.empty(batch, kv_heads, rank, dim), coefficients)
     mask = torch.ones(batch, capacity, dtype=torch.bool) if padded else None
@@ -54,8 +55,7 @@ def launch_all(
         tally=torch.empty(batch, dtype=torch.int64) if above else None,
         workspace=Workspace(
             batch, kv_heads, group, dim, dim, capacity, topn, cpu, select=select, tail=tail, spread=spread,
-            itemsize=keys.element_size(),
-            tuning=tuning,
+            tail_rank=rank, itemsize=keys.element_size(), tuning=tuning,
         ),
     )  # fmt: skip
     keys = keys.to(dtype)

@@ -12,7 +12,7 @@ from kcache.tiers.bytes import ByteRows, quantise
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("dim", "dim_v", "rank"), [(64, 80, 5), (32, 32, 2)])
+@pytest.mark.parametrize(("dim", "dim_v", "rank"), [(64, 80, 5), (32, 32, 2), (32, 80, 35)])
 def test_triton_append_writes_rows_and_their_tail(
     dim: int, dim_v: int, rank: int, dtype: torch.dtype, padded: bool, device: torch.device
 ) -> None:

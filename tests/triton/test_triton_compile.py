@@ -11,7 +11,8 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "config", ["llama-3.1-8b hot padded", "group of 16", "llama-3.1-8b, 8 bits", "llama-3.1-8b hot, even"]
+    "config",
+    ["llama-3.1-8b hot padded", "group of 16", "llama-3.1-8b, 8 bits", "llama-3.1-8b hot, even", "all directions"],
 )
 def test_triton_kernels_compile_for_sm90(config: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -152,6 +152,7 @@ def pick_above(
     heads = tl.arange(0, G2)
     live_blocks = tl.cdiv(length, BLOCK)
     tops = read_tops(block_top, row, 0, live_blocks, blocks, G, G2, TILE)
+    tl.debug_barrier()  # else the assembler asks for them after what the log-sum-exp waits for
     norm = log_sum_exp(part_max, part_sum, sinks, row, row % HEADS, splits, G, G2, SP, HAS_SINKS)
     tl.store(lse + row * G + heads, norm, mask=heads < G)
     count = list_blocks(block_top, listed, tops, norm, least, row, live_blocks, blocks, G, G2, TILE)
@@ -168,5 +169,5 @@ def pick_above(
     for first in range(0, MOST, TILE):
         tl.store(picks + row * MOST + first + lane, -1, mask=(first + lane >= kept) & (first + lane < MOST))
     if HAS_TALLY:
-        tl.atomic_add(tally + row // HEADS, kept.to(tl.int64))
+        tl.atomic_add(tally + row // HEADS, kept.to(tl.int64), sem="relaxed")
     return kept

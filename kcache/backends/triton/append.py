@@ -37,7 +37,7 @@ def append_kernel(
     stride_vb, stride_vh, stride_vl, stride_ksb, stride_ksh, stride_vsb, stride_vsh,
     stride_cb, stride_ch, stride_cr, stride_mb,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    RANK: tl.constexpr, RP: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_MASK: tl.constexpr, K8: tl.constexpr,
+    RANK: tl.constexpr, AT_ONCE: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_MASK: tl.constexpr, K8: tl.constexpr,
     V8: tl.constexpr,
 ):  # fmt: skip
     """One program per row of work."""
@@ -54,16 +54,17 @@ def append_kernel(
     v_ptr = values + batch * stride_vb + head * stride_vh + pos * stride_vl
     store_row(value, v_ptr + vdims, value_scales + batch * stride_vsb + head * stride_vsh + pos, vdims < DV, V8)
     if HAS_TAIL:
-        directions = tl.arange(0, RP)
-        real = directions < RANK
-        u_ptrs = basis + row.to(tl.int64) * RANK * DV + directions[:, None] * DV + vdims[None, :]
-        # Directions are rounded to V's type, as they are for the rows of a prompt.
-        rows = tl.load(u_ptrs, mask=real[:, None] & (vdims < DV)[None, :], other=0.0).to(value.dtype).to(tl.float32)
-        along = tl.sum(rows * value.to(tl.float32)[None, :], 1)
-        if HAS_MASK:
-            along = tl.where(tl.load(mask + batch * stride_mb + pos) != 0, along, 0.0)
-        c_ptrs = coefficients + batch * stride_cb + head * stride_ch + directions * stride_cr + pos
-        tl.store(c_ptrs, along.to(coefficients.dtype.element_ty), mask=real)
+        for first in range(0, RANK, AT_ONCE):
+            directions = first + tl.arange(0, AT_ONCE)
+            real = directions < RANK
+            u_ptrs = basis + row.to(tl.int64) * RANK * DV + directions[:, None] * DV + vdims[None, :]
+            # Directions are rounded to V's type, as they are for the rows of a prompt.
+            rows = tl.load(u_ptrs, mask=real[:, None] & (vdims < DV)[None, :], other=0.0).to(value.dtype)
+            along = tl.sum(rows.to(tl.float32) * value.to(tl.float32)[None, :], 1)
+            if HAS_MASK:
+                along = tl.where(tl.load(mask + batch * stride_mb + pos) != 0, along, 0.0)
+            c_ptrs = coefficients + batch * stride_cb + head * stride_ch + directions * stride_cr + pos
+            tl.store(c_ptrs, along.to(coefficients.dtype.element_ty), mask=real)
 
 
 def append(
@@ -114,6 +115,6 @@ def append(
             k_scales.stride(0), k_scales.stride(1), v_scales.stride(0), v_scales.stride(1),
             coefficients.stride(0), coefficients.stride(1), coefficients.stride(2), valid.stride(0),
             HEADS=heads, D=dim, DV=dim_v, BLOCK_D=power_of_two(dim), BLOCK_DV=power_of_two(dim_v),
-            RANK=rank, RP=power_of_two(rank), HAS_TAIL=lowrank is not None, HAS_MASK=mask is not None,
-            K8=key_scales is not None, V8=value_scales is not None, num_warps=1,
+            RANK=rank, AT_ONCE=min(power_of_two(rank), 2048 // power_of_two(dim_v)), HAS_TAIL=lowrank is not None,
+            HAS_MASK=mask is not None, K8=key_scales is not None, V8=value_scales is not None, num_warps=1,
         )  # fmt: skip

@@ -62,9 +62,10 @@ def weigh_picks(
         tl.store(pick_weights + row * WIDTH + nth, tl.sum(weight, 0) / G, mask=live)
         total += tl.sum(weight, 1)
         if RANK > 0:
-            # A product for each eighth of the tile: summed lane by lane, a sum over lanes would be many shuffles.
-            w_parts = tl.permute(tl.reshape(weight, [G2, 8, TILE // 8]), [1, 0, 2])
-            c_parts = tl.permute(tl.reshape(part.to(tl.float32), [RQ, 8, TILE // 8]), [1, 2, 0])
+            # A product for each of a few parts of the tile, of 16 picks at least: a sum over lanes is many shuffles.
+            PARTS: tl.constexpr = min(8, TILE // 16)
+            w_parts = tl.permute(tl.reshape(weight, [G2, PARTS, TILE // PARTS]), [1, 0, 2])
+            c_parts = tl.permute(tl.reshape(part.to(tl.float32), [RQ, PARTS, TILE // PARTS]), [1, 2, 0])
             along += tl.sum(tl.dot(w_parts, c_parts, input_precision="ieee"), 0)
         if HOT_WAYS > 0:
             tl.debug_barrier()
@@ -91,7 +92,7 @@ def read_rows(
     pick = tl.load(picks + row * WIDTH + nth, mask=live, other=0)
     w_ptrs = weights + (row * G + heads)[:, None] * WIDTH + nth[None, :]
     weight = tl.load(w_ptrs, mask=(heads < G)[:, None] & live[None, :], other=0.0)
-    # A row that weighs nothing (masked) may hold anything: it is not multiplied, nor does it cross the link.
+    # A row that weighs nothing (masked) may hold anything: it is not multiplied, and only comes if it is to be stored.
     weighed = tl.max(weight, 0) > 0.0
     wanted = weighed
     v_ptrs = source + pick.to(tl.int64)[:, None] * stride_vl + dims

@@ -94,7 +94,7 @@ def hot_admit(
     tl.store(stamps + at, stamp, mask=match)
     found = tl.max(match.to(tl.int32), 1) > 0
     missed = live & (found == 0)
-    ticket = tl.atomic_add(claims + row * SETS + home, 1, mask=missed)
+    ticket = tl.atomic_add(claims + row * SETS + home, 1, mask=missed, sem="relaxed", scope="cta")
     ticket = tl.where(missed, ticket, 0)
     tl.debug_barrier()  # every hit of the tile has its stamp: no slot of one is given away
     age = tl.load(stamps + at, mask=missed[:, None], other=now)

@@ -193,8 +193,6 @@ class Workspace(DeviceLength):
         self.blocks = -(-self.capacity // self.block)
         # Sums of a lane: AT_ONCE directions of every head, in a few registers each.
         self.tail_tile = max(16, min(tune.tail_tile, 2048 // power_of_two(self.group)))
-        whole = max(self.block, self.tail_tile)
-        self.stride = -(-self.capacity // whole) * whole
         self.select_tile = max(self.block, min(tune.select_tile, 4096 // power_of_two(self.group)))
         # Probabilities of the candidates are held 32 to a thread at most.
         candidates = power_of_two(self.width) * self.block if self.spread == "even" else 0
@@ -227,15 +225,19 @@ class Workspace(DeviceLength):
         self.registers = min(255, _REGISTERS // (32 * self.warps * resident) // 8 * 8)
         most = min(power_of_two(self.width), 8192 // power_of_two(self.dim_v))  # 32 numbers to a thread
         self.gather_rows = max(16, min(tune.gather_rows, most))
-        # An eighth of it is summed as one product, which takes 16 numbers at least.
-        self.weigh_tile = max(128, min(256, power_of_two(self.width)))
+        # All directions of every head, 32 numbers to a thread.
+        lanes = 1024 * self.warps // (power_of_two(self.group) * power_of_two(self.rank))
+        self.weigh_tile = max(16, min(256, power_of_two(self.width), lanes))
+        # Tiles of scores are written, and read by the tail, as a whole.
+        whole = max(self.block, self.tail_tile, self.score_block)
+        self.stride = -(-self.capacity // whole) * whole
         # As many as leave their scores in two thirds of the cache, and more than are being scored at a time.
         row_bytes = 4 * self.group * self.stride
         self.ahead = tune.ahead or max(2 * cached_bytes(self.device) // 3 // row_bytes, 2 * slots // self.score_splits)
         tail_tiles = -(-self.capacity // self.tail_tile)
         self.tail_splits = 0
         if self.rank:
-            # In two waves: those whose rows are being fetched have a place taken.
+            # For two waves at the end: those whose rows are being fetched have a place taken.
             self.tail_splits = tune.tail_splits or cut(rows, tail_tiles, 2 * slots - slots // 10, least_tiles=2)
 
     def _allocate(self) -> None:
