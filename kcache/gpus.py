@@ -50,13 +50,18 @@ class Card:
         return self.datasheet_memory_gb_s * MEMORY_EFFICIENCY
 
     @property
-    def weights_gb_s(self) -> float:
-        """Weights in a decode step: as fast as memory."""
+    def host_only(self) -> bool:
+        """A card has memory of its own."""
+        return False
+
+    @property
+    def product_gb_s(self) -> float:
+        """What products with single rows read: as fast as memory."""
         return self.memory_gb_s
 
     @property
     def layer_ms(self) -> float:
-        """Time of a layer beside its arithmetic: a step is one graph."""
+        """Time of a layer beside its reads: a step is one graph."""
         return 0.0
 
     @property

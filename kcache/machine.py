@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import psutil
 import torch
@@ -29,7 +30,7 @@ from kcache.host import cpu_name, versions
 
 __all__ = ["GatherSpeed", "LinkSpeed", "Machine", "measure"]
 
-_TINY_LAYERS = 8
+_LAYERS = 4
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,11 @@ class Machine:
     gather_gb_s : float
         Rows of 256 bytes gathered one by one from the host tier, as the engine does it.
     matvec_gb_s : float or None
-        Weights of one token's matrix products, read by torch's operators with their overhead; None where that is taken
-        to be as fast as memory, as on a GPU.
+        Weights of one token's matrix products, read by torch's operators; None where that is taken to be as fast as
+        memory, as on a GPU.
     layer_ms : float
-        Time of one layer of a decode step whose arithmetic costs nothing: what transformers and torch take to get to
-        it. Measured on a host-only machine; 0 on a GPU, where a step is one graph.
+        Time of one layer of a decode step beside reading its weights at that speed: what transformers and torch take
+        for some dozens of small operators. Measured on a host-only machine; 0 on a GPU, where a step is one graph.
     compute_tflops : float
         A large matrix product in bfloat16 or, where that is faster, in float32.
     device_bytes, host_bytes, host_free_bytes : int
@@ -93,8 +94,8 @@ class Machine:
     layer_ms: float = 0.0
 
     @property
-    def weights_gb_s(self) -> float:
-        """Weights in a decode step of one token."""
+    def product_gb_s(self) -> float:
+        """What products with single rows read in a decode step: weights, K and V."""
         return self.matvec_gb_s or self.memory_gb_s
 
     @property
@@ -125,6 +126,8 @@ def measure(device: torch.device | str = "auto", quick: bool = True) -> Machine:
     """
     chosen = _device(device)
     memory = psutil.virtual_memory()
+    matvec: float | None = None
+    layer_ms = 0.0
     least_s = 0.15 if quick else 0.6
     ram_copy, ram_read = memory_gb_s(torch.device("cpu"), 2**28, least_s)
     host_only = chosen.type == "cpu"
@@ -132,7 +135,10 @@ def measure(device: torch.device | str = "auto", quick: bool = True) -> Machine:
     gathers = tuple(gather_speeds(chosen, table, GATHER_ROWS[1:3] if quick else GATHER_ROWS, least_s))
     links: tuple[LinkSpeed, ...] = ()
     copy, read = ram_copy, ram_read
-    if not host_only:
+    if host_only:
+        matvec, dtype = _matvec(least_s)
+        layer_ms = _layer_ms(least_s, matvec, dtype)
+    else:
         copy, read = memory_gb_s(chosen, 2**30, least_s)
         links = tuple(link_speeds(chosen, table, LINK_SIZES[-1:] if quick else LINK_SIZES, least_s))
     return Machine(
@@ -154,8 +160,8 @@ def measure(device: torch.device | str = "auto", quick: bool = True) -> Machine:
         links=() if quick else links,
         gathers=() if quick else gathers,
         pinned=None if host_only else table.is_pinned(),
-        matvec_gb_s=_matvec_gb_s(least_s) if host_only else None,
-        layer_ms=_layer_ms(least_s) if host_only else 0.0,
+        matvec_gb_s=matvec,
+        layer_ms=layer_ms,
     )
 
 
@@ -185,26 +191,37 @@ def _compute_tflops(device: torch.device, size: int, least_s: float) -> float:
     return best
 
 
-def _matvec_gb_s(least_s: float) -> float:
-    """Weights that products with one row get through, on the CPU, in the faster of bfloat16 and float32."""
-    best = 0.0
+def _matvec(least_s: float) -> tuple[float, torch.dtype]:
+    """Bytes of weights that products with one row get through on the CPU, in GB/s, and in which of two types."""
+    found = []
     for dtype in (torch.bfloat16, torch.float32):
         row = torch.ones(1, 1024, dtype=dtype)
         weights = torch.ones(2**26 // (1024**2 * dtype.itemsize), 1024, 1024, dtype=dtype)
         took = fast_s(partial(_linears, row, weights), torch.device("cpu"), least_s)
-        best = max(best, weights.numel() * dtype.itemsize / took / 1e9)
-    return best
+        found.append((weights.numel() / took, weights.nbytes / took / 1e9, dtype))
+    _, speed, dtype = max(found, key=lambda each: each[0])
+    return speed, dtype
 
 
-def _layer_ms(least_s: float) -> float:
-    """Milliseconds per layer of a step of a model too small for its arithmetic to count, on the CPU."""
+def _layer_ms(least_s: float, matvec_gb_s: float, dtype: torch.dtype) -> float:
+    """Milliseconds per layer of a step of a small model on the CPU, less what reading its weights takes.
+
+    Its layers are as wide as those of a real model: small products cost more than their bytes.
+    """
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=_TINY_LAYERS
+        vocab_size=32,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_hidden_layers=_LAYERS,
+        dtype=dtype,
     )
     with torch.random.fork_rng(devices=[]):  # the weights are drawn from the caller's generator
-        model = LlamaForCausalLM(config).eval()
+        model: Any = LlamaForCausalLM(config).eval()
+    model.to(dtype)
     token = torch.zeros(1, 1, dtype=torch.int64)
     cache = DynamicCache(config=config)
 
@@ -214,7 +231,9 @@ def _layer_ms(least_s: float) -> float:
 
     with torch.inference_mode():
         model(torch.zeros(1, 16, dtype=torch.int64), past_key_values=cache)
-        return fast_s(step, torch.device("cpu"), least_s) * 1e3 / _TINY_LAYERS
+        took_ms = fast_s(step, torch.device("cpu"), least_s) * 1e3
+    weights_bytes = sum(parameter.nbytes for parameter in model.model.layers.parameters())
+    return max(0.0, took_ms - weights_bytes / matvec_gb_s / 1e6) / _LAYERS
 
 
 def _linears(row: torch.Tensor, weights: torch.Tensor) -> None:

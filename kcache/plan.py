@@ -3,6 +3,9 @@
 Memory is counted (:mod:`kcache.need`), speed is *predicted* by a roofline: a decode step reads weights, K, scores,
 resident V and tail at the speed of device memory, or computes if that takes longer, and then waits for the picked rows
 over the link. Full attention beside it reads all of V instead. What Python costs per layer (``layer_ms``) comes on top.
+
+Where both tiers are the same RAM, the reads of V that TopN spares are as fast as choosing the rows and all that goes
+with it (measured from 2k to 32k tokens, docs/benchmarks.md), so both methods are predicted to take the same time.
 """
 
 from __future__ import annotations
@@ -32,12 +35,16 @@ class Speeds(Protocol):
         """Device memory."""
 
     @property
-    def weights_gb_s(self) -> float:
-        """Weights in a decode step of one token."""
+    def host_only(self) -> bool:
+        """Whether both tiers are the same RAM."""
+
+    @property
+    def product_gb_s(self) -> float:
+        """What products with single rows read in a decode step: weights, K and V."""
 
     @property
     def layer_ms(self) -> float:
-        """Time of a layer in a decode step beside its arithmetic, milliseconds."""
+        """Time of a layer in a decode step beside what its products read, milliseconds."""
 
     @property
     def gather_gb_s(self) -> float:
@@ -195,13 +202,18 @@ class Planner:
         picked = offloaded * batch * row * min(self.policy.topn, ctx) * fetches
         link_bytes = int(picked * (1 - self.hit_rate))
         weights_bytes = self.weights.read_bytes(batch)
-        memory_bytes = weights_bytes + need.device_bytes + scores + picked - link_bytes
+        if self.speeds.host_only:  # TopN takes as long as reading all of V
+            product_bytes = memory_bytes = weights_bytes + need.k_bytes + need.v_bytes
+            link_ms = 0.0
+        else:
+            product_bytes = weights_bytes
+            memory_bytes = weights_bytes + need.device_bytes + scores + picked - link_bytes
+            link_ms = link_bytes / self.speeds.gather_gb_s / 1e6
         attended = (shape.layers + shape.untiered) * ctx + sum(min(ctx, window) for window in shape.windows)
         flops = 2 * batch * (self.weights.used_per_token + 2 * shape.query_width * attended)
         memory_ms = memory_bytes / self.speeds.memory_gb_s / 1e6
         compute_ms = flops / self.speeds.compute_tflops / 1e9
-        link_ms = link_bytes / self.speeds.gather_gb_s / 1e6
-        slower_ms = weights_bytes * (1 / self.speeds.weights_gb_s - 1 / self.speeds.memory_gb_s) / 1e6
+        slower_ms = product_bytes * (1 / self.speeds.product_gb_s - 1 / self.speeds.memory_gb_s) / 1e6
         eager_ms = self.speeds.layer_ms * (shape.layers + shape.untiered + len(shape.windows))
         step_ms = max(memory_ms + slower_ms, compute_ms) + link_ms + eager_ms
         return Prediction(

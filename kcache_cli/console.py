@@ -23,6 +23,12 @@ def console() -> Console:
     return Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
+def put(console: Console, text: str, style: str | None = None) -> None:
+    """Print text wrapped to the console, but for indented lines: they are commands, to be copied whole."""
+    for line in text.split("\n"):
+        console.print(line, style=style, soft_wrap=line.startswith("  "))
+
+
 def terminal_width() -> int | None:
     """Columns of the terminal that standard error is; None where it is none."""
     return console().width if sys.stderr.isatty() else None

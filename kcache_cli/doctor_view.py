@@ -103,7 +103,7 @@ def _system(machine: Machine, host: Host, slot: PciSlot | None) -> Table:
         table.add_row(f"NUMA node {node.index}{gpu}", f"CPUs {node.cpus}, {size(node.memory_bytes)}")
     if machine.matvec_gb_s is not None:
         table.add_row("weights, one token at a time", f"{machine.matvec_gb_s:.1f} GB/s")
-        table.add_row("a layer beside its arithmetic", f"{machine.layer_ms:.2f} ms of a decode step")
+        table.add_row("a layer beside its weights", f"{machine.layer_ms:.2f} ms of a decode step")
     table.add_row("matrix products", f"{machine.compute_tflops:.2f} TFLOP/s")
     table.add_row("versions", ", ".join(f"{name} {value or '-'}" for name, value in machine.versions.items()))
     return table

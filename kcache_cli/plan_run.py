@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ class Question:
     policy: Policy
     ctx: int | None
     batch: int | None
+    """None for the fastest that fits."""
     gpu: str | None
     hbm: int | None
     host: int | None
@@ -76,13 +78,15 @@ class Answer:
         return self.planner.fitter("kcache").refusal(method.fit, self.ctx, method.batch)
 
 
-def read_batch(text: str) -> int | None:
-    """Read ``auto`` or a number of sequences.
+def read_batch(text: str | None, on_cpu: bool) -> int | None:
+    """Read ``auto`` or a number of sequences; without either, it is 1 on a CPU, where large batches are not run.
 
     Raises
     ------
     InputError
     """
+    if text is None:
+        return 1 if on_cpu else None
     if text.strip().lower() == "auto":
         return None
     if not (text.strip().isascii() and text.strip().isdigit()) or int(text) < 1:
@@ -200,9 +204,11 @@ def _notes(question: Question, planner: Planner, config: Any, ctx: int, context:
         notes.append("this model's layers cannot be tiered (latent attention): it keeps an exact cache on the device")
     if getattr(config, "quantization_config", None):
         notes.append("the checkpoint is quantised; weights are counted unquantised, so there is more room than shown")
-    if question.gpu is None and getattr(planner.speeds, "host_only", False):
-        shared = "" if question.hbm else "both tiers share RAM, and "
-        notes.append(f"host-only machine: {shared}speeds are of its RAM; --gpu h100 plans for a card")
+    if planner.speeds.host_only:
+        notes.append(
+            "this is a CPU: both tiers are the same RAM, so KCache saves no memory here and is about as fast as exact "
+            f"attention; to plan for a card:\n  kcache plan {shlex.quote(question.model.name)} --gpu h100"
+        )
         if 8 in (policy.k_bits, policy.v_bits):
             notes.append("rows in 8 bits are slow on a CPU, many times slower than predicted: they are made for CUDA")
     return notes

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kcache.errors import InputError
+from kcache_cli.console import put
 from kcache_cli.text import one_line, size
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def show(answer: Answer) -> None:
     console.print()
     _bars(console, answer)
     for note in answer.notes:
-        console.print(f"note: {note}", style="yellow")
+        put(console, f"note: {note}", "yellow")
 
 
 def _machine_line(answer: Answer) -> str:

@@ -65,7 +65,7 @@ def test_measure_the_cpu() -> None:
     assert machine.memory_gb_s == max(machine.ram_copy_gb_s, machine.ram_read_gb_s)
     assert machine.gather_gb_s > 0
     assert machine.matvec_gb_s is not None
-    assert 0 < machine.weights_gb_s < 1000
+    assert 0 < machine.product_gb_s < 1000
     assert 0 < machine.layer_ms < 100
     assert machine.compute_tflops > 0
     assert machine.threads == threads == torch.get_num_threads()

@@ -48,7 +48,8 @@ class Round:
 
     memory_gb_s: float = 1000.0
     gather_gb_s: float = 10.0
-    weights_gb_s: float = 1000.0
+    product_gb_s: float = 1000.0
+    host_only: bool = False
     layer_ms: float = 0.0
     compute_tflops: float = 1e6
 
@@ -107,7 +108,7 @@ def test_llama_3_weights_are_those_published(tmp_path: Path) -> None:
 
 def test_weights_can_be_slower_than_memory(tmp_path: Path) -> None:
     config = config_of(LLAMA_3_8B, tmp_path)
-    fast, slow = (predict(config, 4096, 1, Policy(), Round(weights_gb_s=speed))["full"] for speed in (1000.0, 100.0))
+    fast, slow = (predict(config, 4096, 1, Policy(), Round(product_gb_s=speed))["full"] for speed in (1000.0, 100.0))
     assert slow.step_ms - fast.step_ms == pytest.approx(15_009_849_344 * (1 / 100 - 1 / 1000) / 1e6)
     assert slow.floor_ms == fast.floor_ms
 
@@ -142,6 +143,15 @@ def test_hits_and_heads_change_the_link(tmp_path: Path) -> None:
     assert heads.link_bytes == 4 * cold.link_bytes
     young = predict(config, 1024, 1, policy, Round())
     assert young["kcache"] == young["full"]
+
+
+def test_where_both_tiers_are_ram_nothing_is_gained(tmp_path: Path) -> None:
+    config, speeds = config_of(LLAMA_3_8B, tmp_path), replace(Round(), host_only=True, product_gb_s=100.0)
+    full, ours = predict(config, 32768, 4, Policy(offload="all"), speeds).values()
+    assert ours.step_ms == full.step_ms
+    assert full.step_ms == pytest.approx((15_009_849_344 + 2 * 4 * 32768 * 65536) / 1e8)
+    assert (ours.link_ms, ours.bound) == (0.0, "memory")
+    assert ours.link_bytes > full.link_bytes == 0
 
 
 def test_compute_bounds_a_large_batch(tmp_path: Path) -> None:

@@ -33,14 +33,14 @@ class Engine(ABC):
     ours : bool
         Whether kcache's attention runs with it.
     planned_as : {"full", "kcache"} or None
-        Which of the plan's methods predicts it.
+        Which of the plan's methods predicts it; the plan's full attention is ours.
     policy : Policy or None
         Of a KCache.
     """
 
     name: ClassVar[str]
     ours: ClassVar[bool] = False
-    planned_as: ClassVar[str | None] = "full"
+    planned_as: ClassVar[str | None] = None
     policy: Policy | None = None
 
     @property
@@ -107,7 +107,6 @@ class HfOffloaded(Engine):
     """DynamicCache that keeps all K and V in RAM and brings them back whole, a layer at a time."""
 
     name = "hf-offloaded"
-    planned_as = None
 
     def unavailable(self, device: torch.device) -> str | None:
         """See :class:`Engine`."""

@@ -14,11 +14,14 @@ from kcache_cli.options import ModelOptions, PolicyOptions, Without, with_option
 def plan(
     model_options: Annotated[ModelOptions, Without(("device_map",))],
     batch: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--batch", metavar="N|auto", help="Sequences; auto is the fastest that fits.", show_default="auto"
+            "--batch",
+            metavar="N|auto",
+            help="Sequences; auto is the fastest that fits.",
+            show_default="auto, on a CPU 1",
         ),
-    ] = "auto",
+    ] = None,
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -71,6 +74,7 @@ def plan(
     """
     from kcache.errors import DoesNotFitError
     from kcache_cli.console import working
+    from kcache_cli.engine import planning_device
     from kcache_cli.plan_run import Question, answer, read_batch, read_size
     from kcache_cli.plan_view import draw, show, to_dict
     from kcache_cli.policies import build_policy
@@ -78,11 +82,12 @@ def plan(
     from kcache_cli.text import json_line
 
     settings = load_settings()
+    model = fill(model_options, settings)
     question = Question(
-        model=fill(model_options, settings),
+        model=model,
         policy=build_policy(policy_options, settings),
         ctx=policy_options.ctx or settings.ctx,
-        batch=read_batch(batch),
+        batch=read_batch(batch, on_cpu=gpu is None and planning_device(model.device or "auto").type == "cpu"),
         gpu=gpu,
         hbm=read_size("--hbm", hbm),
         host=read_size("--host", host),

@@ -109,8 +109,9 @@ def test_beyond_the_models_context_only_the_speed_counts() -> None:
 
 def test_predictions_stand_beside_measurements(lm: LoadedModel) -> None:
     rows = rows_of(lm, replace(SPEC, engines=ALL, check_plan=True))
-    assert [row.predicted_tok_s is not None for row in rows] == [True] * 5 + [False]
-    for row in rows[:-1]:
+    ours = [row for row in rows if row.engine in ("kcache", "dense")]
+    assert [row for row in rows if row.predicted_tok_s is not None] == ours
+    for row in ours:
         assert row.predicted_tok_s and row.decode_tok_s and row.prediction_error is not None
         assert row.prediction_error == pytest.approx(row.predicted_tok_s / row.decode_tok_s - 1)
 

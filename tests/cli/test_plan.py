@@ -68,8 +68,11 @@ def test_table_and_bars(run: Run, config: str) -> None:
 def test_this_machine(run: Run, measured: None) -> None:
     result = run("plan", "smollm2")
     assert result.exit_code == 0, result.stderr
-    assert "8,192 tokens" in result.stdout
-    assert "host-only" in result.stdout
+    assert "8,192 tokens · batch 1\n" in result.stdout
+    assert "×1.00" in result.stdout
+    assert "both tiers are the same RAM" in result.stdout
+    assert "\n  kcache plan smollm2 --gpu h100\n" in result.stdout
+    assert run("plan", "smollm2", "--batch", "auto").stdout.count("fastest") == 2
     found = planned(run, "smollm2", "--ctx", "128k", "--batch", "1")
     assert found["device"]["device_bytes"] is None
     assert any("made for 8,192" in note for note in found["notes"])
