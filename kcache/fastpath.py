@@ -13,6 +13,10 @@ from kcache.machine import Machine
 
 _SMALL_LOCK = 2**30
 _SLOW_LINK_GB_S = 10.0
+_RAISE_THE_LIMIT = (
+    "raise the locked-memory limit: memlock in /etc/security/limits.conf, or for a shell, or for a container",
+    ("ulimit -l unlimited", "docker run --ulimit memlock=-1 ..."),
+)
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,14 @@ class Finding:
     level : {"missing", "note"}
         ``"missing"`` keeps the fast path from running; a ``"note"`` makes it slower, or may do so.
     what, way_out : str
+    commands : tuple of str
+        What to type for it, if there is such a thing.
     """
 
     level: Literal["missing", "note"]
     what: str
     way_out: str
+    commands: tuple[str, ...] = ()
 
 
 def findings(machine: Machine, host: Host, slot: PciSlot | None = None, load: float | None = None) -> list[Finding]:
@@ -92,7 +99,8 @@ def _of_cuda(machine: Machine, host: Host, slot: PciSlot | None) -> list[Finding
             Finding(
                 "missing",
                 "triton is not installed: decode steps run in torch operators and wait for the host",
-                "pip install 'kcache-llm[gpu]'",
+                "install it with",
+                ("pip install 'kcache-llm[gpu]'",),
             )
         )
     if machine.pinned is False:
@@ -100,7 +108,7 @@ def _of_cuda(machine: Machine, host: Host, slot: PciSlot | None) -> list[Finding
             Finding(
                 "missing",
                 "the driver refused to pin host memory: V cannot be offloaded",
-                "raise the locked-memory limit (ulimit -l unlimited; docker run --ulimit memlock=-1)",
+                *_RAISE_THE_LIMIT,
             )
         )
     elif found_limit := _of_locked_memory(host, "the driver pinned 256 MiB all the same; more may be refused"):
@@ -129,7 +137,8 @@ def _of_cuda(machine: Machine, host: Host, slot: PciSlot | None) -> list[Finding
             Finding(
                 "note",
                 f"{len(host.nodes)} NUMA nodes, and the GPU is on node {node}",
-                f"numactl --cpunodebind={node} --membind={node} kcache ...",
+                "run on the GPU's node with",
+                (f"numactl --cpunodebind={node} --membind={node} kcache ...",),
             )
         )
     return found
@@ -139,8 +148,7 @@ def _of_locked_memory(host: Host, why: str) -> list[Finding]:
     if host.locked_limit is None or host.locked_limit >= _SMALL_LOCK:
         return []
     limit = f"{host.locked_limit / 2**20:.0f} MiB"
-    way_out = "ulimit -l unlimited (memlock in /etc/security/limits.conf; docker run --ulimit memlock=-1)"
-    return [Finding("note", f"the locked-memory limit is {limit}: {why}", way_out)]
+    return [Finding("note", f"the locked-memory limit is {limit}: {why}", *_RAISE_THE_LIMIT)]
 
 
 def is_busy(load: float, cores: int) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from kcache_cli.console import put
 from kcache_cli.text import size
 
 if TYPE_CHECKING:
@@ -103,18 +104,22 @@ def _system(machine: Machine, host: Host, slot: PciSlot | None) -> Table:
         table.add_row(f"NUMA node {node.index}{gpu}", f"CPUs {node.cpus}, {size(node.memory_bytes)}")
     if machine.matvec_gb_s is not None:
         table.add_row("weights, one token at a time", f"{machine.matvec_gb_s:.1f} GB/s")
-        table.add_row("a layer beside its weights", f"{machine.layer_ms:.2f} ms of a decode step")
+        table.add_row("a layer's small operators", f"{machine.layer_ms:.2f} ms of a decode step")
     table.add_row("matrix products", f"{machine.compute_tflops:.2f} TFLOP/s")
     table.add_row("versions", ", ".join(f"{name} {value or '-'}" for name, value in machine.versions.items()))
     return table
 
 
 def _findings(console: Console, machine: Machine, found: Sequence[Finding]) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
     for finding in found:
         style = "red" if finding.level == "missing" else "yellow"
-        console.print(f"{finding.level}: ", style=style, end="")
-        console.print(finding.what)
-        console.print(f"  → {finding.way_out}", style="dim")
+        console.print(Text.assemble((f"{finding.level}: ", style), finding.what))
+        console.print(Padding(f"→ {finding.way_out}", (0, 0, 0, 2)), style="dim")
+        for command in finding.commands:
+            put(console, f"    {command}")
     if not found:
         console.print("nothing is missing for the fast path", style="green")
     if machine.host_only:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from typing import Any
 
 import typer
@@ -47,8 +48,7 @@ def _command(name: str, command: Any) -> str:
     lines = [f"## kcache {name}", ""]
     for block in inspect.cleandoc(command.help or "").split("\n\n"):
         if block.startswith("Examples:"):
-            examples = [line.strip() for line in block.splitlines()[1:]]
-            lines += ["```sh", *examples, "```", ""]
+            lines += ["```sh", textwrap.dedent(block.partition("\n")[2]), "```", ""]
         else:
             lines += [block, ""]
     lines += ["| | |", "|---|---|"]

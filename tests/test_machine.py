@@ -11,7 +11,7 @@ import torch
 from kcache import host
 from kcache.bandwidth import GATHER_ROWS
 from kcache.errors import InputError
-from kcache.fastpath import findings
+from kcache.fastpath import Finding, findings
 from kcache.host import Host, NumaNode, PciSlot
 from kcache.machine import Machine, measure
 
@@ -66,7 +66,7 @@ def test_measure_the_cpu() -> None:
     assert machine.gather_gb_s > 0
     assert machine.matvec_gb_s is not None
     assert 0 < machine.product_gb_s < 1000
-    assert 0 < machine.layer_ms < 100
+    assert 0 <= machine.layer_ms < 100
     assert machine.compute_tflops > 0
     assert machine.threads == threads == torch.get_num_threads()
     assert machine.versions["torch"] == torch.__version__
@@ -145,8 +145,12 @@ def test_each_lack_has_a_way_out(
     machine: Machine, seen: Host, slot: PciSlot | None, level: str, word: str, way_out: str
 ) -> None:
     found = findings(machine, seen, slot, load=0.0)
-    assert any(each.level == level and word in each.what and way_out in each.way_out for each in found)
-    assert all("\n" not in each.what + each.way_out for each in found)
+
+    def say(finding: Finding) -> str:
+        return " ".join([finding.way_out, *finding.commands])
+
+    assert any(each.level == level and word in each.what and way_out in say(each) for each in found)
+    assert all("\n" not in each.what + say(each) for each in found)
 
 
 def test_old_cards_and_busy_machines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ def bench(
     policy_options: Annotated[PolicyOptions, Without(("topn", "offload", "ctx", "allow_overflow"))],
     watch_options: Annotated[WatchOptions, Without(("dashboard",))],
 ) -> None:
-    """Time decode steps of KCache beside full attention and the caches of transformers.
+    r"""Time decode steps of KCache beside full attention and the caches of transformers.
 
     Engines take turns in one process, on the loop that chat and generate run, so the ratios hold on a noisy machine;
     ratio is speed over the first hf engine (above 1 is faster). Contexts are random rows filled into the caches unless
@@ -135,8 +135,10 @@ def bench(
     --------
       kcache bench
       kcache bench --ctx 32k --topn 64
-      kcache bench Qwen/Qwen3-8B --ctx 8k,32k --batch 1,8 --engine kcache,hf-static,hf-offloaded -o jsonl
-      kcache bench --ctx 8k --topn 64,128 --fidelity --output rows.jsonl --plot speed.svg
+      kcache bench Qwen/Qwen3-8B --ctx 8k,32k --batch 1,8 \
+          --engine kcache,hf-static,hf-offloaded -o jsonl
+      kcache bench --ctx 8k --topn 64,128 --fidelity \
+          --output rows.jsonl --plot speed.svg
     """
     from kcache.bench.cases import DEFAULT_ENGINES, Spec, make_cases
     from kcache_cli.bench.same import COMMAND, NAMES, compare_with

@@ -76,7 +76,7 @@ def generate(
     policy_options: PolicyOptions,
     watch_options: WatchOptions,
 ) -> None:
-    """Generate from a file of prompts, several at a time.
+    r"""Generate from a file of prompts, several at a time.
 
     A line is {"id", "prompt"} (continued as it stands), {"id", "messages"} (through the chat template), or plain text;
     where no id is given it is the line's number. A result is {"id", "text", "finish_reason", "prompt_tokens",
@@ -93,10 +93,12 @@ def generate(
     Examples
     --------
       kcache generate -i prompts.jsonl -o out.jsonl
-      kcache generate Qwen/Qwen3-0.6B -i prompts.jsonl -o out.jsonl --topn 64 -n 512
+      kcache generate Qwen/Qwen3-0.6B -i prompts.jsonl -o out.jsonl \
+          --topn 64 -n 512
       cat questions.txt | kcache generate -i - -o - --temperature 0
       kcache generate -i prompts.jsonl -o out.jsonl --engine ray --workers 4
-      torchrun --nproc-per-node 2 -m kcache_cli generate -i prompts.jsonl -o out.jsonl
+      torchrun --nproc-per-node 2 -m kcache_cli generate \
+          -i prompts.jsonl -o out.jsonl
     """
     from kcache_cli.batch.cluster import on_ray
     from kcache_cli.engine import engine_of

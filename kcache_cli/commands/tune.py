@@ -61,7 +61,7 @@ def tune(
     *,
     results: ResultOptions,
 ) -> None:
-    """Find the cheapest policy for a model on a text, and write it as a profile for --policy.
+    r"""Find the cheapest policy for a model on a text, and write it as a profile for --policy.
 
     Cost is the bytes a decode step brings over the link, as counted after --ctx tokens: rows fetched times the bytes of
     a row, over all layers (bytes_h2d_per_token). What is kept on the device beside K is bounded, not weighed. Of every
@@ -76,7 +76,8 @@ def tune(
     Examples
     --------
       kcache tune smollm2 --text essays.txt --target-kl 0.01
-      kcache tune Qwen/Qwen3-8B --text essays.txt --ctx 32k --places 2 --profile qwen.toml --output tried.jsonl --resume
+      kcache tune Qwen/Qwen3-8B --text essays.txt --ctx 32k --places 2 \
+          --profile qwen.toml --output tried.jsonl --resume
       kcache chat smollm2 --policy smollm2.toml
     """
     from kcache.evaluate.tune import Goal

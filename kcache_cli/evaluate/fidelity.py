@@ -65,7 +65,7 @@ def fidelity(
     watch_options: WatchOptions,
     policy_options: Annotated[PolicyOptions, Without(("policy", "topn", "offload", "ctx", "allow_overflow"))],
 ) -> None:
-    """Compare decoding with N rows with full attention, on a text.
+    r"""Compare decoding with N rows with full attention, on a text.
 
     At each of several places the text is prefilled exactly, once; then its next tokens are fed to full attention and to
     every policy with every N, and their predictions compared at each step: KL divergence, perplexity, share of steps
@@ -77,8 +77,10 @@ def fidelity(
     Examples
     --------
       kcache eval fidelity --topn 64,128,256
-      kcache eval fidelity --text essays.txt --topn 32,64,128 --policy default --policy paper --plot kl.svg
-      kcache eval fidelity Qwen/Qwen3-8B --text essays.txt --ctx 32k -o jsonl --output rows.jsonl --resume
+      kcache eval fidelity --text essays.txt --topn 32,64,128 \
+          --policy default --policy paper --plot kl.svg
+      kcache eval fidelity Qwen/Qwen3-8B --text essays.txt --ctx 32k \
+          -o jsonl --output rows.jsonl --resume
     """
     from kcache.evaluate.fidelity import Case
     from kcache.evaluate.places import find_places

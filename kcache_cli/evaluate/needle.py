@@ -68,7 +68,7 @@ def needle(
     topn_options: TopnOptions,
     policy_options: Annotated[PolicyOptions, Without(("topn", "offload", "ctx", "allow_overflow"))],
 ) -> None:
-    """Hide needles in a long text and ask for them, with full attention and with N rows.
+    r"""Hide needles in a long text and ask for them, with full attention and with N rows.
 
     The text is prefilled, which is exact. The question and the beginning of the reply are then fed token by token, as
     decode steps, so that what looks for the needle is TopN decoding. Each haystack is prefilled once, for all. Weights
@@ -85,8 +85,10 @@ def needle(
     Examples
     --------
       kcache eval needle
-      kcache eval needle --ctx 4k --kind common-words,variable-tracking --samples 5
-      kcache eval needle Qwen/Qwen3-8B --ctx 8k,32k --output needles.jsonl --resume --plot needles.png
+      kcache eval needle --ctx 4k --kind common-words,variable-tracking \
+          --samples 5
+      kcache eval needle Qwen/Qwen3-8B --ctx 8k,32k \
+          --output needles.jsonl --resume --plot needles.png
     """
     from kcache.bench.env import surroundings
     from kcache.evaluate.retrieval import Spec, check_lengths, run_cases

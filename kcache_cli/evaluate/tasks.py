@@ -67,7 +67,7 @@ def tasks(
     topn_options: TopnOptions,
     policy_options: Annotated[PolicyOptions, Without(("topn", "offload", "ctx", "allow_overflow"))],
 ) -> None:
-    """Run benchmarks with full attention and with N rows, and compare the answers question by question.
+    r"""Run benchmarks with full attention and with N rows, and compare the answers question by question.
 
     Prompts, worked examples and scoring are lm-eval's (the extra named eval); decoding is kcache's, greedy,
     one sequence at a time. A small model's scores are low whatever one does, so the answers are also compared one by
@@ -87,8 +87,10 @@ def tasks(
     Examples
     --------
       kcache eval tasks --tasks gsm8k --limit 50
-      kcache eval tasks --tasks gsm8k,bbh:snarks --data data --output answers.jsonl --resume
-      kcache eval tasks Qwen/Qwen3-8B --tasks gsm8k,bbh --topn 128 --output answers.jsonl
+      kcache eval tasks --tasks gsm8k,bbh:snarks --data data \
+          --output answers.jsonl --resume
+      kcache eval tasks Qwen/Qwen3-8B --tasks gsm8k,bbh --topn 128 \
+          --output answers.jsonl
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError(_WITHOUT_LM_EVAL)

@@ -76,6 +76,17 @@ def test_only_the_wanted_command_is_imported(args: list[str], wanted: set[str]) 
     assert names & (commands | asked) == wanted
 
 
+@pytest.mark.parametrize("name", ["bench", "generate", "tune", "eval fidelity", "eval needle", "eval tasks", "plan"])
+def test_examples_can_be_copied_from_80_columns(run: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Lines are those of the docstring, as the reference has them: none was broken anew."""
+    monkeypatch.setenv("COLUMNS", "80")
+    section = reference().partition(f"## kcache {name}\n")[2].partition("```sh\n")[2].partition("```")[0]
+    shown = [line.strip() for line in run(*name.split(), "--help").stdout.splitlines()]
+    assert section
+    for line in section.splitlines():
+        assert line.strip() in shown
+
+
 def test_help_lists_every_command(run: Run) -> None:
     files = {path.stem for path in (ROOT / "kcache_cli" / "commands").glob("*.py")} - {"__init__", "docs"}
     lines = [line.strip("│ ").split() for line in run("--help").stdout.splitlines() if line.startswith("│")]

@@ -66,6 +66,15 @@ def test_a_gpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["machine"]["links"][0] == {"size": 4096, "h2d_gb_s": 1.5, "d2h_gb_s": 1.25}
 
 
+def test_commands_stand_on_lines_of_their_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    measured(monkeypatch, GPU)
+    command = "numactl --cpunodebind=0 --membind=0 kcache inspect"
+    found = [kcache.fastpath.Finding("note", "two NUMA nodes", "run on the GPU's node with", (command,))]
+    monkeypatch.setattr(kcache.fastpath, "findings", lambda *args: found)
+    assert f"\n    {command}\n" in run("doctor").stdout
+
+
 def test_nothing_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     measured(monkeypatch, GPU)
     monkeypatch.setattr(kcache.fastpath, "findings", lambda *args: [])
