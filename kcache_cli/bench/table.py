@@ -10,7 +10,7 @@ from kcache_cli.text import one_line, size
 
 def markdown(rows: Sequence[Row]) -> str:
     """A table of what was measured, and how."""
-    return table(rows, _COLUMNS, _legend(rows) if rows else [])
+    return table(rows, COLUMNS, legend(rows) if rows else [])
 
 
 def _spread(row: Row, name: str, low: str, high: str, form: str) -> str:
@@ -23,7 +23,8 @@ def _bytes(row: Row, name: str) -> str:
     return size(row[name]) if row.get(name) else ""
 
 
-def _note(row: Row) -> str:
+def note(row: Row) -> str:
+    """What there is to say of a row beside its figures; empty for nothing."""
     notes = []
     if row["status"] != "ok":
         notes.append(f"{row['status']}: {one_line(row['reason'] or '')}".replace("|", "/"))
@@ -34,7 +35,7 @@ def _note(row: Row) -> str:
     return "; ".join(notes)
 
 
-def _legend(rows: Sequence[Row]) -> list[str]:
+def legend(rows: Sequence[Row]) -> list[str]:
     """What the columns mean here, and where it was measured."""
     first = rows[0]
     env = first.get("env", {})
@@ -49,7 +50,7 @@ def _legend(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-_COLUMNS: tuple[Column, ...] = (
+COLUMNS: tuple[Column, ...] = (
     ("engine", lambda row: row["engine"]),
     ("ctx", lambda row: f"{row['ctx']:,}"),
     ("batch", lambda row: str(row["batch"])),
@@ -73,5 +74,5 @@ _COLUMNS: tuple[Column, ...] = (
     ("top-1", lambda row: number(row, "top1", ".3f")),
     ("predicted tok/s", lambda row: number(row, "predicted_tok_s", ".1f")),
     ("error", lambda row: number(row, "prediction_error", "+.0%")),
-    ("note", _note),
+    ("note", note),
 )

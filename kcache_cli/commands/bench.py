@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ import typer
 
 from kcache.policy import Offload
 from kcache_cli.options import ModelOptions, PolicyOptions, Without, number_list, with_options
-from kcache_cli.rows.formats import Format, Row
+from kcache_cli.rows.formats import Format, Markdown, Row
 from kcache_cli.watching import WatchOptions, watching
 
 if TYPE_CHECKING:
@@ -93,7 +94,9 @@ def bench(
     check_plan: Annotated[
         bool, _flag("--check-plan", "Put the speed that kcache plan predicts, and its error, beside what is measured.")
     ] = False,
-    form: Annotated[Format | None, _result("-o", "--format", help="Format of the rows. Default: md.")] = None,
+    form: Annotated[
+        Format | None, _result("-o", "--format", help="Format of the rows. Default: md; a card per case at a terminal.")
+    ] = None,
     output: Annotated[
         str | None,
         _result("--output", help="Write rows here; the name's ending tells the format.", metavar="FILE"),
@@ -142,7 +145,6 @@ def bench(
     """
     from kcache.bench.cases import DEFAULT_ENGINES, Spec, make_cases
     from kcache_cli.bench.same import COMMAND, NAMES, compare_with
-    from kcache_cli.bench.table import markdown
     from kcache_cli.console import download_bar
     from kcache_cli.engine import engine_of
     from kcache_cli.policies import build_policy
@@ -182,7 +184,7 @@ def bench(
     _warn_if_busy()
     cases = make_cases(spec)
     kept, left = _split(lm, spec, cases, there)
-    store = Store(target, chosen, markdown, compared(kept))
+    store = Store(target, chosen, _layout(form, target), compared(kept))
     try:
         with watching(engine, lm, "bench", watch_options):
             _run(engine, lm, spec, left, store, compared)
@@ -193,6 +195,16 @@ def bench(
 
             draw(store.rows, chart)
     _report(store, target, chart, len(cases) - len(left))
+
+
+def _layout(form: Format | None, target: Path | None) -> Markdown:
+    """How rows are written for people: a Markdown table, or cards at a terminal from which none was asked."""
+    from kcache_cli.bench.cards import cards
+    from kcache_cli.bench.table import markdown
+
+    if form is not None or target is not None or not sys.stdout.isatty():
+        return markdown
+    return partial(cards, width=shutil.get_terminal_size().columns)
 
 
 def _warn_if_busy() -> None:

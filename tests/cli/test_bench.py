@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kcache_cli.bench.cards import cards
 from kcache_cli.bench.same import COMMAND, NAMES, compare_with
 from kcache_cli.bench.table import markdown
+from kcache_cli.commands.bench import _layout
 from kcache_cli.engine import KCacheEngine, Progress
 from kcache_cli.options import ModelOptions, number_list
 from kcache_cli.rows.formats import FORMATS, render
@@ -177,6 +179,34 @@ def test_markdown_shows_what_was_measured_and_why_not(run: Run) -> None:
     assert "16,384" in body[0] and "speed only" in body[0] and "16.4 [16.4–16.4]" in body[0]
     assert "failed: a/b c" in body[2]
     assert "both tiers are RAM" in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100])
+def test_cards_fit_the_terminal_and_lose_nothing(run: Run, width: int) -> None:
+    flags = ["--ctx", "2k,16k", "--topn", "64,128", "--engine", "kcache,dense,hf-static,hf-dynamic,hf-offloaded"]
+    rows = json.loads(run("bench", *flags, "-o", "json", engine=FakeBench()).stdout)
+    text = cards(rows, width)
+    assert max(map(len, text.splitlines())) <= width
+    cases = text.split("context ")[1:3]
+    for case, ms in zip(cases, (2.048, 16.384), strict=True):
+        for place, name in enumerate(("kcache N=64", "kcache N=128", "dense", "hf-static", "hf-dynamic"), start=1):
+            assert name in case and f" {ms * place:.1f}" in case
+        assert "TTFT" not in case
+        assert "hf-offloaded: failed: a/b c" in case
+    assert "both tiers are RAM" in " ".join(text.split())
+
+
+def test_what_is_true_of_all_engines_is_said_once(run: Run) -> None:
+    rows = json.loads(run("bench", "--ctx", "16k", "-o", "json", engine=FakeBench()).stdout)
+    assert cards(rows, 80).count("speed only") == 1
+    assert cards([], 80) == ""
+
+
+def test_cards_are_for_terminals_that_ask_for_no_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    assert _layout("md", None) is markdown
+    assert _layout(None, Path("rows.md")) is markdown
+    assert _layout(None, None) is not markdown
 
 
 @pytest.mark.parametrize("form", FORMATS)
