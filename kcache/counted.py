@@ -124,7 +124,7 @@ class CountedLayer(CacheLayerMixin):
             k_bytes,
             resident,
             overhead,
-            per_token * self.length,
+            per_token * self._k.capacity,
             self.steps,
             self.length,
             self._v.hot_bytes,

@@ -41,7 +41,7 @@ class Stats:
     k_bytes, resident_v_bytes, overhead_bytes : int
         What ``device_bytes`` is made of.
     full_kv_bytes : int
-        What a full KV cache holding the same tokens would take on the device.
+        What a full KV cache with room for as many tokens as there is room for here would take on the device.
     steps : int
         Decode steps run.
     tokens : int

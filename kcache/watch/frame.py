@@ -207,7 +207,7 @@ class Frame:
         recording of a large model it may be larger than it was live, and change.
     layers : tuple of LayerFrame
     totals : Stats
-        Over all layers. ``full_kv_bytes`` is the ghost: what a full KV cache would take on the device.
+        Over all layers. ``full_kv_bytes`` is the ghost: what a full KV cache of the same room would take.
     memory : Memory
     speed : Speed
     marks : tuple of Mark

@@ -73,12 +73,12 @@ class MemoryPanel(Panel):
     def _ghost_head(self, view: MemoryView, width: int) -> Text:
         palette = self.look.palette
         left = Text.assemble(("with a full KV cache", palette.text), "  ", (size(view.ghost.used), "bold"))
-        if not view.saved:
+        if not view.host.used:
             right = Text("nothing offloaded yet", palette.muted)
         elif view.saved > 0:
             right = Text(f"{size(view.saved)} saved", palette.good)
         else:
-            right = Text(f"{size(-view.saved)} allocated ahead", palette.muted)
+            right = Text(f"{size(-view.saved)} less than here", palette.muted)
         return columns(left, right, width)
 
     def _bar(self, bar: Bar, scale: int, width: int) -> Text:
