@@ -33,6 +33,8 @@ class Reply:
     finish_reason: str | None = None
     interrupted: bool = False
     figures: Figures | None = None
+    ending: str | None = None
+    """What there is to say of an answer that did not end by itself."""
 
 
 @dataclass
@@ -110,7 +112,17 @@ class Conversation:
         reply.interrupted = reply.finish_reason is None
         if said:
             reply.figures = Figures.of(self.session)
+        reply.ending = self._ending(reply)
         return reply
+
+    def _ending(self, reply: Reply) -> str | None:
+        if reply.interrupted:
+            return "stopped"
+        if reply.finish_reason != "length":
+            return None
+        if reply.figures is not None and reply.figures.completion_tokens < self.max_tokens:
+            return "the answer is cut, the context is full · /clear begins anew"
+        return f"the answer is cut at {self.max_tokens:,} tokens · -n or /set max_tokens allows more"
 
     def _has_read(self) -> None:
         self._reading = None

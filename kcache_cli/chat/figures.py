@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 
 _DOT = " · "
-_AHEAD = 1.12
-"""Both tiers together hold at most this much of a full KV cache, unless room was made for tokens to come."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,11 @@ class Figures:
             link_bytes_per_token=turn.link_bytes_per_token,
         )
 
-    def to_json(self, text: str) -> dict[str, Any]:
-        """The object that ``--json`` prints for an answer."""
+    def to_json(self, text: str, finish_reason: str | None) -> dict[str, Any]:
+        """The object that ``--json`` prints for an answer; without a reason it was stopped."""
         return {
             "text": text,
+            "finish_reason": finish_reason,
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "ttft_ms": round(self.ttft_ms, 1),
@@ -69,9 +68,7 @@ class Figures:
         tokens = f"prompt {self.prompt_tokens:,}{new} · answer {self.completion_tokens:,} tokens"
         times = f"TTFT {_seconds(self.ttft_ms)} · {self.tok_s:.1f} tok/s"
         device = "device tier (RAM)" if host_only else "device"
-        ahead = self.device_kv_bytes + self.host_kv_bytes > _AHEAD * self.full_kv_bytes
         tiers = f"{device} {size(self.device_kv_bytes)} · host tier {size(self.host_kv_bytes)}"
-        tiers += ", with room for more tokens" if ahead else ""
         full = f"full KV cache {size(self.full_kv_bytes)}"
         link = f"link {self.link_bytes_per_token / 1e6:.2f} MB/token"
         run = "host-only run: " if host_only else ""

@@ -84,23 +84,22 @@ class Repl:
             if not self.as_json:
                 show(piece)
 
-        stopped = False
-        reply = None
+        reply = ending = None
         try:
             with stop_on_ctrl_c(self.conversation):
                 reply = self.conversation.ask(message, write)
-                stopped = reply.interrupted
+                ending = reply.ending
         except KeyboardInterrupt:
-            stopped = True
+            ending = "stopped"
         finally:
             if pieces and not self.as_json and not "".join(pieces).endswith("\n"):
                 print(flush=True)
-        if stopped:
-            self.say("stopped")
+        if ending is not None:
+            self.say(ending)
         if reply is None or reply.figures is None:
             return
         if self.as_json:
-            print(json_line(reply.figures.to_json(reply.text)), flush=True)
+            print(json_line(reply.figures.to_json(reply.text, reply.finish_reason)), flush=True)
         else:
             self.say(reply.figures.footer(self.conversation.host_only))
 
@@ -124,11 +123,13 @@ def answer_once(conversation: Conversation, message: str, as_json: bool) -> None
     if as_json:
         reply = conversation.ask(message, lambda piece: None)
         if reply.figures is not None:
-            print(json_line(reply.figures.to_json(reply.text)), flush=True)
+            print(json_line(reply.figures.to_json(reply.text, reply.finish_reason)), flush=True)
         return
     reply = conversation.ask(message, answer_writer())
     if not reply.text.endswith("\n"):
         print(flush=True)
+    if reply.ending is not None:
+        print(reply.ending, file=sys.stderr)
     if reply.figures is not None:
         footer = reply.figures.footer(conversation.host_only)
         print(between_figures(footer, terminal_width()), file=sys.stderr)

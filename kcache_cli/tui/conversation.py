@@ -115,8 +115,8 @@ class Conversing:
             return
         answer = self._add("model", "")
         reply = self.conversation.ask(asked, partial(self._write, answer), self._remark)
-        if reply.interrupted:
-            self._remark("stopped")
+        if reply.ending is not None:
+            self._remark(reply.ending)
         if reply.figures is not None:
             tokens, _, _ = reply.figures.footer(self.conversation.host_only).partition("\n")
             self._remark(tokens)  # the panels say the rest

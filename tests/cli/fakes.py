@@ -69,6 +69,7 @@ class FakeSession:
         self.cache: FakeCache | None = None
         self.last_turn: TurnStats | None = None
         self.interrupted = False
+        self.room = 10**9
         self.before_token: Any = lambda number: None
 
     def prompt_tokens(self, text: str) -> int:
@@ -94,7 +95,9 @@ class FakeSession:
 
     def _reply(self, text: str, tokens: int, max_new_tokens: int) -> Iterator[TokenEvent]:
         self.interrupted = False
-        answer = (self.answers.pop(0) if self.answers else ["yes"])[:max_new_tokens]
+        whole = self.answers.pop(0) if self.answers else ["yes"]
+        answer = whole[: min(max_new_tokens, self.room)]
+        last = "stop" if answer == whole else "length"
         said: list[str] = []
         self.messages.append({"role": "user", "content": text})
         try:
@@ -103,7 +106,7 @@ class FakeSession:
                 if self.interrupted:
                     return
                 said.append(piece)
-                yield event(0, piece, "stop" if number == len(answer) else None, tokens, number)
+                yield event(0, piece, last if number == len(answer) else None, tokens, number)
         finally:
             if said:
                 self.messages.append({"role": "assistant", "content": "".join(said)})

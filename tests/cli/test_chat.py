@@ -12,6 +12,7 @@ from tests.cli.fakes import FakeEngine
 
 KEYS = [
     "text",
+    "finish_reason",
     "prompt_tokens",
     "completion_tokens",
     "ttft_ms",
@@ -48,8 +49,16 @@ def test_json(run: Run) -> None:
     assert list(answer) == KEYS
     assert answer["text"] == "a\x1b[1m\u2028é"
     assert answer["completion_tokens"] == 2
+    assert answer["finish_reason"] == "stop"
     assert answer["full_kv_bytes"] == 4 * 2**20
     assert "\x1b" not in result.stdout
+
+
+def test_an_answer_that_was_cut_says_so(run: Run) -> None:
+    assert run("chat", input="hi").stderr.count("cut") == 0
+    result = run("chat", "-n", "2", input="hi")
+    assert result.stderr.splitlines()[-3] == "the answer is cut at 2 tokens · -n or /set max_tokens allows more"
+    assert json.loads(run("chat", "-n", "2", "--json", input="hi").stdout)["finish_reason"] == "length"
 
 
 def test_model_text_is_shown_as_text(run: Run) -> None:

@@ -54,6 +54,17 @@ def test_two_turns(capsys: pytest.CaptureFixture[str]) -> None:
     assert [message["content"] for message in conversation.session.messages] == ["hi", "one two", "again", "three"]
 
 
+def test_what_cut_an_answer_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    session = FakeSession(FakeModel(), Policy(), [["a"] * 50, ["b"] * 50])
+    conversation = Conversation(session, "fake", 40, True)  # type: ignore[arg-type]
+    type_into(conversation, "hi")
+    assert "cut at 40 tokens" in capsys.readouterr().err
+    session.room = 10
+    type_into(conversation, "again")
+    err = capsys.readouterr().err
+    assert "context is full" in err and "tokens · -n" not in err
+
+
 def test_json_in_a_conversation(capsys: pytest.CaptureFixture[str]) -> None:
     converse("hi", "again", as_json=True)
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
