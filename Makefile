@@ -37,9 +37,13 @@ $(STAMP): pyproject.toml constraints.txt
 
 venv: $(STAMP)
 
-# At a terminal kcache is a job of its own: Ctrl-C stops a reply, and make, which would die of it, does not see it.
+# At a terminal kcache is a job of its own: Ctrl-C stops a reply, and make, which would die of it, does not see it. When
+# Ctrl-Z stops kcache, make and this shell stop, too, so that `fg` brings back all three. In bash, since other shells put
+# themselves in a group apart from make's; a function, since bash leaves a loop when a job stops.
+chat: SHELL := bash
 chat: $(STAMP)
-	@[ ! -t 0 ] || { trap '' TSTP; set -m; }; $(BIN)/kcache chat $(MODEL) $(ARGS); exit $$?
+	@again() { s=$$?; [ "$$(kill -l $$s)" = TSTP ] || exit $$s; kill -TSTP 0; fg >/dev/null; again; }; \
+	[ ! -t 0 ] || set -m; $(BIN)/kcache chat $(MODEL) $(ARGS); again
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

@@ -67,6 +67,7 @@ class Prompt:
             complete_while_typing=False,
             multiline=Condition(_typing_several_lines),
             enable_history_search=True,
+            enable_suspend=True,
             input=input,
             output=output or _terminal_output(),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shlex
 import shutil
 import signal
 import sys
@@ -67,21 +68,36 @@ class Terminal:
 
 
 @pytest.fixture(params=["kcache", "make"])
-def chat(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+def command(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A chat whose first answer is very long, started by itself or by ``make chat``."""
     monkeypatch.setenv("KCACHE_HOME", str(tmp_path))  # what is typed goes into no history but its own
     command = [sys.executable, "-m", "tests.cli.killable"]
-    if request.param == "make":
-        if shutil.which("make") is None:
-            pytest.skip("no make here")
-        program = tmp_path / "bin" / "kcache"
-        program.parent.mkdir()
-        program.write_text(f'#!/bin/sh\nexec {" ".join(command)} "$@"\n')
-        program.chmod(0o755)
-        (tmp_path / ".installed").touch()
-        terminal = Terminal("make", "chat", f"VENV={tmp_path}")
-    else:
-        terminal = Terminal(*command, "chat")
+    if request.param == "kcache":
+        return [*command, "chat"]
+    if not shutil.which("make") or not shutil.which("bash"):
+        pytest.skip("no make and bash here")
+    program = tmp_path / "bin" / "kcache"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {" ".join(command)} "$@"\n')
+    program.chmod(0o755)
+    (tmp_path / ".installed").touch()
+    return ["make", "chat", f"VENV={tmp_path}"]
+
+
+@pytest.fixture
+def chat(command: list[str]) -> Iterator[Terminal]:
+    """The chat at a terminal of its own."""
+    terminal = Terminal(*command)
+    yield terminal
+    terminal.close()
+
+
+@pytest.fixture
+def shell() -> Iterator[Terminal]:
+    """A shell with job control."""
+    if not shutil.which("bash"):
+        pytest.skip("no bash here")
+    terminal = Terminal("bash", "--norc", "--noprofile", "-i")
     yield terminal
     terminal.close()
 
@@ -96,3 +112,25 @@ def test_leaving_after_a_stopped_reply_is_no_failure(chat: Terminal, leave: byte
     chat.wait_for(b">>>")
     chat.press(leave)
     assert chat.exit_code() == 0
+
+
+def test_ctrl_z_stops_it_and_fg_brings_it_back(command: list[str], shell: Terminal) -> None:
+    """At the prompt, in the middle of an answer, and once more; what a reply was asked for comes afterwards."""
+    shell.press(f"{shlex.join(command)}\r".encode())
+    shell.wait_for(b">>>")
+    shell.press(b"\x1a")
+    shell.wait_for(b"Stopped")
+    shell.press(b"fg; echo left with $?\r")
+    shell.wait_for(b">>>")
+    shell.press(b"go on\r")
+    for _ in range(2):
+        shell.wait_for(b"word word")
+        shell.press(b"\x1a")
+        shell.wait_for(b"Stopped")
+        shell.press(b"fg; echo left with $?\r")
+    shell.wait_for(b"word word")
+    shell.press(b"\x03")
+    shell.wait_for(b"stopped")
+    shell.wait_for(b">>>")
+    shell.press(b"\x04")
+    shell.wait_for(b"left with 0")
