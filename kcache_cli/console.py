@@ -67,7 +67,7 @@ def download_bar(label: str) -> Iterator[Progress]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=32),
+        BarColumn(bar_width=20),
         TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
     )
@@ -78,7 +78,7 @@ def download_bar(label: str) -> Iterator[Progress]:
             amount = f"{size(done_bytes)} of {size(total_bytes)}" if total_bytes else ""
             bars.update(
                 task,
-                completed=done_bytes,
+                completed=min(done_bytes, total_bytes - 1),  # the clock of a finished task stands still
                 total=total_bytes or None,
                 description=one_line(what or label),
                 amount=amount,
@@ -88,7 +88,7 @@ def download_bar(label: str) -> Iterator[Progress]:
 
 
 class _Lines:
-    """Progress for a log: a line when something new begins."""
+    """Progress for a log: a line when something new begins, with its size where that is known."""
 
     def __init__(self) -> None:
         self._label = ""
@@ -98,4 +98,5 @@ class _Lines:
         with self._lock:
             if label and label != self._label:
                 self._label = label
-                print(f"kcache: {one_line(label)}", file=sys.stderr)
+                amount = f", {size(total_bytes)}" if total_bytes else ""
+                print(f"kcache: {one_line(label)}{amount}", file=sys.stderr, flush=True)

