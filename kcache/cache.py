@@ -106,6 +106,8 @@ class KCache(Cache):
             self._latest.release()
         self._latest = layer if isinstance(layer, TieredLayer) else None
         result: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self.shared.reached is not None:
+            self.shared.reached(layer_idx)
         return result
 
     @contextmanager

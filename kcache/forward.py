@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, cast
 
@@ -14,18 +14,29 @@ from transformers.cache_utils import Cache
 
 from kcache.cache import KCache
 
+Read = Callable[[int, int], None]
+"""Told how many positions of a prompt have been taken in, layers under way counting in part, and of how many."""
+
 
 def prefill(
-    model: PreTrainedModel, cache: KCache, ids: torch.Tensor, mask: torch.Tensor | None
+    model: PreTrainedModel, cache: KCache, ids: torch.Tensor, mask: torch.Tensor | None, read: Read | None = None
 ) -> Iterator[tuple[torch.Tensor, list[int]]]:
     """Run the prompt through the model in even chunks; yields the last logits and the ids taken in (first row)."""
     past, taken = cache.get_seq_length(), iter(ids[0].tolist())  # asked for now: later the host would wait for chunks
     pieces = -(-ids.shape[1] // cache.policy.prefill_chunk)
+    done, layers = 0, len(cache.layers)
     with cache.exact(), cache.expecting(past + ids.shape[1]):
         for piece in ids.tensor_split(pieces, dim=1):
-            past += piece.shape[1]
-            logits = step_logits(model, cache, piece, None if mask is None else mask[:, :past])
-            yield logits, list(islice(taken, piece.shape[1]))
+            count = piece.shape[1]
+            reached = None if read is None else partial(_reached, read, done, count, layers, ids.shape[1])
+            past, done = past + count, done + count
+            with cache.shared.telling(reached):
+                logits = step_logits(model, cache, piece, None if mask is None else mask[:, :past])
+            yield logits, list(islice(taken, count))
+
+
+def _reached(read: Read, done: int, count: int, layers: int, total: int, layer: int) -> None:
+    read(done + count * (layer + 1) // layers, total)
 
 
 @lru_cache

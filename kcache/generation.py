@@ -18,7 +18,7 @@ from kcache.backends.cpu import compile_ahead
 from kcache.cache import KCache
 from kcache.decoding import decode
 from kcache.errors import CacheStateError, InputError
-from kcache.forward import prefill
+from kcache.forward import Read, prefill
 from kcache.policy import Policy
 from kcache.prompts import Prompt, check_length, encode
 from kcache.sampling import Sampler, Sampling
@@ -69,6 +69,7 @@ def generate(
     stop: str | Sequence[str] = (),
     cache: KCache | None = None,
     allow_overflow: bool = False,
+    read: Read | None = None,
 ) -> Iterator[TokenEvent]:
     """Generate from one prompt or a batch of prompts, decoded together.
 
@@ -90,6 +91,9 @@ def generate(
         of a sequence is not in the cache yet: begin the next prompt with it.
     allow_overflow : bool
         Let prompt and answer exceed the model's context.
+    read : callable, optional
+        Told, while the prompts are read, how many of their positions have been taken in, and of how many. On CUDA the
+        host is ahead of the device.
 
     Yields
     ------
@@ -121,7 +125,8 @@ def generate(
             f"this cache holds {cache.batch_size} sequences and was given {len(batch)} prompts; "
             "give one for each, or make a new cache"
         )
-    return stream(lm, batch, cache, sampling or Sampling(), room, [stop] if isinstance(stop, str) else stop, keep=keep)
+    stops = [stop] if isinstance(stop, str) else stop
+    return stream(lm, batch, cache, sampling or Sampling(), room, stops, keep=keep, read=read)
 
 
 @dataclass
@@ -144,12 +149,13 @@ def stream(
     keep_going: Callable[[], bool] = lambda: True,
     fed: list[int] | None = None,
     keep: bool = False,
+    read: Read | None = None,
 ) -> Iterator[TokenEvent]:
     """Decode token id prompts with a cache that may already hold tokens; see :func:`generate`.
 
     ``keep_going`` is asked between prefill chunks and between tokens; ``fed`` collects the ids the cache has taken in
     (first sequence); ``keep`` says that the cache will be used again, so that nothing may enter it which is of no
-    sequence.
+    sequence; ``read`` is told how far the prompt has been read.
     """
     began = time.perf_counter()
     device = lm.device
@@ -164,7 +170,7 @@ def stream(
     compile_ahead(device, lm.model.dtype, cache.get_seq_length() + ids.shape[1])  # or the first step would wait for it
     with attach(lm.model):
         logits: torch.Tensor | None = None
-        for newest, piece in prefill(lm.model, cache, ids, mask):
+        for newest, piece in prefill(lm.model, cache, ids, mask, read):
             logits = newest
             if fed is not None:
                 fed.extend(piece)

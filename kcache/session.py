@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kcache.cache import KCache
 from kcache.errors import InputError
+from kcache.forward import Read
 from kcache.generation import TokenEvent, stream
 from kcache.policy import Policy
 from kcache.prompts import Message, check_length, check_messages, encode_messages
@@ -122,9 +123,12 @@ class Session:
         """How many tokens the prompt would be if ``text`` were sent now."""
         return len(encode_messages(self.lm, self._with_system(text)))
 
-    def send(self, text: str, *, max_new_tokens: int = 1024, stop: str | Sequence[str] = ()) -> Iterator[TokenEvent]:
+    def send(
+        self, text: str, *, max_new_tokens: int = 1024, stop: str | Sequence[str] = (), read: Read | None = None
+    ) -> Iterator[TokenEvent]:
         """Send a user message and stream the answer.
 
+        ``read`` is told, while the prompt is read, how many of its new tokens have been taken in, and of how many.
         Closing the iterator early, or :meth:`interrupt`, keeps what was said so far; so does the next message.
 
         Raises
@@ -144,12 +148,19 @@ class Session:
         room = check_length(self.lm, len(ids), max_new_tokens, self.allow_overflow)
         new = ids[self._keep_prefix(ids) :]
         assert self.cache is not None
-        reply = self._reply(text, ids, new, self.cache, room, [stop] if isinstance(stop, str) else stop)
+        reply = self._reply(text, ids, new, self.cache, room, [stop] if isinstance(stop, str) else stop, read)
         self._open = weakref.ref(reply)
         return reply
 
     def _reply(
-        self, text: str, ids: list[int], new: list[int], cache: KCache, room: int, stop: Sequence[str]
+        self,
+        text: str,
+        ids: list[int],
+        new: list[int],
+        cache: KCache,
+        room: int,
+        stop: Sequence[str],
+        read: Read | None,
     ) -> Generator[TokenEvent]:
         self.messages.append({"role": "user", "content": text})
         said: list[str] = []
@@ -157,7 +168,9 @@ class Session:
         link_bytes = 0
         steps = cache.stats.steps
         clean = False
-        events = stream(self.lm, [new], cache, self.sampling, room, stop, lambda: not self._stop_asked, self._fed)
+        events = stream(
+            self.lm, [new], cache, self.sampling, room, stop, lambda: not self._stop_asked, self._fed, read=read
+        )
         try:
             for event in events:
                 if last is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ class Shared:
         self.spread = spread_of(policy, self.ranks)
         self.probing = False
         self.look: Look | None = None
+        self.reached: Callable[[int], None] | None = None
         self.spare = spare_of(model)
         self.residency = Residency(policy, max_length, context_length(model.config), self.ranks, self.spare)
         self.model = weakref.ref(model)
@@ -71,6 +72,15 @@ class Shared:
         """Whether the cache's model now runs kcache's attention function."""
         config = self._config()
         return config is not None and is_ours(config)
+
+    @contextmanager
+    def telling(self, reached: Callable[[int], None] | None) -> Iterator[None]:
+        """Inside, tell which layer has been given its new rows; None is nobody to tell."""
+        self.reached = reached
+        try:
+            yield
+        finally:
+            self.reached = None
 
     def check_whole(self, layer: TieredLayer, past: int) -> None:
         """Raise :class:`CacheStateError` if a forward begins on layers of different lengths.

@@ -90,7 +90,7 @@ class Leader(KCacheEngine):
 
     def generate(self, lm: Any, prompts: list[list[int]], policy: Policy, **options: Any) -> Iterator[TokenEvent]:
         """Decode a batch, all ranks together."""
-        _tell(("generate", prompts, policy, options), self._control)
+        _tell(("generate", prompts, policy, {**options, "read": None}), self._control)  # one of them tells
         self._busy = True
         yield from super().generate(lm, prompts, policy, **options)
         self._busy = False

@@ -7,7 +7,7 @@ import torch
 
 from kcache.attention import attach
 from kcache.cache import KCache
-from kcache.forward import prefill
+from kcache.forward import prefill, step_logits
 from kcache.policy import Policy
 from tests.models import make, tokens
 from tests.pair import WHOLE
@@ -30,6 +30,20 @@ def test_a_prompt_is_not_waited_for_between_chunks(monkeypatch: pytest.MonkeyPat
     assert reads == [0], "ids were read at these lengths"
     assert [len(piece) for piece in got] == [13, 13, 12, 12]
     assert [token for piece in got for token in piece] == want
+
+
+def test_who_reads_a_prompt_is_told_how_far_layer_by_layer() -> None:
+    model = make("gemma3")
+    cache, told = KCache(model, Policy(prefill_chunk=16)), list[tuple[int, int]]()
+    layers = len(cache.layers)
+    with attach(model):
+        pieces = prefill(model, cache, tokens(1, 2, 30), None, lambda done, total: told.append((done, total)))
+        for number, (_, piece) in enumerate(pieces):
+            assert len(piece) == 15
+            assert len(told) == layers * (number + 1)
+            assert told[-1] == (15 * (number + 1), 30)
+        step_logits(model, cache, tokens(2, 2, 1))
+    assert told == sorted(told) and len(told) == 2 * layers
 
 
 def test_memory_for_a_prompt_is_made_once() -> None:

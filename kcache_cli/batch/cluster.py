@@ -136,7 +136,7 @@ class RayEngine(KCacheEngine):
                     continue
                 missing.remove(number)
                 for index, result in enumerate(results):
-                    watch(_last_event(index, result), int(result["completion_tokens"]))
+                    watch.count(_last_event(index, result), int(result["completion_tokens"]))
                 yield number, results
         except ray.exceptions.RayError as error:
             raise KCacheError(

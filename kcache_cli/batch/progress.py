@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kcache_cli.console import console
 from kcache_cli.exits import note
@@ -22,10 +22,13 @@ _LINE_S = 10.0
 
 
 class Watch(Protocol):
-    """Takes in new tokens as they come."""
+    """Takes in what a job has read and written, as it comes."""
 
-    def __call__(self, event: TokenEvent, tokens: int = 1) -> None:
+    def count(self, event: TokenEvent, tokens: int = 1) -> None:
         """Take in the latest token of a prompt, or its latest ``tokens``."""
+
+    def read(self, done: int, total: int) -> None:
+        """Take in how many tokens of a batch's prompts have been read, and of how many."""
 
 
 class Meter:
@@ -36,17 +39,24 @@ class Meter:
 
     def __init__(self, total: int, done: int, max_tokens: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.total, self.done, self.max_tokens = total, done, max_tokens
-        self.tokens = 0
+        self.tokens = self.cut = 0
+        self.reading: tuple[int, int] | None = None
         self.units = self._units_before = done * max_tokens
         self._clock, self._began = clock, clock()
 
     def count(self, event: TokenEvent, tokens: int = 1) -> None:
         """Take in the latest token of a prompt, or its latest ``tokens``."""
+        self.reading = None
         self.tokens += tokens
         self.units += tokens
         if event.finish_reason is not None:
             self.done += 1
+            self.cut += event.finish_reason == "length"
             self.units += self.max_tokens - event.completion_tokens
+
+    def read(self, done: int, total: int) -> None:
+        """Take in how many tokens of a batch's prompts have been read, and of how many."""
+        self.reading = done, total
 
     @property
     def elapsed_s(self) -> float:
@@ -67,52 +77,64 @@ class Meter:
 
 @contextmanager
 def progress_bar(meter: Meter) -> Iterator[Watch]:
-    """Show the meter while the body runs: a bar at a terminal, else lines; yields what to call per token."""
+    """Show the meter while the body runs: a bar at a terminal, else lines; yields what is told of the job."""
     if not sys.stderr.isatty():
-        yield _Lines(meter)
+        yield Told(meter, _Lines(meter).show)
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     bars = Progress(
-        TextColumn("generating", markup=False),
         BarColumn(bar_width=None),
-        TextColumn("{task.fields[prompts]} · {task.fields[rate]}", markup=False),
+        TextColumn("{task.description}", markup=False),
         TimeElapsedColumn(),
-        TextColumn("ETA", markup=False),
-        TimeRemainingColumn(),
         console=console(),
         expand=True,
-        speed_estimate_period=120,
     )
     with bars:
-        task = bars.add_task("", total=meter.total * meter.max_tokens, completed=meter.units, **_fields(meter))
-
-        def count(event: TokenEvent, tokens: int = 1) -> None:
-            meter.count(event, tokens)
-            bars.update(task, completed=meter.units, **_fields(meter))
-
-        yield count
+        task = bars.add_task(_state(meter), total=meter.total * meter.max_tokens, completed=meter.units)
+        yield Told(meter, lambda: bars.update(task, completed=meter.units, description=_state(meter)))
 
 
-def _fields(meter: Meter) -> dict[str, Any]:
-    return {"prompts": f"{meter.done:,}/{meter.total:,} prompts", "rate": f"{meter.tok_s:.1f} tok/s"}
+def _state(meter: Meter) -> str:
+    """How far the job is, what it is doing, and how long it may take."""
+    doing = f"{meter.tok_s:.1f} tok/s"
+    if meter.reading is not None:
+        done, total = meter.reading
+        doing = f"read {done:,} of {total:,} tokens"
+    left = f" · about {_span(meter.left_s)} left" if meter.left_s else ""
+    return f"{meter.done:,}/{meter.total:,} prompts · {doing}{left}"
+
+
+class Told:
+    """Passes on what it is told, and has that shown."""
+
+    def __init__(self, watch: Watch, show: Callable[[], None]) -> None:
+        self._watch, self._show = watch, show
+
+    def count(self, event: TokenEvent, tokens: int = 1) -> None:
+        """See :class:`Watch`."""
+        self._watch.count(event, tokens)
+        self._show()
+
+    def read(self, done: int, total: int) -> None:
+        """See :class:`Watch`."""
+        self._watch.read(done, total)
+        self._show()
 
 
 class _Lines:
-    """A line each time some seconds have passed."""
+    """Shows the meter as a line, each time some seconds have passed."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter, self._next_s = meter, _LINE_S
 
-    def __call__(self, event: TokenEvent, tokens: int = 1) -> None:
+    def show(self) -> None:
+        """Print it, if it is time."""
         meter = self._meter
-        meter.count(event, tokens)
         if meter.elapsed_s < self._next_s:
             return
         self._next_s = meter.elapsed_s + _LINE_S
-        fields, left_s = _fields(meter), meter.left_s
-        left = "" if not left_s else f" · about {_span(left_s)} left"
-        note(f"{fields['prompts']} · {fields['rate']}{left}")
+        note(_state(meter))
 
 
 def _span(seconds: float) -> str:

@@ -49,6 +49,7 @@ class Job:
         """Run one batch."""
         texts: list[list[str]] = [[] for _ in work]
         results: list[Result] = [{} for _ in work]
+        tokens = sum(len(item.ids) for item in work)
         events = self.engine.generate(
             lm,
             [item.ids for item in work],
@@ -56,6 +57,7 @@ class Job:
             sampling=replace(self.sampling, seed=batch_seed(self.seed, number)),
             max_new_tokens=self.max_tokens,
             allow_overflow=self.allow_overflow,
+            read=lambda done, total: watch.read(tokens * done // total, tokens),
         )
         for event in events:
             texts[event.index].append(event.text)
@@ -67,7 +69,7 @@ class Job:
                     "prompt_tokens": event.prompt_tokens,
                     "completion_tokens": event.completion_tokens,
                 }
-            watch(event)
+            watch.count(event)
         return results
 
 

@@ -73,7 +73,7 @@ class Worker:
                 raise self._problem
             attempt = self._begin(number)
             work = unpack(str(batch["work"][0]))
-            results = self._job.decode(self._lm, work, number, _no_watch)
+            results = self._job.decode(self._lm, work, number, _NoWatch())
             told: dict[str, Any] = {"attempt": attempt, "results": results}
         except Exception as error:
             told = {"problem": _described(error)}
@@ -155,5 +155,11 @@ def _no_progress(done_bytes: int, total_bytes: int, label: str) -> None:
     """Nobody sees it."""
 
 
-def _no_watch(event: Any, tokens: int = 1) -> None:
+class _NoWatch:
     """Results are counted when they come back."""
+
+    def count(self, event: Any, tokens: int = 1) -> None:
+        """Nobody looks."""
+
+    def read(self, done: int, total: int) -> None:
+        """Nobody looks."""

@@ -97,7 +97,7 @@ class Conversation:
         text = self.compose(message)
         reply = Reply()
         said: list[str] = []
-        events: Any = self.session.send(text, max_new_tokens=self.max_tokens)
+        events: Any = self.session.send(text, max_new_tokens=self.max_tokens, read=self._say_how_far)
         with ExitStack() as waiting:
             waiting.callback(events.close)
             spinner = waiting.enter_context(ExitStack())
@@ -123,6 +123,11 @@ class Conversation:
         if reply.figures is not None and reply.figures.completion_tokens < self.max_tokens:
             return "the answer is cut, the context is full · /clear begins anew"
         return f"the answer is cut at {self.max_tokens:,} tokens · -n or /set max_tokens allows more"
+
+    def _say_how_far(self, done: int, total: int) -> None:
+        """Say on a spinner how far a long prompt has been read; a log has had its line, and a dashboard its map."""
+        if self._reading is not None and total >= _LONG_PROMPT and not self.quiet and sys.stderr.isatty():
+            self._reading(f"reading {total:,} tokens, {done / total:.0%}")
 
     def _has_read(self) -> None:
         self._reading = None

@@ -18,7 +18,6 @@ from kcache_cli.options import ModelOptions, PolicyOptions, SamplingOptions, wit
 from kcache_cli.watching import WatchOptions, watching
 
 if TYPE_CHECKING:
-    from kcache import TokenEvent
     from kcache.policy import Policy
     from kcache_cli.batch.inputs import BadLine, Inputs
     from kcache_cli.batch.journal import Journal
@@ -200,7 +199,7 @@ def _run(
     """Load the model, run what is left, and say what was done."""
     from kcache_cli.batch.cluster import decoder_of
     from kcache_cli.batch.output import OrderedOutput, mend, standard_output
-    from kcache_cli.batch.progress import Meter, progress_bar
+    from kcache_cli.batch.progress import Meter, Told, Watch, progress_bar
     from kcache_cli.batch.run import plan_work, prepare, run_batches
     from kcache_cli.console import download_bar
     from kcache_cli.tui.beside import Beside
@@ -227,13 +226,10 @@ def _run(
         file = standard_output() if path is None else stack.enter_context(path.open("ab"))
         output = OrderedOutput(ids, file, written)
         beside = Beside(meter, lambda: progress_bar(meter)) if watch_options.dashboard else None
-        count = stack.enter_context(progress_bar(meter)) if beside is None else beside.count
+        told: Watch = stack.enter_context(progress_bar(meter)) if beside is None else beside
         publication = stack.enter_context(watching(job.engine, lm, "generate", watch_options))
 
-        def watch(event: TokenEvent, tokens: int = 1) -> None:
-            count(event, tokens)
-            if publication is not None:
-                publication.job(meter.done, meter.total)
+        watch = told if publication is None else Told(told, lambda: publication.job(meter.done, meter.total))
 
         def run() -> None:
             run_batches(job, lm, work, todo, output, journal, watch, decoder_of(job.engine))
@@ -253,6 +249,7 @@ def _run(
     left_out = len(inputs.bad) + len(bad)
     note(
         f"{len(work):,} prompts, {meter.tokens:,} new tokens in {meter.elapsed_s:.1f} s ({meter.tok_s:.1f} tok/s)"
+        + (f"; {meter.cut:,} cut at {job.max_tokens:,} tokens, -n allows more" if meter.cut else "")
         + (f"; {left_out:,} bad line{'s' if left_out > 1 else ''} left out" if left_out else "")
     )
 

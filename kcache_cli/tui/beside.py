@@ -12,21 +12,17 @@ if TYPE_CHECKING:
     from kcache_cli.tui.app import Dashboard
 
 
-class Count(Protocol):
-    """Takes in the latest token of a prompt, or its latest ``tokens``."""
-
-    def __call__(self, event: TokenEvent, tokens: int = 1) -> None:
-        """Count them."""
-
-
 _LOOK_S = 0.2
 
 
-class Meter(Protocol):
-    """Counts tokens; see :class:`kcache_cli.batch.progress.Meter`."""
+class Watch(Protocol):
+    """Is told of the job; see :class:`kcache_cli.batch.progress.Watch`."""
 
     def count(self, event: TokenEvent, tokens: int = 1) -> None:
         """Take in the latest token of a prompt, or its latest ``tokens``."""
+
+    def read(self, done: int, total: int) -> None:
+        """Take in how many tokens of a batch's prompts have been read, and of how many."""
 
 
 class Beside:
@@ -36,14 +32,14 @@ class Beside:
 
     Parameters
     ----------
-    meter : Meter
+    meter : Watch
         Counts the job's tokens.
     progress : callable
-        Draws the meter once the dashboard is gone; yields what to call per token.
+        Draws the meter once the dashboard is gone; yields what is told of the job then.
     """
 
-    def __init__(self, meter: Meter, progress: Callable[[], AbstractContextManager[Count]]) -> None:
-        self._count: Count = meter.count
+    def __init__(self, meter: Watch, progress: Callable[[], AbstractContextManager[Watch]]) -> None:
+        self._watch = meter
         self._progress = progress
         self._stopping = False
         self._failed: BaseException | None = None
@@ -59,7 +55,11 @@ class Beside:
         """
         if self._stopping:
             raise KeyboardInterrupt
-        self._count(event, tokens)
+        self._watch.count(event, tokens)
+
+    def read(self, done: int, total: int) -> None:
+        """Take in how far the prompts have been read, in the job's thread."""
+        self._watch.read(done, total)
 
     def stop(self) -> bool:
         """Stop the job at its next token; whether it is running."""
@@ -80,7 +80,7 @@ class Beside:
         self._thread.start()
         dashboard.run()
         if self._thread.is_alive():
-            with self._progress() as self._count:
+            with self._progress() as self._watch:
                 self._wait(self._thread)
         self._thread.join()
         if self._failed is not None:

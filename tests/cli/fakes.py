@@ -87,7 +87,9 @@ class FakeSession:
             self.system = rest.pop(0)["content"]
         self.messages, self.cache = rest, None
 
-    def send(self, text: str, *, max_new_tokens: int = 1024, stop: Sequence[str] = ()) -> Iterator[TokenEvent]:
+    def send(
+        self, text: str, *, max_new_tokens: int = 1024, stop: Sequence[str] = (), read: Any = None
+    ) -> Iterator[TokenEvent]:
         tokens = self.prompt_tokens(text)
         if self.lm.context_length is not None and tokens >= self.lm.context_length and not self.allow_overflow:
             raise ContextLengthError(f"the prompt is {tokens} tokens and the context is {self.lm.context_length}")
@@ -194,12 +196,15 @@ class FakeEngine:
         self.seeds.append(seed)
         if self.stop_after is not None and len(self.batches) > self.stop_after:
             raise KeyboardInterrupt
-        lengths = [min(2 + len(ids) % 3, options["max_new_tokens"]) for ids in prompts]
+        wanted = [2 + len(ids) % 3 for ids in prompts]
+        lengths = [min(length, options["max_new_tokens"]) for length in wanted]
+        options["read"](2, 2)
         for step in range(1, max(lengths) + 1):
             time.sleep(self.step_s)
             for index, ids in enumerate(prompts):
                 if step <= lengths[index]:
-                    reason = "stop" if step == lengths[index] else None
+                    end = "stop" if lengths[index] == wanted[index] else "length"
+                    reason = end if step == lengths[index] else None
                     yield event(index, f"{sum(ids)}.{seed}.{len(prompts)} ", reason, len(ids), step)
 
 

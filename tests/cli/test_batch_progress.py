@@ -18,15 +18,30 @@ class Clock:
 def test_a_line_every_ten_seconds_not_per_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     meter = Meter(total=12, done=4, max_tokens=16, clock=clock)
-    with progress_bar(meter) as count:
+    with progress_bar(meter) as watch:
         for prompt in range(8):
             for token in range(1, 17):
                 clock.now_s += 0.25
-                count(event(prompt, "", "length" if token == 16 else None, 3, token))
+                watch.count(event(prompt, "", "length" if token == 16 else None, 3, token))
     assert capsys.readouterr().err.splitlines() == [
         "kcache: 6/12 prompts · 4.0 tok/s · about 22 s left",
         "kcache: 9/12 prompts · 4.0 tok/s · about 12 s left",
         "kcache: 11/12 prompts · 4.0 tok/s · about 2 s left",
+    ]
+
+
+def test_a_long_prompt_says_how_far_it_has_been_read(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with progress_bar(Meter(total=2, done=0, max_tokens=2, clock=clock)) as watch:
+        for done in range(1, 5):
+            clock.now_s += 6
+            watch.read(1000 * done, 4000)
+        clock.now_s += 12
+        watch.count(event(0, "", "stop", 4000, 1))
+    assert capsys.readouterr().err.splitlines() == [
+        "kcache: 0/2 prompts · read 2,000 of 4,000 tokens",
+        "kcache: 0/2 prompts · read 4,000 of 4,000 tokens",
+        "kcache: 1/2 prompts · 0.0 tok/s · about 36 s left",
     ]
 
 

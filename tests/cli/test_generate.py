@@ -77,6 +77,15 @@ def test_standard_input_and_output(run: Run) -> None:
     assert run("generate", input="one\n").stdout.count("\n") == 1
 
 
+def test_answers_that_were_cut_are_counted(run: Run) -> None:
+    lines = "one\none two\none two three\n"  # answered by 3, 4 and 2 tokens
+    result = run("generate", "-i", "-", "-o", "-", "-n", "2", input=lines)
+    reasons = [json.loads(line)["finish_reason"] for line in result.stdout.splitlines()]
+    assert reasons == ["length", "length", "stop"]
+    assert "; 2 cut at 2 tokens, -n allows more" in result.stderr
+    assert "cut" not in run("generate", "-i", "-", "-o", "-", input=lines).stderr
+
+
 def test_output_does_not_vary(run: Run, prompts: Path) -> None:
     out = prompts.with_name("out.jsonl")
     job(run, prompts)

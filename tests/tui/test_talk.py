@@ -223,12 +223,15 @@ class Meter:
     def count(self, event: Any, tokens: int = 1) -> None:
         self.tokens += tokens
 
+    def read(self, done: int, total: int) -> None:
+        """Nothing here is read."""
+
 
 def beside(meter: Meter, drawn: list[int]) -> Beside:
     @contextmanager
-    def progress() -> Iterator[Callable[[Any], None]]:
+    def progress() -> Iterator[Meter]:
         drawn.append(meter.tokens)
-        yield meter.count
+        yield meter
 
     return Beside(meter, progress)
 
