@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kcache.errors import InputError, PolicyError
+from kcache.errors import InputError, ModelNotFoundError, PolicyError
 from kcache.policy import Policy, parse_bytes
 from kcache_cli.options import ModelOptions
 
@@ -123,9 +123,12 @@ def answer(question: Question) -> Answer:
 
     card = None if question.gpu is None else find_card(question.gpu)
     model = question.model
-    config = kcache.load_config(
-        model.name, revision=model.revision, gguf_file=model.gguf_file, trust_remote_code=model.trust_remote_code
-    )
+    try:
+        config = kcache.load_config(
+            model.name, revision=model.revision, gguf_file=model.gguf_file, trust_remote_code=model.trust_remote_code
+        )
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(f"{error}. A plan needs only a config: kcache plan PATH/config.json") from error
     dtype = _dtype(model, config)
     weights = Weights.of(config, dtype, trust_remote_code=model.trust_remote_code)
     if card is None:

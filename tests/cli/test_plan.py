@@ -137,6 +137,14 @@ def test_a_config_that_is_not_there(run: Run, tmp_path: Path) -> None:
     assert run("plan", str(tmp_path / "config.json"), "--gpu", "h100").exit_code == 1
 
 
+def test_without_the_hub_a_config_is_said_to_do(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kcache.hub._listing", lambda repo, revision: None)
+    result = run("plan", "nobody/has-this", "--gpu", "h100")
+    assert result.exit_code == 1
+    assert "the hub cannot be reached" in result.stderr
+    assert result.stderr.endswith("kcache plan PATH/config.json\n")
+
+
 def test_plot(run: Run, config: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "plan.svg"
