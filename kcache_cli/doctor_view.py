@@ -51,6 +51,7 @@ def show(machine: Machine, host: Host, slot: PciSlot | None, found: Sequence[Fin
         console.print(_links(machine))
     console.print()
     console.print(_gathers(machine))
+    console.print("one by one, as a decode step fetches the V rows it has picked", style="dim")
     console.print()
     console.print(_system(machine, host, slot))
     console.print()
@@ -103,8 +104,8 @@ def _system(machine: Machine, host: Host, slot: PciSlot | None) -> Table:
         gpu = ", the GPU's" if slot is not None and slot.numa_node == node.index else ""
         table.add_row(f"NUMA node {node.index}{gpu}", f"CPUs {node.cpus}, {size(node.memory_bytes)}")
     if machine.matvec_gb_s is not None:
-        table.add_row("weights, one token at a time", f"{machine.matvec_gb_s:.1f} GB/s")
-        table.add_row("a layer's small operators", f"{machine.layer_ms:.2f} ms of a decode step")
+        table.add_row("weights in a decode step", f"{machine.matvec_gb_s:.1f} GB/s")
+        table.add_row("a layer's small operators", f"{machine.layer_ms:.2f} ms beside its weights")
     table.add_row("matrix products", f"{machine.compute_tflops:.2f} TFLOP/s")
     table.add_row("versions", ", ".join(f"{name} {value or '-'}" for name, value in machine.versions.items()))
     return table

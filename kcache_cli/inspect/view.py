@@ -6,6 +6,11 @@ from kcache.watch.frame import Frame, LayerFrame
 from kcache.watch.source import Source
 from kcache_cli.text import one_line, size
 
+_LEGEND = (
+    "rows: V rows that decode steps have fetched, link in: their bytes · attn: share of attention that the picks of "
+    "the last step hold · reuse: share of them that the step before had picked, too"
+)
+
 
 def show(source: Source) -> None:
     """Print the newest state."""
@@ -25,6 +30,8 @@ def show(source: Source) -> None:
     if frame.layers:
         console.print()
         console.print(_table(frame.layers))
+        console.print()
+        console.print(_LEGEND, style="dim")
 
 
 def _summary(frame: Frame, host_only: bool) -> list[str]:
@@ -52,7 +59,7 @@ def _table(layers: tuple[LayerFrame, ...]) -> object:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, heading in enumerate(("layer", "kind", "mode", "device", "host", "link in", "rows", "mass", "again")):
+    for number, heading in enumerate(("layer", "kind", "mode", "device", "host", "link in", "rows", "attn", "reuse")):
         table.add_column(heading, justify="left" if number in (1, 2) else "right")
     for layer in layers:
         stats = layer.stats

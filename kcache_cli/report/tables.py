@@ -90,7 +90,7 @@ def _part(style: str, label: str, count: int, longest: int) -> dict[str, Any]:
     return {"style": style, "label": label, "size": size(count), "share": 100 * count / longest}
 
 
-_HEADINGS = ("layer", "kind", "attends", "device", "host", "link in", "link out", "rows", "hot", "mass", "again")
+_HEADINGS = ("layer", "kind", "attends", "device", "host", "link in", "link out", "rows", "hot", "attention", "reuse")
 
 
 def layer_table(frame: Frame) -> tuple[list[str], list[list[Cell]]]:

@@ -120,7 +120,7 @@ class Dashboard(Actions):
         say.border_subtitle = "esc: panels   ctrl-c: stop the reply   ctrl-d: leave"
         yield say
         yield Footer(show_command_palette=True)
-        yield Input(placeholder="tiered   topn   mass<0.9   host>1m   layer>=20", id="filter")
+        yield Input(placeholder="tiered   topn   attn<0.9   host>1m   layer>=20", id="filter")
 
     def on_mount(self) -> None:
         """Begin to read."""

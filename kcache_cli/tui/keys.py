@@ -37,7 +37,7 @@ KEYS = (
     Key("mode_back", "V", "mode(-1)", "view back", "heat map: the mode before"),
     Key("sort", "s", "sort", "sort", "layers: sort by the next column; S sorts the other way round", True),
     Key("reverse", "S", "reverse", "reverse", "layers: sort the other way round"),
-    Key("filter", "slash", "filter", "filter", "layers: show those that meet, say, mass<0.9 or tiered", True, "/"),
+    Key("filter", "slash", "filter", "filter", "layers: show those that meet, say, attn<0.9 or tiered", True, "/"),
     Key(
         "back", "left", "step(-1)", "step back", "a frame back, while paused or replaying; else the cursor", False, "←"
     ),

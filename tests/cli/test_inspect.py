@@ -75,6 +75,7 @@ def test_a_process_is_found_and_read(run: Run, tiny_folder: Path) -> None:
         people = run("inspect", "--once", "--pid", str(process.pid))
         assert people.exit_code == 0
         assert "device tier (RAM)" in people.stdout and f"process {process.pid}" in people.stdout
+        assert "reuse" in people.stdout and "attn: share of attention" in people.stdout
         other = run("inspect", "--once", "--pid", "1")
         assert other.exit_code == 1 and "does not publish what it does, or not for you; these" in other.stderr
         assert f"inspected: {process.pid}" in other.stderr

@@ -54,11 +54,11 @@ def test_the_cursor_reads_a_cell() -> None:
         panel.at_layer, panel.cursor = 15, 3305
         await driver.settle()
         where = r"layer 15 tiered · tokens 3,\d+–3,\d+ · \d+ picks, \d+ % of the layer's · "
-        assert re.search(where + r"mass \d+ % of \d+ % in all", driver.text())
+        assert re.search(where + r"attention \d+ % of \d+ % in all", driver.text())
         assert "blue lighthouse" in driver.text()
         await driver.press("v", "v")
         assert re.search(
-            r"layer 15 head 0 tiered · .* picks, \d+ % of the head's · mass \d+ % of 9\d % in all", driver.text()
+            r"layer 15 head 0 tiered · .* picks, \d+ % of the head's · attention \d+ % of 9\d % in all", driver.text()
         )
 
     run(body)
@@ -67,7 +67,7 @@ def test_the_cursor_reads_a_cell() -> None:
         panel = heat(driver)
         panel.at_layer, panel.cursor = 15, 3305
         await driver.settle()
-        assert re.search(r"layer 15 · tokens 3,2\d\d–3,3\d\d · ~\d+ picks, \d+ % · mass ~\d+ % of \d+ %", driver.text())
+        assert re.search(r"layer 15 · tokens 3,2\d\d–3,3\d\d · ~\d+ picks, \d+ % · attn ~\d+ % of \d+ %", driver.text())
 
     run(narrow, FakeSource(conversation(picks=False)), size=(80, 24))
 
@@ -75,7 +75,7 @@ def test_the_cursor_reads_a_cell() -> None:
         panel = heat(driver)
         panel.at_layer, panel.cursor = 15, 3305
         await driver.settle()
-        assert "mass - of 90 % in all" in driver.text()
+        assert "attention - of 90 % in all" in driver.text()
 
     bare = [
         replace(it, layers=tuple(replace(layer, held=None) for layer in it.layers)) for it in conversation(picks=False)
@@ -320,7 +320,7 @@ def test_sort_and_reverse() -> None:
         moment = driver.app.moment
         assert moment is not None
         rows = [row.layer for row in layers(driver).rows(moment)]
-        assert rows[:2] == [29, 28] and set(rows[-2:]) == {0, 1}  # no mass is last
+        assert rows[:2] == [29, 28] and set(rows[-2:]) == {0, 1}  # no attn is last
         await driver.press("S")
         assert [row.layer for row in layers(driver).rows(moment)][:2] == [2, 3]
         await driver.press(*["s"] * 7)
@@ -333,14 +333,14 @@ def test_filter() -> None:
     async def body(driver: Driver) -> None:
         await driver.press("slash")
         assert isinstance(driver.app.focused, Input)
-        await driver.press(*"mass>.9", "enter")
+        await driver.press(*"attn>.9", "enter")
         moment = driver.app.moment
-        assert moment is not None and layers(driver).filter == "mass>.9"
+        assert moment is not None and layers(driver).filter == "attn>.9"
         shown = layers(driver).rows(moment)
-        assert 0 < len(shown) < 20 and all(row.mass is not None and row.mass > 0.9 for row in shown)
+        assert 0 < len(shown) < 20 and all(row.attn is not None and row.attn > 0.9 for row in shown)
         await driver.press("slash", *"x", "enter")
         assert "no such" in driver.text()  # it says so, and what was there stays
-        assert layers(driver).filter == "mass>.9"
+        assert layers(driver).filter == "attn>.9"
         await driver.press("escape")
         assert layers(driver).filter == ""
         assert driver.app.focused is layers(driver)

@@ -343,7 +343,7 @@ def test_rows_sort_and_what_is_unknown_comes_last() -> None:
         ("5", (5,)),
         ("tiered layer < 4", (2, 3)),
         ("host>1m layer<4", (2, 3)),
-        ("mass>93%", range(26, 30)),
+        ("attn>93%", range(26, 30)),
         ("hits=2", ()),
     ],
 )
@@ -352,7 +352,7 @@ def test_filters(text: str, layers: Sequence[int]) -> None:
     assert [row.layer for row in layer_rows(moment()) if test(row)] == list(layers)
 
 
-@pytest.mark.parametrize("text", ["nonsense", "weight>3", "mass>1.2.3", "mass>"])
+@pytest.mark.parametrize("text", ["nonsense", "weight>3", "attn>1.2.3", "attn>"])
 def test_filters_that_make_no_sense(text: str) -> None:
     with pytest.raises(InputError):
         parse_filter(text)

@@ -73,7 +73,7 @@ def test_the_table_is_sorted_and_a_row_is_chosen() -> None:
         panel = driver.app.query_one(LayersPanel)
         await driver.pilot.click(LayersPanel, offset=Offset(12, 1))
         await driver.settle()
-        assert (panel.sort, panel.backwards) == ("mass", False)
+        assert (panel.sort, panel.backwards) == ("attn", False)
         await driver.pilot.click(LayersPanel, offset=Offset(12, 1))
         await driver.settle()
         assert panel.backwards

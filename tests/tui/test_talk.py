@@ -156,11 +156,11 @@ def test_the_layer_table_comes_when_it_is_asked_for() -> None:
             await driver.press("escape")
             assert "4 layers" not in driver.text()
             await driver.press("s")
-            assert "4 layers" in driver.text() and "mass▼" in driver.text()
-            await driver.press("slash", *"mass<0.9")
-            assert "6 text" in driver.text() and "mass<0.9" in driver.text()
+            assert "4 layers" in driver.text() and "attn▼" in driver.text()
+            await driver.press("slash", *"attn<0.9")
+            assert "6 text" in driver.text() and "attn<0.9" in driver.text()
             await driver.press("enter")
-            assert "mass<0.9  1-8 of 15" in driver.text()
+            assert "attn<0.9  1-8 of 15" in driver.text()
 
     asyncio.run(whole())
 

@@ -11,7 +11,7 @@ from kcache.errors import InputError
 from kcache.watch.frame import LayerFrame, since
 from kcache_cli.tui.model.moment import Moment
 
-SORTS = ("layer", "mass", "again", "hits", "rows", "link", "device", "host")
+SORTS = ("layer", "attn", "reuse", "hits", "rows", "link", "device", "host")
 _COMPARE = {
     "<=": operator.le,
     ">=": operator.ge,
@@ -29,9 +29,9 @@ class LayerRow:
 
     Attributes
     ----------
-    mass : float or None
+    attn : float or None
         Share of attention its picks hold, mean over query heads.
-    again : float or None
+    reuse : float or None
         Share of its picks that the step before had picked as well.
     hits : float or None
         Share of its rows found in the hot set.
@@ -48,8 +48,8 @@ class LayerRow:
     layer: int
     kind: str
     mode: str
-    mass: float | None
-    again: float | None
+    attn: float | None
+    reuse: float | None
     hits: float | None
     rows: float | None
     link: float | None
@@ -116,7 +116,7 @@ def sort_rows(rows: list[LayerRow], by: str, reverse: bool = False) -> list[Laye
 
 
 def parse_filter(text: str) -> Callable[[LayerRow], bool]:
-    """Make a test of words like ``tiered``, ``topn``, ``mass<0.9``, ``host>1m``, ``layer>=20``; all must hold.
+    """Make a test of words like ``tiered``, ``topn``, ``attn<0.9``, ``host>1m``, ``layer>=20``; all must hold.
 
     Raises
     ------
@@ -137,7 +137,7 @@ def _test(word: str) -> Callable[[LayerRow], bool]:
     if match is None:
         wanted = word.lower()
         if not any(name.startswith(wanted) for name in ("tiered", "resident", "stock", *_MODES)):
-            raise InputError(f"no such filter: {word}; try tiered, resident, topn, mass<0.9 or host>1m")
+            raise InputError(f"no such filter: {word}; try tiered, resident, topn, attn<0.9 or host>1m")
         return lambda row: row.kind.startswith(wanted) or row.mode.startswith(wanted)
     name, sign, number_text, unit = match[1].lower(), match[2], match[3], match[4].lower()
     if name not in SORTS:

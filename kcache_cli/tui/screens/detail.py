@@ -107,7 +107,7 @@ def describe(found: Detail, moment: Moment, look: Look) -> Text:
         ("–" if row.rows is None else f"{count(row.rows)} on average", "bold"),
         _per_head(found, palette.muted),
     )
-    line("picked again", *_share(row.again, palette.accent, look), (" as before", palette.muted))
+    line("picked again", *_share(row.reuse, palette.accent, look), (" as before", palette.muted))
     line("hot set", *_share(row.hits, palette.accent, look), (" of all rows", palette.muted))
     line("to the device", (size(stats.bytes_h2d), "bold"), ("   to the host ", palette.muted), size(stats.bytes_d2h))
     bound = "–" if row.bound is None else "0, exact" if row.bound == 0 else f"≤ {row.bound:.2f} × the largest |V|"
@@ -140,7 +140,7 @@ def _add_mass(text: Text, found: Detail, look: Look) -> None:
     """A bar for each query head, those of one KV head together."""
     palette = look.palette
     if not found.groups:
-        text.append("no mass: nothing was picked in the last step\n", palette.muted)
+        text.append("nothing was picked in the last step\n", palette.muted)
         return
     text.append("attention captured by the picks, by query head\n", palette.muted)
     query = 0

@@ -18,9 +18,10 @@ _PANELS = (
     ("memory", "what the tiers hold, and what a full KV cache would take, to one scale"),
     ("link", "bytes between the tiers over time: to the device above, to the host below"),
     ("heat map", "layers × context; the brighter, the more of a cell's tokens were picked"),
-    ("mass", "share of a layer's attention that its picks hold"),
-    ("again", "share of a layer's picks that the step before had picked as well"),
+    ("attn", "share of a layer's attention that its picks hold, mean over query heads"),
+    ("reuse", "share of a layer's picks that the step before had picked as well"),
     ("hits", "share of the rows that were still on the device"),
+    ("rows", "V rows a step fetches for the layer, lately; link: their bytes"),
 )
 _MORE = (
     ("1 - 6", "go to a panel"),

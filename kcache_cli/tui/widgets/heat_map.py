@@ -159,7 +159,7 @@ class HeatMap(Panel):
             text.append(" " * (tick.column + LABELS - text.cell_len))
             tone = {"prompt": palette.prompt, "answer": palette.good}.get(tick.kind, palette.muted)
             text.append(tick.text, tone)
-        mass = "mass" if self.size.width >= _WIDE and self.mode is not Mode.HEADS else ""
+        mass = "attn" if self.size.width >= _WIDE and self.mode is not Mode.HEADS else ""
         if mass:
             text.append(" " * max(0, across + LABELS + 1 - text.cell_len))
             text.append(mass, palette.muted)
@@ -261,7 +261,7 @@ def numbers_of(found: Cell, look: Look, wide: bool) -> Text:
     text.append(f"{nearly}{found.count:,}", "bold")
     text.append(f" pick{'' if found.count == 1 else 's'}, {percent(found.share)}", palette.muted)
     text.append(f" of the {'layer' if found.head is None else 'head'}'s" if wide else "", palette.muted)
-    text.append(f"{dot}mass ", palette.muted)
+    text.append(f"{dot}{'attention' if wide else 'attn'} ", palette.muted)
     text.append(_share(found), "bold")
     if found.mass is not None:
         text.append(f" of {percent(found.mass)}{' in all' if wide else ''}", palette.muted)

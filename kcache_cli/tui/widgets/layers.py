@@ -19,8 +19,8 @@ from kcache_cli.tui.widgets.panel import Panel, cut
 
 Table = tuple[tuple[str, int], ...]
 _WIDE: Table = tuple(zip(SORTS, (6, 14, 7, 6, 7, 7, 8, 7), strict=True))
-_USUAL: Table = (("layer", 6), ("mass", 6), ("again", 7), ("rows", 6), ("link", 6), ("device", 7), ("host", 6))
-_NARROW: Table = (("layer", 6), ("mass", 6), ("rows", 6), ("link", 6), ("host", 6))
+_USUAL: Table = (("layer", 6), ("attn", 6), ("reuse", 7), ("rows", 6), ("link", 6), ("device", 7), ("host", 6))
+_NARROW: Table = (("layer", 6), ("attn", 6), ("rows", 6), ("link", 6), ("host", 6))
 _STAYS = "exact, V stays here"
 
 
@@ -122,12 +122,12 @@ class LayersPanel(Panel):
 
     def _line(self, row: LayerRow, table: Table, width: int) -> Text:
         text, palette = Text(), self.look.palette
-        exact = row.mass is None and row.kind == "resident"
+        exact = row.attn is None and row.kind == "resident"
         for name, each in table:
-            if exact and name in ("again", "hits", "rows", "link"):
+            if exact and name in ("reuse", "hits", "rows", "link"):
                 continue
-            if exact and name == "mass":
-                room = sum(wide for column, wide in table if column in ("mass", "again", "hits", "rows", "link"))
+            if exact and name == "attn":
+                room = sum(wide for column, wide in table if column in ("attn", "reuse", "hits", "rows", "link"))
                 text.append((_STAYS if room > len(_STAYS) + 1 else "exact").rjust(room), palette.muted)
             else:
                 text.append_text(self._cell(row, name, each))
@@ -145,12 +145,12 @@ class LayersPanel(Panel):
             return Text(f"{value:>{width}}", f"bold {palette.accent}" if chosen else palette.text)
         if value is None or (name == "host" and not value):
             return Text("–".rjust(width) if not self.look.ascii else "-".rjust(width), palette.faint)
-        if name == "mass":
+        if name == "attn":
             tone = palette.good if value >= 0.9 else palette.accent if value >= 0.75 else palette.warn
             if width < 10:
                 return Text(percent(value).rjust(width), tone)
             return Text.assemble("  ", rule(value, width - 8, tone, self.look), percent(value).rjust(6))
-        if name in ("again", "hits"):
+        if name in ("reuse", "hits"):
             return Text(percent(value).rjust(width), palette.text)
         words = count(value) if name == "rows" else bytes_short(value)
         return Text(words.rjust(width), palette.text)
