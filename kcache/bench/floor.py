@@ -63,7 +63,8 @@ class Floor:
     Attributes
     ----------
     memory_ms, link_ms : float
-        The two parts; a fetch waits for its selection, so they add.
+        The two parts. They add, since a fetch waits for its selection; what is fetched while other rows are still
+        scored hides a little of the second.
     """
 
     memory_ms: float
