@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kcache.errors import InputError, ModelNotFoundError, PolicyError
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 _UNKNOWN_CONTEXT = 4096
 _FIRST_CTX = 1024
+_HITS_OF_TEXT = 0.8
+"""Part of the picks that hot rows spare the link at least; of a trace of prose it was 0.89 (docs/benchmarks.md)."""
+_SEEN = 0.05
+"""The part of a step that waiting for the link must be to be worth a word."""
 
 
 @dataclass(frozen=True)
@@ -141,18 +145,34 @@ def answer(question: Question) -> Answer:
     context = context_length(config)
     ctx = question.ctx or context or _UNKNOWN_CONTEXT
     ctxs = _contexts(max(ctx, context or 0), ctx)
+    methods = {name: planner.method(name, ctx, question.batch) for name in METHODS}
     return Answer(
         question=question,
         planner=planner,
         ctx=ctx,
         context=context,
-        methods={name: planner.method(name, ctx, question.batch) for name in METHODS},
+        methods=methods,
         machine=machine,
         source=source,
         ctxs=ctxs,
         curves={name: planner.curve(name, ctxs, question.batch) for name in METHODS},
-        notes=_notes(question, planner, config, ctx, context),
+        notes=[*_notes(question, planner, config, ctx, context), *_warm(planner, methods["kcache"], ctx)],
     )
+
+
+def _warm(planner: Planner, method: Method, ctx: int) -> list[str]:
+    """What hot rows would make of a step that waits for the link, if nothing was said of them."""
+    from kcache.sizes import hot_rows_of
+
+    cold = method.predicted
+    if cold is None or planner.hit_rate or not hot_rows_of(planner.policy) or cold.link_ms < _SEEN * cold.step_ms:
+        return []
+    warm = replace(planner, hit_rate=_HITS_OF_TEXT).predict(method.need, ctx, method.batch)
+    return [
+        f"KCache's prediction has every picked row cross the link. Of text, {_HITS_OF_TEXT:.0%} and more were picked a "
+        f"moment before and are on the device still: with --hit-rate {_HITS_OF_TEXT} a step would take "
+        f"{warm.step_ms:,.2f} ms ({warm.tok_s:,.1f} tok/s)"
+    ]
 
 
 def _dtype(model: ModelOptions, config: Any) -> torch.dtype:

@@ -89,6 +89,10 @@ def test_policy_flags_and_hits(run: Run, config: str) -> None:
     assert warm["methods"]["kcache"]["resident_layers"] == 0
     links = [found["methods"]["kcache"]["predicted"]["link_bytes"] for found in (cold, warm)]
     assert links == [8 * 30 * 8 * 128 * 256, pytest.approx(8 * 32 * 8 * 128 * 256 * 0.2, abs=1)]
+    hint = [note for note in cold["notes"] if "--hit-rate 0.8" in note]
+    as_hinted = planned(run, *args, "--hit-rate", "0.8")
+    assert f"({as_hinted['methods']['kcache']['tok_s_predicted']:,.1f} tok/s)" in hint[0]
+    assert not any("--hit-rate" in note for note in warm["notes"])
     single = planned(run, *args, "--dtype", "float32")
     assert single["methods"]["full"]["k_bytes"] == 2 * cold["methods"]["full"]["k_bytes"]
 
