@@ -58,7 +58,7 @@ class Row:
     floor_ms, floor_multiple : float
         What the step's own bytes take at measured bandwidth, and the median over that.
     ratio, ratio_low, ratio_high : float or None
-        Speed over that of ``ratio_to``, by medians, and the lowest and highest of the turns.
+        Speed over that of ``ratio_to``, turn by turn, each by its median: their median, lowest and highest.
     ratio_to : str or None
     kl, top1 : float or None
         Mean KL divergence from full attention in nats, and share of steps with the same likeliest token.

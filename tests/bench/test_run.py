@@ -60,7 +60,7 @@ def test_a_row_for_everyone(lm: LoadedModel) -> None:
         assert row.env == {"here": 1}
     base = next(row for row in timed if row.engine == "hf-dynamic")
     assert base.ratio == 1.0
-    assert timed[0].ratio == pytest.approx(base.decode_ms_p50 / timed[0].decode_ms_p50)
+    assert timed[0].ratio_low <= timed[0].ratio <= timed[0].ratio_high
 
 
 def test_kcache_rows_count_what_the_cache_counts(lm: LoadedModel) -> None:
