@@ -191,9 +191,11 @@ class Fitter:
         ways = []
         if self.policy.offload == "none" and self._under(offload="auto").fits(ctx, batch):
             ways.append("it would fit with V in host memory (--offload auto)")
-        elif self._under(k_bits=8).fits(ctx, batch):
-            cost = "scores close to exact ones, not exact" + (", and slow" if self.pools.device_bytes is None else "")
-            ways.append(f"it would fit with K in 8 bits (k_bits = 8 in a policy file: {cost})")
+        slow = ", and slow" if self.pools.device_bytes is None else ""
+        if not ways and self._under(k_bits=8).fits(ctx, batch):
+            ways.append(f"it would fit with K in 8 bits (--k-bits 8: scores close to exact ones, not exact{slow})")
+        elif not ways and self._under(v_bits=8).fits(ctx, batch):
+            ways.append(f"it would fit with V in 8 bits (--v-bits 8: close to exact, not exact{slow})")
         if batch > 1:
             smaller = self.largest_batch(ctx, batch)
             ways.append("use a smaller batch" + (f" ({smaller} would fit)" if smaller else ""))

@@ -136,6 +136,26 @@ class PolicyOptions:
         int | None,
         _policy("--dense-layers", help="First layers that always attend exactly.", default=str(Policy.dense_layers)),
     ] = None
+    k_bits: Annotated[
+        int | None,
+        _policy(
+            "--k-bits",
+            help="8: K in half the memory once V has left, scores nearly exact. Slow on a CPU.",
+            default=str(Policy.k_bits),
+            metavar="16|8",
+            autocompletion=lambda: ["16", "8"],
+        ),
+    ] = None
+    v_bits: Annotated[
+        int | None,
+        _policy(
+            "--v-bits",
+            help="8: offloaded V in half the host memory and over the link, nearly exact. Slow on a CPU.",
+            default=str(Policy.v_bits),
+            metavar="16|8",
+            autocompletion=lambda: ["16", "8"],
+        ),
+    ] = None
     backend: Annotated[BackendName | None, _policy("--backend", help="Who computes a decode step.", default="auto")] = (
         None
     )

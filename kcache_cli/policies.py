@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from kcache_cli.settings import Settings
 
 NAMES = ("default", "paper")
-FIELDS = ("topn", "offload", "kv_budget", "resident_layers", "dense_layers", "backend", "graph")
+FIELDS = (
+    "topn", "offload", "kv_budget", "resident_layers", "dense_layers", "k_bits", "v_bits", "backend", "graph",
+)  # fmt: skip
 
 
 def build_policy(options: PolicyOptions, settings: Settings) -> Policy:

@@ -233,14 +233,13 @@ def test_refusals_say_what_would_fit(tmp_path: Path) -> None:
     assert "(--offload auto)" in said(Policy(offload="none"), 131072, 5)
     assert "8 bits" not in text
     bytes_of_k = said(Policy(), 131072, 8)
-    assert (
-        "it would fit with K in 8 bits (k_bits = 8 in a policy file: scores close to exact ones, not exact)"
-        in bytes_of_k
-    )
+    assert "it would fit with K in 8 bits (--k-bits 8: scores close to exact ones, not exact)" in bytes_of_k
     narrow = Fitter(shape, Policy(k_bits=8), Pools(80 * GIB, 512 * GIB), weights)
     assert narrow.fits(131072, 8)
     assert "8 bits" not in narrow.refusal(narrow.fit(131072, 16), 131072, 16)
     assert "host memory" in said(Policy(offload="all"), 131072, 4, host=4)
+    bytes_of_v = said(Policy(offload="all"), 131072, 4, host=20)
+    assert "it would fit with V in 8 bits (--v-bits 8: close to exact, not exact)" in bytes_of_v
     assert "the weights alone" in said(Policy(), 131072, 1, device=12)
 
 

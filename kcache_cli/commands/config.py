@@ -22,6 +22,8 @@ _EXAMPLES: dict[str, object] = {
     "kv_budget": "8GiB",
     "resident_layers": 2,
     "dense_layers": 2,
+    "k_bits": 16,
+    "v_bits": 16,
     "backend": "auto",
     "graph": "auto",
     "ctx": 8192,

@@ -33,10 +33,11 @@ def test_paper_with_changes(run: Run) -> None:
 
 def test_flags(run: Run) -> None:
     args = "--topn 7 --offload all --kv-budget 20GiB --resident-layers 3 --dense-layers 1 --backend reference "
-    args += "--graph off"
+    args += "--graph off --k-bits 8 --v-bits 16"
     assert policy_of(run, *args.split()) == Policy(
-        topn=7, offload="all", kv_budget="20GiB", resident_layers=3, dense_layers=1, backend="reference", graph="off"
-    )
+        topn=7, offload="all", kv_budget="20GiB", resident_layers=3, dense_layers=1, backend="reference", graph="off",
+        k_bits=8,
+    )  # fmt: skip
 
 
 def test_file_then_flags(run: Run, tmp_path: Path) -> None:
