@@ -28,7 +28,9 @@ def weigh_picks(
     G: tl.constexpr, G2: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr, RQ: tl.constexpr,
     RP: tl.constexpr, HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr,
 ):  # fmt: skip
-    """Write what a row of work's picks weigh, ``weights`` ``[G, M]``, and in which slots they are hot or will be.
+    """Write what a row of work's picks weigh, ``weights`` ``[G, M]``, and where they are, ``slots`` ``[2, M]``.
+
+    That is a pick's slot among the hot rows, or -1 less its position, and the slot where it is to be stored, or -1.
 
     Leaves in ``shares`` ``[G, RP]`` and ``held`` ``[G]`` minus the picks' part of the tail's sums. What a pick needs is
     asked for at once, before any of it is used: under load a round trip takes two microseconds. ``RQ``: a power of two
@@ -53,9 +55,10 @@ def weigh_picks(
             c_ptrs = coefficients + directions[:, None] * stride_cr + pick[None, :]
             part = tl.load(c_ptrs, mask=(directions < RANK)[:, None] & live[None, :], other=0.0)
         if HOT_WAYS > 0:
-            slot, found = hot_admit(pick, live, tags, stamps, claims, row, now, TILE, HOT_SETS, HOT_WAYS)
-            tl.store(slots + row * WIDTH + nth, slot, mask=live)
-            hit += tl.sum(found.to(tl.int64), 0)
+            slot, fresh = hot_admit(pick, live, tags, stamps, claims, row, now, TILE, HOT_SETS, HOT_WAYS)
+            tl.store(slots + 2 * row * WIDTH + nth, tl.where(slot >= 0, slot, -1 - pick), mask=live)
+            tl.store(slots + (2 * row + 1) * WIDTH + nth, fresh, mask=live)
+            hit += tl.sum((slot >= 0).to(tl.int64), 0)
         weight = tl.exp2(score - norm[:, None])
         w_ptrs = weights + (row * G + heads)[:, None] * WIDTH + nth[None, :]
         tl.store(w_ptrs, weight, mask=real[:, None] & live[None, :])
@@ -83,29 +86,34 @@ def read_rows(
     G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     HOT_WAYS: tl.constexpr, HAS_SCALES: tl.constexpr,
 ):  # fmt: skip
-    """Weights ``[GP, ROWS]``, scales included, V rows ``[ROWS, BLOCK_D]`` and slots of a row of work's next picks."""
+    """Weights ``[GP, ROWS]``, scales included, V rows ``[ROWS, BLOCK_D]`` of a row of work's next picks.
+
+    Third, the slots where the rows are to be stored, or -1.
+    """
     heads = tl.arange(0, GP)
     columns = tl.arange(0, BLOCK_D)[None, :] < D
     dims = tl.arange(0, BLOCK_D)[None, :]
     nth = first + tl.arange(0, ROWS)
     live = nth < count
-    pick = tl.load(picks + row * WIDTH + nth, mask=live, other=0)
+    # Of loads under a mask the assembler makes one after the other, each with its wait.
+    there = tl.minimum(nth, WIDTH - 1)
+    fresh = tl.full([ROWS], -1, tl.int32)
+    if HOT_WAYS > 0:
+        place = tl.load(slots + 2 * row * WIDTH + there)
+        fresh = tl.load(slots + (2 * row + 1) * WIDTH + nth, mask=live, other=-1)
+        # One load for both: the device's memory and the host's are one space of addresses.
+        far = source + (-1 - place).to(tl.int64)[:, None] * stride_vl + dims
+        v_ptrs = tl.where((place >= 0)[:, None], store + place[:, None] * D + dims, far)
+    else:
+        v_ptrs = source + tl.load(picks + row * WIDTH + there).to(tl.int64)[:, None] * stride_vl + dims
+    rows = tl.load(v_ptrs, mask=live[:, None] & columns, other=0, cache_modifier=".cg")
     w_ptrs = weights + (row * G + heads)[:, None] * WIDTH + nth[None, :]
     weight = tl.load(w_ptrs, mask=(heads < G)[:, None] & live[None, :], other=0.0)
-    # A row that weighs nothing (masked) may hold anything: it is not multiplied, and only comes if it is to be stored.
-    weighed = tl.max(weight, 0) > 0.0
-    wanted = weighed
-    v_ptrs = source + pick.to(tl.int64)[:, None] * stride_vl + dims
-    slot = tl.full([ROWS], -1, tl.int32)
-    if HOT_WAYS > 0:
-        slot = tl.load(slots + row * WIDTH + nth, mask=live, other=-1)
-        # One load for both: the device's memory and the host's are one space of addresses.
-        v_ptrs = tl.where((slot >= 0)[:, None], store + tl.maximum(slot, 0)[:, None] * D + dims, v_ptrs)
-        wanted = weighed | (slot != -1)
-    rows = tl.load(v_ptrs, mask=wanted[:, None] & columns, other=0, cache_modifier=".cg")
     if HAS_SCALES:
-        weight *= tl.load(scales + pick, mask=weighed, other=0.0)[None, :]
-    return weight, rows, slot
+        pick = tl.load(picks + row * WIDTH + nth, mask=live, other=0)
+        scale = tl.load(scales + pick, mask=live, other=0.0)
+        weight *= tl.where(tl.max(weight, 0) > 0.0, scale, 0.0)[None, :]
+    return weight, rows, fresh
 
 
 @triton.jit
@@ -121,25 +129,26 @@ def fetch_row(
     heads = tl.arange(0, GP)
     dims = tl.arange(0, BLOCK_D)
     result = tl.zeros([GP, BLOCK_D], tl.float32)
-    weight, rows, slot = read_rows(
+    weight, rows, fresh = read_rows(
         source, scales, picks, weights, store, slots, row, 0, count, stride_vl,
         G, GP, WIDTH, ROWS, D, BLOCK_D, HOT_WAYS, HAS_SCALES,
     )  # fmt: skip
     for first in tl.range(0, count, ROWS, num_stages=1):
-        next_weight, next_rows, next_slot = read_rows(
+        next_weight, next_rows, next_fresh = read_rows(
             source, scales, picks, weights, store, slots, row, first + ROWS, count, stride_vl,
             G, GP, WIDTH, ROWS, D, BLOCK_D, HOT_WAYS, HAS_SCALES,
         )  # fmt: skip
         if HOT_WAYS > 0:
-            arrived = (slot < -1)[:, None] & (dims < D)[None, :]
-            tl.store(store + tl.maximum(-2 - slot, 0)[:, None] * D + dims[None, :], rows, mask=arrived)
+            arrived = (fresh >= 0)[:, None] & (dims < D)[None, :]
+            tl.store(store + fresh[:, None] * D + dims[None, :], rows, mask=arrived)
+        # A row that weighs nothing (masked) may hold anything: it is not multiplied.
         rows = tl.where((tl.max(tl.abs(weight), 0) > 0.0)[:, None], rows, 0)
         if HAS_SCALES:
             # Whole numbers up to 127 are exact in bf16, whose exponents hold any product of weight and scale.
             result += weighted_rows(weight, whole_rows(rows, tl.bfloat16), UPCAST)
         else:
             result += weighted_rows(weight, rows, UPCAST)
-        weight, rows, slot = next_weight, next_rows, next_slot
+        weight, rows, fresh = next_weight, next_rows, next_fresh
     tl.store(partial + heads[:, None] * D + dims[None, :], result, mask=(heads < G)[:, None] & (dims < D)[None, :])
 
 

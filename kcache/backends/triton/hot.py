@@ -81,9 +81,9 @@ class HotRows:
 def hot_admit(
     position, live, tags, stamps, claims, row, now, TILE: tl.constexpr, SETS: tl.constexpr, WAYS: tl.constexpr
 ):
-    """Where each of a tile of picks is stored: its slot, -2 - slot if it is to be stored there, or -1.
+    """For each of a tile of picks the slot where it is stored, and the one where it is to be stored; -1 for none.
 
-    Picks are distinct, so what a tile lets in is no other tile's hit. Also returns which were found.
+    Picks are distinct, so what a tile lets in is no other tile's hit.
     """
     way = tl.arange(0, WAYS)[None, :]
     stamp = tl.zeros([TILE, WAYS], tl.int32) + now
@@ -113,4 +113,4 @@ def hot_admit(
     tl.store(stamps + at, stamp, mask=victim)
     tl.store(claims + row * SETS + home, 0, mask=missed)
     slot = home * WAYS + tl.sum(tl.where(match | victim, way, 0), 1)
-    return tl.where(found, slot, tl.where(kept, -2 - slot, -1)), found
+    return tl.where(found, slot, -1), tl.where(kept, slot, -1)

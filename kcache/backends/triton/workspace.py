@@ -260,7 +260,7 @@ class Workspace(DeviceLength):
             floats(rows, parts, heads),
         )
         self.done, self.tickets = integers(rows), integers(rows)
-        self.hot_slots = integers(rows, self.width)
+        self.hot_slots = integers(rows, 2, self.width)
 
     def set_back(self) -> None:
         """Set the counters back after a step of which not all was launched; a whole one does so itself."""
