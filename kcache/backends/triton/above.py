@@ -20,11 +20,15 @@ from kcache.backends.triton.select import count_three
 
 @triton.jit
 def read_tops(block_top, row, first, live_blocks, blocks, G: tl.constexpr, GP: tl.constexpr, TILE: tl.constexpr):
-    """The largest scores ``[GP, TILE]`` of a row's blocks from number ``first`` on."""
+    """The largest scores ``[GP, TILE]`` of a row's blocks from number ``first`` on; anything from the last on.
+
+    There is room for a multiple of 16 blocks, so that a mask of whole fours need not split wide loads.
+    """
     heads = tl.arange(0, GP)
     block = first + tl.arange(0, TILE)
     t_ptrs = block_top + (row.to(tl.int64) * G + heads)[:, None] * blocks + block[None, :]
-    return tl.load(t_ptrs, mask=(heads < G)[:, None] & (block < live_blocks)[None, :], other=float("-inf"))
+    readable = tl.cdiv(live_blocks, 4) * 4
+    return tl.load(t_ptrs, mask=(heads < G)[:, None] & (block < readable)[None, :], other=float("-inf"))
 
 
 @triton.jit

@@ -153,47 +153,76 @@ def fetch_row(
 
 
 @triton.jit
+def read_held(held, origin, first, total, G: tl.constexpr, G2: tl.constexpr, STEP: tl.constexpr):
+    """What a row's parts from the ``first`` on say that rows weigh, ``[STEP, G2]``."""
+    part, heads = first + tl.arange(0, STEP), tl.arange(0, G2)
+    there = (part < total)[:, None] & (heads < G)[None, :]
+    return tl.load(held + (origin + part)[:, None] * G + heads[None, :], mask=there, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def read_shares(
+    shares, origin, first, lowest, total,
+    G: tl.constexpr, G2: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, RANK_STEP: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    """Sums of a row's parts from the ``first`` on along directions from the ``lowest``, ``[STEP, RANK_STEP, G2]``."""
+    part, direction, heads = first + tl.arange(0, STEP), lowest + tl.arange(0, RANK_STEP), tl.arange(0, G2)
+    at = (origin + part)[:, None, None] * G + heads[None, None, :]
+    wanted = (part < total)[:, None, None] & (direction < RANK)[None, :, None] & (heads < G)[None, None, :]
+    return tl.load(shares + at * RP + direction[None, :, None], mask=wanted, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def read_directions(basis, lowest, D: tl.constexpr, BLOCK_D: tl.constexpr, RANK: tl.constexpr, RANK_STEP: tl.constexpr):
+    """A head's directions from the ``lowest`` on, ``[RANK_STEP, BLOCK_D]``."""
+    direction, dims = lowest + tl.arange(0, RANK_STEP), tl.arange(0, BLOCK_D)
+    inside = (direction < RANK)[:, None] & (dims < D)[None, :]
+    return tl.load(basis + direction[:, None] * D + dims[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def finish_row(
     partial, shares, held, base, basis, out, mass, row, head, tail_splits, stride_oh,
     G: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
     RANK_STEP: tl.constexpr, STEP: tl.constexpr, RENORMALISE: tl.constexpr,
 ):  # fmt: skip
-    """Add a row's partial sums in a fixed order, the tail's turned back to V's coordinates, and write the output."""
+    """Add a row's partial sums in a fixed order, the tail's turned back to V's coordinates, and write the output.
+
+    All of a row of the usual sizes is asked for at once.
+    """
     heads = tl.arange(0, G2)
     dims = tl.arange(0, BLOCK_D)
-    parts = tl.arange(0, STEP)
     real = heads < G
     columns = dims < D
-    origin = row * (1 + tail_splits)
+    origin, total = row * (1 + tail_splits), 1 + tail_splits
     p_ptrs = partial + (row * G + heads)[:, None] * D + dims[None, :]
     result = tl.load(p_ptrs, mask=real[:, None] & columns[None, :], other=0.0, cache_modifier=".cg")
     picked = -tl.load(held + (origin + tail_splits) * G + heads, mask=real, other=0.0, cache_modifier=".cg")
+    if RANK > 0:
+        weighs = read_held(held, origin, 0, total, G, G2, STEP)
+        share = read_shares(shares, origin, 0, 0, total, G, G2, RANK, RP, RANK_STEP, STEP)
+        rows = read_directions(basis, 0, D, BLOCK_D, RANK, RANK_STEP)
+        base_row = tl.load(base + dims, mask=columns, other=0.0)
+        tl.debug_barrier()  # else the assembler asks for them one after the other
     tl.store(mass + row * G + heads, picked, mask=real)
     if RENORMALISE:
         result = result / tl.maximum(picked, 1.0e-37)[:, None]
     result += (picked * 0.0)[:, None]
     if RANK > 0:
-        total = tail_splits + 1
-        rest = tl.zeros([G2], tl.float32)
-        for first in tl.range(0, total, STEP, num_stages=1):
-            at = (origin + first + parts)[:, None] * G + heads[None, :]
-            there = (first + parts < total)[:, None] & real[None, :]
-            rest += tl.sum(tl.load(held + at, mask=there, other=0.0, cache_modifier=".cg"), 0)
-        result += rest[:, None] * tl.load(base + dims, mask=columns, other=0.0)[None, :]
+        rest = tl.sum(weighs, 0)
+        for first in tl.range(STEP, total, STEP, num_stages=1):
+            rest += tl.sum(read_held(held, origin, first, total, G, G2, STEP), 0)
+        result += rest[:, None] * base_row[None, :]
         for lowest in tl.range(0, RANK, RANK_STEP, num_stages=1):
-            direction = lowest + tl.arange(0, RANK_STEP)
-            inside = direction < RANK
-            along = tl.zeros([RANK_STEP, G2], tl.float32)
-            for first in tl.range(0, total, STEP, num_stages=1):
-                at = (origin + first + parts)[:, None] * G + heads[None, :]
-                there = (first + parts < total)[:, None] & real[None, :]
-                s_ptrs = shares + at[:, None, :] * RP + direction[None, :, None]
-                wanted = there[:, None, :] & inside[None, :, None]
-                along += tl.sum(tl.load(s_ptrs, mask=wanted, other=0.0, cache_modifier=".cg"), 0)
-            u_ptrs = basis + direction[:, None] * D + dims[None, :]
-            rows = tl.load(u_ptrs, mask=inside[:, None] & columns[None, :], other=0.0)
+            along = tl.sum(share, 0)
+            for first in tl.range(STEP, total, STEP, num_stages=1):
+                more = read_shares(shares, origin, first, lowest, total, G, G2, RANK, RP, RANK_STEP, STEP)
+                along += tl.sum(more, 0)
             # Summed over the first axis: over the middle one the compiler would make it a product in tf32.
             result += tl.sum(along[:, :, None] * rows[:, None, :], 0)
+            share = read_shares(shares, origin, 0, lowest + RANK_STEP, total, G, G2, RANK, RP, RANK_STEP, STEP)
+            rows = read_directions(basis, lowest + RANK_STEP, D, BLOCK_D, RANK, RANK_STEP)
     o_ptrs = out + (head * G + heads)[:, None] * stride_oh + dims[None, :]
     tl.store(o_ptrs, result.to(out.dtype.element_ty), mask=real[:, None] & columns[None, :])
 

@@ -97,7 +97,7 @@ def fetch_picked(
 
 @triton.jit(
     do_not_specialize=[
-        "stride_mb", "blocks", "splits", "tail_splits", "programs", "rows", "ahead", "tail_programs", "source_at",
+        "stride_mb", "splits", "tail_splits", "programs", "rows", "ahead", "tail_programs", "source_at",
     ]
 )  # fmt: skip
 def step_kernel(
@@ -165,7 +165,7 @@ def step_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["blocks", "splits", "tail_splits", "programs", "source_at"])
+@triton.jit(do_not_specialize=["splits", "tail_splits", "programs", "source_at"])
 def fetch_kernel(
     length_ptr,
     values, value_scales, coefficients, base, basis, sinks, threshold, scores, block_top, part_max, part_sum, lse,

@@ -190,7 +190,7 @@ class Workspace(DeviceLength):
     def _plan_select(self, tune: Tuning) -> None:
         """Sizes of blocks and tiles that rows are selected by."""
         self.block = _LEAST_BLOCK if self.spread == "need" else select_block(self.capacity)
-        self.blocks = -(-self.capacity // self.block)
+        self.blocks = -(-self.capacity // (16 * self.block)) * 16  # wide loads
         # Sums of a lane: AT_ONCE directions of every head, in a few registers each.
         self.tail_tile = max(16, min(tune.tail_tile, 2048 // power_of_two(self.group)))
         self.select_tile = max(self.block, min(tune.select_tile, 4096 // power_of_two(self.group)))
