@@ -101,7 +101,8 @@ def _machine_line(answer: Answer) -> str:
     if pools.device_bytes is None:
         memory = f"RAM {size(pools.host_bytes)} for both tiers"
     else:
-        memory = f"device {size(pools.device_bytes)}, host {size(pools.host_bytes)}"
+        here = " (free here now; --host for another machine's)" if answer.question.host is None else ""
+        memory = f"device {size(pools.device_bytes)}, host {size(pools.host_bytes)}{here}"
     return (
         f"{answer.machine} · {memory} · memory {speeds.memory_gb_s:,.0f} GB/s, gather {speeds.gather_gb_s:,.1f} GB/s "
         f"({answer.source})"

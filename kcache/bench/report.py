@@ -130,10 +130,12 @@ def _with_times(row: Row, measured: Measured, machine: Bandwidths) -> Row:
 
 
 def _with_ratio(row: Row, measured: Measured, name: str, base: Measured) -> Row:
-    """Turn beside turn: what slowed the machine down for a while slowed both."""
+    """Turn beside turn: what slowed the machine down for a while slowed both. Of two in the middle, the lower."""
     pairs = zip(base.turns, measured.turns, strict=True)
     ratios = [statistics.median(theirs) / statistics.median(ours) for theirs, ours in pairs]
-    return replace(row, ratio=statistics.median(ratios), ratio_low=min(ratios), ratio_high=max(ratios), ratio_to=name)
+    return replace(
+        row, ratio=statistics.median_low(ratios), ratio_low=min(ratios), ratio_high=max(ratios), ratio_to=name
+    )
 
 
 def _with_prediction(row: Row, lm: LoadedModel, spec: Spec, engine: Engine, machine: Bandwidths) -> Row:

@@ -5,6 +5,7 @@ The answer goes to standard output, everything else to standard error.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -176,8 +177,15 @@ def _no_echo() -> Iterator[None]:
     before = termios.tcgetattr(descriptor)
     quiet = list(before)
     quiet[3] &= ~termios.ECHO
-    termios.tcsetattr(descriptor, termios.TCSADRAIN, quiet)
+
+    def hush(number: int = 0, frame: FrameType | None = None) -> None:
+        if os.tcgetpgrp(descriptor) == os.getpgrp():  # in the background the terminal is somebody else's
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, quiet)
+
+    resumed = signal.signal(signal.SIGCONT, hush)  # a shell sets its terminal as it likes while we are stopped
+    hush()
     try:
         yield
     finally:
+        signal.signal(signal.SIGCONT, resumed)
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)

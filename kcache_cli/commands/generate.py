@@ -248,7 +248,7 @@ def _run(
             journal.close_job([line.line for line in bad])
     left_out = len(inputs.bad) + len(bad)
     note(
-        f"{len(work):,} prompts, {meter.tokens:,} new tokens in {meter.elapsed_s:.1f} s ({meter.tok_s:.1f} tok/s)"
+        f"{left:,} prompts, {meter.tokens:,} new tokens in {meter.elapsed_s:.1f} s ({meter.tok_s:.1f} tok/s)"
         + (f"; {meter.cut:,} cut at {job.max_tokens:,} tokens, -n allows more" if meter.cut else "")
         + (f"; {left_out:,} bad line{'s' if left_out > 1 else ''} left out" if left_out else "")
     )

@@ -7,8 +7,9 @@ from kcache.watch.source import Source
 from kcache_cli.text import one_line, size
 
 _LEGEND = (
-    "rows: V rows that decode steps have fetched, link in: their bytes · attn: share of attention that the picks of "
-    "the last step hold · reuse: share of them that the step before had picked, too"
+    "rows: V rows that decode steps have fetched · link in: their bytes, and those of V that prompts read back · "
+    "attn: share of attention that the picks of the last step hold · reuse: share of them that the step before had "
+    "picked, too"
 )
 
 

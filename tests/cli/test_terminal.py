@@ -24,7 +24,7 @@ class Terminal:
     """A program at the other end of a terminal."""
 
     def __init__(self, *command: str) -> None:
-        self.shown = b""
+        self.shown = self.seen = b""
         self.pid, self._end = pty.fork()
         if self.pid == 0:
             os.chdir(ROOT)
@@ -59,6 +59,7 @@ class Terminal:
         if b"\x1b[6n" in found:  # it asks where the cursor is
             self.press(b"\x1b[1;1R")
         self.shown += found
+        self.seen += found
         return bool(found)
 
     def close(self) -> None:
@@ -129,8 +130,13 @@ def test_ctrl_z_stops_it_and_fg_brings_it_back(command: list[str], shell: Termin
         shell.wait_for(b"Stopped")
         shell.press(b"fg; echo left with $?\r")
     shell.wait_for(b"word word")
+    before = len(shell.seen)
+    shell.press(b"qqq")
+    for _ in range(5):
+        shell.wait_for(b"word word")
+    assert b"q" not in shell.seen[before:], "keys stay out of the answer"
     shell.press(b"\x03")
     shell.wait_for(b"stopped")
     shell.wait_for(b">>>")
-    shell.press(b"\x04")
+    shell.press(b"\x15\x04")  # what was typed meanwhile is there, and goes
     shell.wait_for(b"left with 0")
