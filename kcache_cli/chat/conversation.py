@@ -42,7 +42,7 @@ class Reply:
 class Conversation:
     """A session with the document that waits for the first question, and the longest answer wanted.
 
-    A ``quiet`` one says nothing on standard error while a prompt is read.
+    A ``quiet`` one says nothing on standard error while a prompt is read. One for ``once`` is asked one thing alone.
     """
 
     session: Session
@@ -51,6 +51,7 @@ class Conversation:
     host_only: bool
     document: str | None = None
     quiet: bool = False
+    once: bool = False
     _reading: Write | None = field(default=None, init=False, repr=False)
 
     def compose(self, message: str) -> str:
@@ -123,7 +124,8 @@ class Conversation:
             return None
         if reply.figures is not None and reply.figures.completion_tokens < self.max_tokens:
             return "the answer is cut, the context is full · /clear begins anew"
-        return f"the answer is cut at {self.max_tokens:,} tokens · -n or /set max_tokens allows more"
+        more = "-n" if self.once else "-n or /set max_tokens"
+        return f"the answer is cut at {self.max_tokens:,} tokens · {more} allows more"
 
     def _say_how_far(self, done: int, total: int) -> None:
         """Say on a spinner how far a long prompt has been read; a log has had its line, and a dashboard its map."""

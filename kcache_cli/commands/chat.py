@@ -79,10 +79,12 @@ def chat(
         allow_overflow=overflow,
     )
     length = max_tokens or settings.max_tokens or DEFAULT_MAX_TOKENS
-    conversation = Conversation(session, model.name, length, plan.host_only, document, quiet=watch_options.dashboard)
+    shown = watch_options.dashboard
+    once = not (at_terminal or shown)
+    conversation = Conversation(session, model.name, length, plan.host_only, document, quiet=shown, once=once)
     conversation.check_document()
     with watching(engine, lm, "chat", watch_options) as publication:
-        if watch_options.dashboard and publication is not None:
+        if shown and publication is not None:
             from kcache_cli.tui.conversation import Conversing
             from kcache_cli.tui.start import dashboard
 

@@ -57,7 +57,7 @@ def test_json(run: Run) -> None:
 def test_an_answer_that_was_cut_says_so(run: Run) -> None:
     assert run("chat", input="hi").stderr.count("cut") == 0
     result = run("chat", "-n", "2", input="hi")
-    assert result.stderr.splitlines()[-3] == "the answer is cut at 2 tokens · -n or /set max_tokens allows more"
+    assert result.stderr.splitlines()[-3] == "the answer is cut at 2 tokens · -n allows more"
     assert json.loads(run("chat", "-n", "2", "--json", input="hi").stdout)["finish_reason"] == "length"
 
 
