@@ -6,6 +6,7 @@ torch when it is first asked for something.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 
 _UNKNOWN_CONTEXT = 4096
+_SOON_S = 3.0
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -188,7 +190,13 @@ class KCacheEngine:
             trust_remote_code=model.trust_remote_code,
             progress=progress,
         )
-        compile_ahead(lm.device, lm.model.dtype)
+        # Read from disk in a second, but for the first time on a machine.
+        timer = threading.Timer(_SOON_S, progress, (0, 0, "compiling decode steps, once on this machine"))
+        timer.start()
+        try:
+            compile_ahead(lm.device, lm.model.dtype)
+        finally:
+            timer.cancel()
         return lm
 
     def session(self, lm: Any, policy: Policy, **options: Any) -> Any:

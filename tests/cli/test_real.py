@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -78,6 +79,21 @@ def test_unknown_model(run: Run, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "nowhere" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_compiling_is_said_where_it_takes_long(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
+    told, labels = threading.Event(), list[str]()
+
+    def progress(done_bytes: int, total_bytes: int, label: str) -> None:
+        if label.startswith("compiling"):
+            labels.append(label)
+            told.set()
+
+    monkeypatch.setattr("kcache_cli.engine._SOON_S", 0.01 if long else 3600)
+    monkeypatch.setattr("kcache.backends.cpu.compile_ahead", lambda *given: told.wait(20) if long else None)
+    KCacheEngine().load(ModelOptions(str(tiny_folder)), progress)
+    assert labels == ["compiling decode steps, once on this machine"] * long
 
 
 def test_plan(tiny_folder: Path) -> None:
