@@ -123,7 +123,7 @@ class Conversation:
         if reply.finish_reason != "length":
             return None
         if reply.figures is not None and reply.figures.completion_tokens < self.max_tokens:
-            return "the answer is cut, the context is full · /clear begins anew"
+            return "the answer is cut, the context is full" + ("" if self.once else " · /clear begins anew")
         more = "-n" if self.once else "-n or /set max_tokens"
         return f"the answer is cut at {self.max_tokens:,} tokens · {more} allows more"
 
@@ -164,6 +164,14 @@ def stop_on_ctrl_c(conversation: Conversation) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def _in_foreground(terminal: int) -> bool:
+    """Whether a terminal listens to us; one that controls no processes does."""
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return True
+
+
 @contextmanager
 def _no_echo() -> Iterator[None]:
     """Keep keys that are pressed meanwhile out of the answer; they are read at the next prompt."""
@@ -181,7 +189,7 @@ def _no_echo() -> Iterator[None]:
     quiet[3] &= ~termios.ECHO
 
     def hush(number: int = 0, frame: FrameType | None = None) -> None:
-        if os.tcgetpgrp(descriptor) == os.getpgrp():  # in the background the terminal is somebody else's
+        if _in_foreground(descriptor):  # in the background the terminal is somebody else's
             termios.tcsetattr(descriptor, termios.TCSADRAIN, quiet)
 
     resumed = signal.signal(signal.SIGCONT, hush)  # a shell sets its terminal as it likes while we are stopped

@@ -140,3 +140,21 @@ def test_ctrl_z_stops_it_and_fg_brings_it_back(command: list[str], shell: Termin
     shell.wait_for(b">>>")
     shell.press(b"\x15\x04")  # what was typed meanwhile is there, and goes
     shell.wait_for(b"left with 0")
+
+
+def test_a_terminal_that_controls_nobody_is_hushed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    import termios
+
+    from kcache_cli.chat.conversation import _no_echo
+
+    def echoes() -> bool:
+        return bool(termios.tcgetattr(near)[3] & termios.ECHO)
+
+    far, near = pty.openpty()
+    with open(near, closefd=False) as terminal:
+        monkeypatch.setattr("sys.stdin", terminal)
+        with _no_echo():
+            assert not echoes()
+        assert echoes()
+    os.close(near)
+    os.close(far)
