@@ -234,7 +234,7 @@ def _switch_on(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | Non
     name = _EAGER if text_config(model)._attn_implementation == "eager" else NAME
     try:
         model.set_attn_implementation(name)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError) as error:  # transformers' own ways of saying that it cannot
         _restore(before)
         raise UnsupportedModelError(f"{type(model).__name__} cannot be attached: {error}") from error
     if not is_attached(model):
