@@ -26,6 +26,7 @@ from benchmarks.gpu_compile import precompile
 from benchmarks.gpu_jobs import Job, all_jobs, measure
 from benchmarks.gpu_models import Models
 from benchmarks.gpu_report import job_line, ratio_lines, record
+from kcache.backends.triton import chip_of
 from kcache.bench.env import environment
 from kcache.bench.report import Problem
 from kcache.machine import measure as measure_machine
@@ -145,7 +146,7 @@ def main() -> None:
             if device_answers():
                 torch.cuda.empty_cache()
 
-    compile_s = precompile(machine.device_bytes, torch.cuda.get_device_properties(device).multi_processor_count)
+    compile_s = precompile(machine.device_bytes, chip_of(device))
     env = {**environment(machine), "commit": commit(), "compile_s": round(compile_s, 1)}
     print(
         f"{machine.name}: memory {machine.memory_gb_s:.0f} GB/s, rows over the link {machine.gather_gb_s:.1f} GB/s; "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from tempfile import TemporaryFile
 from typing import Any
 
@@ -18,7 +19,7 @@ from benchmarks.gpu_models import SHAPES, make_model
 from benchmarks.pick_trace import FILE, Trace, replayed
 from benchmarks.precompile import compile_only
 from kcache.backends.base import DecodeStep
-from kcache.backends.triton import Tuning, append
+from kcache.backends.triton import Chip, Tuning, append
 from kcache.backends.triton.backend import TritonBackend
 from kcache.bench.context import LayerShape
 from kcache.bench.engines import make_engine
@@ -28,7 +29,7 @@ from kcache.sizes import rank_of
 SHARDS = 12
 
 
-def launch_all(job: Job, batch: int, processors: int) -> None:
+def launch_all(job: Job, batch: int, chip: Chip) -> None:
     """Launch what a decode step of a job launches, on tensors of its sizes that nobody fills, on the CPU."""
     sizes = SHAPES[job.shape]
     heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
@@ -37,7 +38,7 @@ def launch_all(job: Job, batch: int, processors: int) -> None:
     keys, values = torch.empty(batch, kv_heads, room, dim, **half), torch.empty(batch, kv_heads, room, dim, **half)
     token = torch.empty(batch, kv_heads, dim, **half)
     length = torch.ones(1, dtype=torch.int32)
-    backend = TritonBackend(torch.device("cuda"), Tuning(processors=processors))
+    backend = TritonBackend(torch.device("cuda"), Tuning(chip=chip))
     step = DecodeStep(
         torch.empty(batch, heads, dim, **half), keys, values, room, dim**-0.5, job.policy, device_length=length
     )
@@ -61,10 +62,10 @@ def launch_all(job: Job, batch: int, processors: int) -> None:
         backend.decode(replace(step, hot=hot))
 
 
-def compile_shard(shard: int, device_bytes: int, processors: int) -> None:
+def compile_shard(shard: int, device_bytes: int, chip: Chip) -> None:
     """Compile one shard's share of all launches into Triton's cache."""
     done: set[tuple[object, ...]] = set()
-    with compile_only(shard=shard, shards=SHARDS):
+    with compile_only(chip.capability, shard=shard, shards=SHARDS):
         for job in all_jobs():
             if job.engine not in ("kcache", "dense"):
                 continue
@@ -76,13 +77,13 @@ def compile_shard(shard: int, device_bytes: int, processors: int) -> None:
             key = (job.shape, job.engine, job.ctx, batch, job.policy, job.traced)
             if batch and key not in done:
                 done.add(key)
-                launch_all(job, batch, processors)
+                launch_all(job, batch, chip)
 
 
-def precompile(device_bytes: int, processors: int) -> float:
+def precompile(device_bytes: int, chip: Chip) -> float:
     """Run all shards; a shard that fails only means that its kernels compile later. Returns seconds."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "benchmarks.gpu_compile", str(device_bytes), str(processors)]
+    command = [sys.executable, "-m", "benchmarks.gpu_compile", str(device_bytes), json.dumps(asdict(chip))]
     unseen = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with ExitStack() as stack:
         said = [stack.enter_context(TemporaryFile("w+")) for _ in range(SHARDS)]
@@ -98,4 +99,4 @@ def precompile(device_bytes: int, processors: int) -> float:
 
 
 if __name__ == "__main__":
-    compile_shard(int(sys.argv[3]), int(sys.argv[1]), int(sys.argv[2]))
+    compile_shard(int(sys.argv[3]), int(sys.argv[1]), Chip(**json.loads(sys.argv[2])))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.precompile import compile_only
-from kcache.backends.triton import DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode
+from kcache.backends.triton import Chip, DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode
 from kcache.backends.triton.inputs import Results, StepInputs
 from kcache.backends.triton.step import Step
 from kcache.lowrank import LowRank, LowRankTail
@@ -162,16 +162,16 @@ class Inputs:
         append(self.token, self.token, self.keys, self.values, self.length, offset=-1, lowrank=self.lowrank)
 
 
-def compile_shard(shard: int, cases: list[Case], processors: int, sweep: bool) -> None:
+def compile_shard(shard: int, cases: list[Case], chip: Chip, sweep: bool) -> None:
     """Compile this shard's share of all kernels into Triton's cache, without touching the device."""
     cpu, host = torch.device("cpu"), torch.empty(max(case.kv_bytes for case in cases) // 2, dtype=torch.bfloat16)
-    base = Tuning(processors=processors)
+    base = Tuning(chip=chip)
     jobs = [
         (case, stage, base) for case in cases for stage in ("step", "hot", "scores", "tail", "even", "dense", "append")
     ]
     if sweep:
         jobs += [(cases[0], "hot", replace(base, **change)) for change in SWEEP]
-    with compile_only():
+    with compile_only(chip.capability):
         for case, stage, tuning in jobs[shard::SHARDS]:
             inputs = Inputs(case, cpu, host, fill=False)
             if stage == "dense":

@@ -25,7 +25,7 @@ import triton
 from benchmarks.kernel_inputs import CASES, SWEEP, Inputs, compile_shard, precompile
 from kcache.backends.base import DecodeStep
 from kcache.backends.reference import ReferenceBackend
-from kcache.backends.triton import Tuning, triton_decode
+from kcache.backends.triton import Chip, Tuning, chip_of, triton_decode
 from kcache.policy import Policy
 
 
@@ -172,31 +172,30 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="vary launch parameters on the first case")
     parser.add_argument("--budget-s", type=float, default=55.0, help="start nothing new after this many seconds")
     parser.add_argument("--compile-shard", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--processors", type=int, default=132, help=argparse.SUPPRESS)
+    parser.add_argument("--chip", default="{}", help=argparse.SUPPRESS)
     options = parser.parse_args()
     began = time.perf_counter()
     cases = [CASES[int(number)] for number in options.cases.split(",") if number] or CASES
     if options.compile_shard is not None:
-        compile_shard(options.compile_shard, cases, options.processors, options.sweep)
+        compile_shard(options.compile_shard, cases, Chip(**json.loads(options.chip)), options.sweep)
         return
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device here: kernel times can only be taken on one")
     device = torch.device("cuda", torch.cuda.current_device())
-    properties = torch.cuda.get_device_properties(device)
-    processors = properties.multi_processor_count
-    same = ["--processors", str(processors), "--cases", options.cases, *(["--sweep"] if options.sweep else [])]
+    name, chip = torch.cuda.get_device_name(device), chip_of(device)
+    same = ["--chip", json.dumps(asdict(chip)), "--cases", options.cases, *(["--sweep"] if options.sweep else [])]
     compile_s = precompile(same)
-    base = Tuning(processors=processors)
+    base = Tuning(chip=chip)
     host = torch.empty(max(case.kv_bytes for case in cases) // 2, dtype=torch.bfloat16).pin_memory()
     ceiling = ceilings(device, host)
     report: dict[str, object] = {
         "env": {
-            "device": properties.name, "processors": processors, "torch": torch.__version__,
+            "device": name, "chip": asdict(chip), "torch": torch.__version__,
             "triton": triton.__version__, "cuda": torch.version.cuda, "compile_s": compile_s,
         },
         "ceilings": ceiling, "cases": [asdict(case) for case in cases],
     }  # fmt: skip
-    print(f"{properties.name}: HBM {ceiling['hbm_gb_s']:.0f} GB/s, link {ceiling['link_gb_s']:.1f} GB/s; "
+    print(f"{name}: HBM {ceiling['hbm_gb_s']:.0f} GB/s, link {ceiling['link_gb_s']:.1f} GB/s; "
           f"compiled in {compile_s:.1f} s", flush=True)  # fmt: skip
     rows: list[Row] = []
     checks: dict[str, dict[str, float]] = {}

@@ -1,4 +1,4 @@
-"""Where a model that lies on several devices takes its tokens, and the device maps it is spread by.
+"""Where a model that lies on several devices takes its tokens, the device maps it is spread by, what runs kernels.
 
 accelerate runs each module on a device of its own and streams in weights that are kept in RAM or on disk, so a
 parameter's device says where it is kept, and the hook on the model says where it runs.
@@ -6,6 +6,7 @@ parameter's device says where it is kept, and the hook on the model says where i
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,23 @@ from transformers import PreTrainedModel
 from kcache.errors import InputError
 
 PLACES = "cpu, disk, a GPU's number, or a device such as cuda:1"
+LEAST_CAPABILITY = (8, 0)
+"""Compute capability from which Triton supports a card: Ampere."""
+
+
+def has_triton() -> bool:
+    """Whether kernels in Triton can be had; a CUDA device alone does not say."""
+    return all(importlib.util.find_spec(name) is not None for name in ("triton", "kcache.backends.triton"))
+
+
+def is_too_old(device: torch.device) -> bool:
+    """Whether Triton does not support this CUDA device."""
+    return torch.cuda.get_device_capability(device) < LEAST_CAPABILITY
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether our kernels in Triton run on a device."""
+    return device.type == "cuda" and has_triton() and not is_too_old(device)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

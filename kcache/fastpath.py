@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from kcache.devices import is_too_old
 from kcache.host import Host, PciSlot
 from kcache.machine import Machine
 
@@ -94,7 +95,18 @@ def _of_host_only(machine: Machine, host: Host) -> list[Finding]:
 
 def _of_cuda(machine: Machine, host: Host, slot: PciSlot | None) -> list[Finding]:
     found = []
-    if machine.versions.get("triton") is None:
+    device = torch.device(machine.device)
+    if is_too_old(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        found.append(
+            Finding(
+                "missing",
+                f"{machine.name} has compute capability {major}.{minor}, kernels need 8.0: decode steps run in torch "
+                "operators and wait for the host, bfloat16 models run slowly",
+                "use --dtype float16; for the kernels, take a card of the Ampere generation or newer",
+            )
+        )
+    elif machine.versions.get("triton") is None:
         found.append(
             Finding(
                 "missing",
@@ -113,8 +125,6 @@ def _of_cuda(machine: Machine, host: Host, slot: PciSlot | None) -> list[Finding
         )
     elif found_limit := _of_locked_memory(host, "the driver pinned 256 MiB all the same; more may be refused"):
         found += found_limit
-    if torch.cuda.get_device_capability(machine.device) < (8, 0):
-        found.append(Finding("note", f"{machine.name} has no bfloat16 tensor cores", "use --dtype float16"))
     if slot is not None and slot.link and slot.best_link and slot.link != slot.best_link:
         found.append(
             Finding(

@@ -14,12 +14,12 @@ does all of it (:mod:`kcache.directions`).
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from kcache.devices import runs_kernels
 from kcache.sizes import rank_of
 from kcache.tiers.rows import RowBuffer
 
@@ -161,7 +161,7 @@ def _leading(covariance: torch.Tensor, rank: int) -> torch.Tensor:
     """Orthonormal rows ``[..., rank, D]`` that span the leading eigenvectors of ``[..., D, D]``."""
     dim = covariance.shape[-1]
     carried = min(dim, rank + _SPARE)
-    if covariance.device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if runs_kernels(covariance.device):
         from kcache.directions import leading_directions, takes
 
         if takes(dim, carried):

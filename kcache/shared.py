@@ -16,8 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from kcache.attention import is_ours, text_config
-from kcache.backends import Backend, choose_backend, has_triton
-from kcache.devices import input_device
+from kcache.backends import Backend, choose_backend
+from kcache.devices import has_triton, input_device
 from kcache.errors import CacheStateError
 from kcache.graph.tape import tape_for
 from kcache.parallel import ranks_of

@@ -156,5 +156,7 @@ def test_each_lack_has_a_way_out(
 def test_old_cards_and_busy_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     old, busy = findings(GPU, GOOD_HOST, load=15.0)
+    assert old.level == "missing"
+    assert "7.0" in old.what
     assert "--dtype float16" in old.way_out
     assert "busy" in busy.what

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
 from kcache.backends.base import Backend, DecodeResult, DecodeStep
 from kcache.backends.cpu import CpuBackend
 from kcache.backends.reference import ReferenceBackend
+from kcache.devices import LEAST_CAPABILITY, is_too_old, runs_kernels
 from kcache.errors import PolicyError
 from kcache.policy import BackendName
 
-__all__ = ["Backend", "DecodeResult", "DecodeStep", "choose_backend", "has_triton"]
+__all__ = ["Backend", "DecodeResult", "DecodeStep", "choose_backend"]
 
 
 def choose_backend(name: BackendName, device: torch.device) -> Backend:
@@ -24,23 +23,18 @@ def choose_backend(name: BackendName, device: torch.device) -> Backend:
         If the backend cannot run on the device.
     """
     if name == "auto":
-        if device.type == "cpu":
-            name = "cpu"
-        elif device.type == "cuda" and has_triton():
-            name = "triton"
-        else:
-            name = "reference"
+        name = "cpu" if device.type == "cpu" else "triton" if runs_kernels(device) else "reference"
     if name == "reference":
         return ReferenceBackend()
     if name == "cpu":
         if device.type != "cpu":
             raise PolicyError(f"backend 'cpu' cannot serve a layer on {device}; use backend='auto'")
         return CpuBackend()
+    if device.type == "cuda" and is_too_old(device):
+        raise PolicyError(
+            f"backend 'triton' needs compute capability {'.'.join(map(str, LEAST_CAPABILITY))}, and {device} has "
+            f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; use backend='auto'"
+        )
     from kcache.backends.triton.backend import TritonBackend
 
     return TritonBackend(device)
-
-
-def has_triton() -> bool:
-    """Whether kernels in Triton can be had; a CUDA device alone does not say."""
-    return all(importlib.util.find_spec(name) is not None for name in ("triton", "kcache.backends.triton"))

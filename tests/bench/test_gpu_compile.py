@@ -12,9 +12,10 @@ _LAUNCHES = """
 from benchmarks.gpu_compile import launch_all
 from benchmarks.gpu_jobs import all_jobs
 from benchmarks.precompile import compile_only
+from kcache.backends.triton import Chip
 jobs = {job.name: job for job in all_jobs()}
 with compile_only(shard=int("SHARD"), shards=1000) as compiled:
-    launch_all(jobs["NAME"], 2, 132)
+    launch_all(jobs["NAME"], 2, Chip())
 print(*(name for name, _ in compiled))
 """
 

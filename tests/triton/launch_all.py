@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kcache.backends.triton import DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode, triton_decode
+from kcache.backends.triton import Chip, DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode, triton_decode
 from kcache.backends.triton.pointwise import gated, rms_norm, rotate
 from kcache.lowrank import LowRank
 from kcache.sizes import rank_of
@@ -30,7 +30,7 @@ def launch_all(
     tuning: Tuning | None = None,
 ) -> None:
     """Run append, one TopN step, one dense step and what lies between products."""
-    tuning = tuning or Tuning(processors=132)
+    tuning = tuning or Tuning(chip=Chip())
     cpu = torch.device("cpu")
     query = torch.empty(batch, kv_heads * group, dim, dtype=dtype)
     new = torch.empty(batch, kv_heads, dim, dtype=dtype)

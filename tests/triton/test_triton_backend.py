@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from triton import OutOfResources
 
+from kcache.backends import choose_backend
 from kcache.backends.base import DecodeResult, DecodeStep
 from kcache.backends.reference import ReferenceBackend
 from kcache.backends.triton.backend import TritonBackend
@@ -104,3 +106,36 @@ def test_triton_backend_needs_a_device_or_the_interpreter(monkeypatch: pytest.Mo
     monkeypatch.setattr("kcache.backends.triton.backend.interpreted", lambda: False)
     with pytest.raises(PolicyError, match="TRITON_INTERPRET=1"):
         TritonBackend(torch.device("cpu"))
+
+
+def test_triton_steps_that_do_not_fit_the_card_run_in_torch(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = []
+
+    def too_large(*args: Any, **kwargs: Any) -> Any:
+        tried.append(args)
+        raise OutOfResources(147456, 101376, "shared memory")
+
+    for name in ("triton_decode", "dense_decode"):
+        monkeypatch.setattr(f"kcache.backends.triton.backend.{name}", too_large)
+    backend, step = TritonBackend(device), make_step(Policy(topn=9), device)
+    for _ in range(2):
+        result, want = backend.decode(step), ReferenceBackend().decode(step)
+        torch.testing.assert_close(result.out, want.out)
+        torch.testing.assert_close(backend.dense(step), ReferenceBackend().dense(step))
+    assert backend.workspace(step) is None, "the host has to wait for V before such a step"
+    assert len(tried) == 2, "each is tried once"
+    assert [record.message for record in caplog.records] == [
+        f"a kernel wants 147456 bytes of shared memory and {device} has 101376: such steps run in torch operators"
+    ] * 2
+
+
+def test_old_cards_run_torch_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose_backend("auto", card).name == "reference"
+    with pytest.raises(PolicyError, match=r"needs compute capability 8\.0, and cuda:0 has 7\.5"):
+        choose_backend("triton", card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choose_backend("auto", card).name == "triton"

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from kcache.backends.triton import Tuning, Workspace, triton_decode
+from kcache.backends.triton import Chip, DenseWorkspace, Tuning, Workspace, triton_decode
+from tests.triton.chips import CHIPS
 from tests.triton.problem import Problem, assert_near, check_picks, expected, make_problem
 
-SMALL = Tuning(score_block=64, score_stages=2, select_tile=64, gather_rows=16, tail_tile=16, processors=8)
+SMALL = Tuning(score_block=64, score_stages=2, select_tile=64, gather_rows=16, tail_tile=16, chip=Chip(8))
 
 
 def make_workspace(problem: Problem, tuning: Tuning = SMALL) -> Workspace:
@@ -112,11 +113,11 @@ def test_triton_step_equals_fp64(case: str, device: torch.device) -> None:
 
 def test_triton_step_does_not_depend_on_tuning(device: torch.device) -> None:
     problem = make_problem(length=300, topn=40, padded=True).to(device)
-    check(problem, Tuning(score_block=128, select_tile=256, gather_rows=64, tail_tile=32, processors=2))
-    check(problem, Tuning(score_block=64, select_tile=16, gather_rows=16, tail_tile=16, processors=64))
+    check(problem, Tuning(score_block=128, select_tile=256, gather_rows=64, tail_tile=32, chip=Chip(2)))
+    check(problem, Tuning(score_block=64, select_tile=16, gather_rows=16, tail_tile=16, chip=Chip(64)))
     problem = make_problem(length=300, topn=4, padded=True, threshold=0.4, batch=3).to(device)
     for tile in (16, 32, 1024):
-        check(problem, Tuning(select_tile=tile, gather_rows=32, tail_tile=64, processors=8))
+        check(problem, Tuning(select_tile=tile, gather_rows=32, tail_tile=64, chip=Chip(8)))
     for ahead in (1, 2, 5, 100):
         check(problem, replace(SMALL, ahead=ahead, score_splits=3, tail_splits=2))
 
@@ -257,19 +258,22 @@ def test_triton_strided_inputs(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(("dim", "itemsize"), [(64, 2), (128, 1), (128, 2), (256, 2), (128, 4), (256, 4)])
-@pytest.mark.parametrize("shared", [99 * 1024, 163 * 1024, 227 * 1024])
-def test_triton_tiles_fit_in_shared_memory(
-    dim: int, itemsize: int, shared: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("capability", CHIPS)
+def test_triton_tiles_fit_in_shared_memory(dim: int, itemsize: int, capability: int, device: torch.device) -> None:
     """On cards with less than an H100's, too."""
-    monkeypatch.setattr("kcache.backends.triton.workspace.shared_bytes", lambda device: shared)
-    workspace = Workspace(1, 1, 1, dim, dim, 4096, 64, device, spread="need", itemsize=itemsize)
-    tiles = workspace.score_stages * workspace.score_block * dim * itemsize
+    chip = CHIPS[capability]
+    workspace = Workspace(
+        1, 1, 1, dim, dim, 4096, 64, device, spread="need", itemsize=itemsize, tuning=Tuning(chip=chip)
+    )
+    tiles = chip.tiles_held(workspace.score_stages) * workspace.score_block * dim * itemsize
     assert workspace.score_stages >= 2
     assert workspace.score_block >= workspace.block
-    assert tiles + 12 * 1024 <= shared
-    if shared == 227 * 1024:
+    assert 2 * (tiles + 12 * 1024) <= chip.shared_bytes, "two programs fit a multiprocessor"
+    if capability == 90:
         assert workspace.score_stages == workspace.tuning.score_stages
+    resident = DenseWorkspace(1, 1, 1, dim, dim, 4096, device, itemsize=itemsize, tuning=Tuning(chip=chip))
+    assert (resident.stages - 1) * 2 * resident.block * dim * itemsize + 12 * 1024 <= chip.shared_bytes
+    assert resident.block >= 16
 
 
 def test_triton_unsupported_sizes_say_why(device: torch.device) -> None:

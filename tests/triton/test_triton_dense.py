@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from kcache.backends.triton import DenseWorkspace, Tuning, dense_decode
+from kcache.backends.triton import Chip, DenseWorkspace, Tuning, dense_decode
 from tests.triton.problem import Problem, assert_near, dense, make_problem
 
-SMALL = Tuning(dense_block=32, dense_stages=2, processors=8)
+SMALL = Tuning(dense_block=32, dense_stages=2, chip=Chip(8))
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "multi-head, long": {"group": 1, "length": 700, "batch": 1},

@@ -61,7 +61,7 @@ def test_sizes_it_takes() -> None:
 def test_it_compiles_for_sm90() -> None:
     """In registers, but for what little the largest size spills."""
     code = (
-        "import torch; from tests.triton.compile_sm90 import compile_only, resources\n"
+        "import torch; from tests.triton.compile_for import compile_only, resources\n"
         "from kcache.directions import leading_directions\n"
         "with compile_only() as compiled: leading_directions(torch.empty(1, 8, 128, 128), 8, 12, 6)\n"
         "found = resources(compiled[0][1]); assert found['stack'] <= 512 and found['local'] == 0, found\n"

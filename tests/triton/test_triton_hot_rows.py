@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from kcache.backends.triton import HotRows, Tuning, Workspace, triton_decode
+from kcache.backends.triton import Chip, HotRows, Tuning, Workspace, triton_decode
 from tests.triton.problem import Problem, assert_near, check_picks, expected, make_problem
 
-SMALL = Tuning(score_block=64, select_tile=64, gather_rows=16, tail_tile=16, processors=4)
+SMALL = Tuning(score_block=64, select_tile=64, gather_rows=16, tail_tile=16, chip=Chip(4))
 
 
 def steps(problem: Problem, hot: HotRows, count: int, drift: float) -> list[float]:

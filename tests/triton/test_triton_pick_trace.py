@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from benchmarks.pick_trace import FILE, Trace, replayed
-from kcache.backends.triton import HotRows, Tuning, Workspace, triton_decode
+from kcache.backends.triton import Chip, HotRows, Tuning, Workspace, triton_decode
 from tests.triton.problem import Problem, assert_near, expected, make_problem
 
-SMALL = Tuning(score_block=64, select_tile=64, gather_rows=16, tail_tile=16, processors=4)
+SMALL = Tuning(score_block=64, select_tile=64, gather_rows=16, tail_tile=16, chip=Chip(4))
 STREAMS = [[[1, 5, 9], [2, 3]], [[1, 5, 40], [2, 3, 4, 60]], [[5, 9, 40], [7]]]
 """Picks of two streams in three steps, in 100 rows."""
 

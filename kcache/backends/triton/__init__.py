@@ -10,9 +10,13 @@ a model computes between its matrix products, for recorded steps. Everything run
 from __future__ import annotations
 
 from kcache.backends.triton.append import append
+from kcache.backends.triton.common import Chip, chip_of
 from kcache.backends.triton.decode import dense_decode
 from kcache.backends.triton.hot import HotRows
 from kcache.backends.triton.step import triton_decode
 from kcache.backends.triton.workspace import DenseWorkspace, Tuning, Workspace, unsupported
 
-__all__ = ["DenseWorkspace", "HotRows", "Tuning", "Workspace", "append", "dense_decode", "triton_decode", "unsupported"]
+__all__ = [
+    "Chip", "DenseWorkspace", "HotRows", "Tuning", "Workspace", "append", "chip_of", "dense_decode", "triton_decode",
+    "unsupported",
+]  # fmt: skip

@@ -1,11 +1,17 @@
 """The Triton backend as the cache sees it: one decode step in, one result out, scratch kept between steps.
 
-Sizes the kernels do not cover (see :func:`~kcache.backends.triton.workspace.unsupported`) go to the reference.
+Sizes the kernels do not cover (see :func:`~kcache.backends.triton.workspace.unsupported`), or for which the card turns
+out to be too small, go to the reference.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from triton import OutOfResources
 
 from kcache.backends.base import DecodeResult, DecodeStep
 from kcache.backends.reference import ReferenceBackend
@@ -17,6 +23,8 @@ from kcache.backends.triton.workspace import DenseWorkspace, Tuning, Workspace, 
 from kcache.errors import GraphError, PolicyError
 from kcache.policy import Spread
 from kcache.sizes import hot_rows_of
+
+_log = logging.getLogger(__name__)
 
 
 class TritonBackend:
@@ -47,12 +55,31 @@ class TritonBackend:
         self._reference = ReferenceBackend()
         self._workspaces: dict[tuple[object, ...], Workspace] = {}
         self._dense: dict[tuple[object, ...], DenseWorkspace] = {}
+        self._too_large: set[tuple[object, ...]] = set()
 
     def decode(self, step: DecodeStep) -> DecodeResult:
         """Run score, select, fetch and combine for one layer."""
         workspace = self.workspace(step)
-        if workspace is None:
-            return self._reference.decode(_on_host(step))
+        if workspace is not None:
+            with self._small_enough(_step_shape(step), step):
+                return self._decode(step, workspace)
+        return self._reference.decode(_on_host(step))
+
+    @contextmanager
+    def _small_enough(self, shape: tuple[object, ...], step: DecodeStep) -> Iterator[None]:
+        """End quietly where the card has not got what a launch needs: steps of this shape are none of ours then."""
+        try:
+            yield
+        except OutOfResources as error:
+            self._too_large.add(shape)
+            _log.warning(
+                "a kernel wants %d bytes of %s and %s has %d: such steps run in torch operators",
+                error.required, error.name, step.query.device, error.limit,
+            )  # fmt: skip
+            if step.query.device.type == "cuda":
+                torch.cuda.synchronize(step.query.device)  # V may be on its way to the host, which reads it now
+
+    def _decode(self, step: DecodeStep, workspace: Workspace) -> DecodeResult:
         weights = step.query.new_empty(workspace.batch * workspace.heads, workspace.width, dtype=torch.float32)
         out, picks, mass = triton_decode(
             step.query, step.keys, step.values, _length(step), scaling=step.scaling, workspace=workspace,
@@ -74,9 +101,9 @@ class TritonBackend:
         """Exact attention over K and V on the device, ``[B, Hq, Dv]``."""
         batch, kv_heads, capacity, dim = step.keys.shape
         group, dim_v, device = step.query.shape[1] // kv_heads, step.values.shape[-1], step.query.device
-        if unsupported(64, group, dim, dim_v, 1) is not None:
-            return self._reference.dense(_on_host(step))
         shape = (batch, kv_heads, group, dim, dim_v, device, step.keys.element_size())
+        if shape in self._too_large or unsupported(64, group, dim, dim_v, 1) is not None:
+            return self._reference.dense(_on_host(step))
         workspace = self._dense.get(shape)
         if workspace is None or workspace.capacity < capacity:
             with torch.inference_mode(False):
@@ -85,10 +112,12 @@ class TritonBackend:
                     tuning=self.tuning,
                 )  # fmt: skip
             self._dense = {key: kept for key, kept in self._dense.items() if key[0] == batch} | {shape: workspace}
-        return dense_decode(
-            step.query, step.keys, step.values, _length(step), scaling=step.scaling, workspace=workspace,
-            mask=step.mask, softcap=step.softcap, sinks=step.sinks,
-        )  # fmt: skip
+        with self._small_enough(shape, step):
+            return dense_decode(
+                step.query, step.keys, step.values, _length(step), scaling=step.scaling, workspace=workspace,
+                mask=step.mask, softcap=step.softcap, sinks=step.sinks,
+            )  # fmt: skip
+        return self._reference.dense(_on_host(step))
 
     @property
     def scratch(self) -> tuple[Workspace | DenseWorkspace, ...]:
@@ -97,14 +126,10 @@ class TritonBackend:
 
     def workspace(self, step: DecodeStep) -> Workspace | None:
         """The scratch memory for a step's shape, made on first use; None where the kernels do not apply."""
-        batch, kv_heads, capacity, dim = step.keys.shape
-        group, dim_v, policy = step.query.shape[1] // kv_heads, step.values.shape[-1], step.policy
-        device = step.query.device
-        topn = min(policy.topn, power_of_two(capacity))  # not each capacity is worth kernels of its own
-        spread: Spread = "even" if step.threshold is None else "need"
-        rank = None if step.lowrank is None else step.lowrank.basis.shape[2]
-        itemsize = step.keys.element_size()
-        shape = (batch, kv_heads, group, dim, dim_v, topn, device, policy.select, policy.tail, rank, spread, itemsize)
+        shape, capacity = _step_shape(step), step.keys.shape[2]
+        batch, kv_heads, group, dim, dim_v, topn, device, _, _, rank, spread, itemsize = shape
+        if shape in self._too_large:
+            return None
         found = self._workspaces.get(shape)
         if found is not None and found.capacity >= capacity:
             return found
@@ -113,11 +138,25 @@ class TritonBackend:
         with torch.inference_mode(False):  # memory made in inference mode could not be written to outside of it
             made = Workspace(
                 batch, kv_heads, group, dim, dim_v, capacity, topn, device,
-                select=policy.select, tail=policy.tail, tail_rank=rank, spread=spread, itemsize=itemsize,
+                select=step.policy.select, tail=step.policy.tail, tail_rank=rank, spread=spread, itemsize=itemsize,
                 tuning=self.tuning,
             )  # fmt: skip
         self._workspaces = {key: kept for key, kept in self._workspaces.items() if key[0] == batch} | {shape: made}
         return made
+
+
+def _step_shape(
+    step: DecodeStep,
+) -> tuple[int, int, int, int, int, int, torch.device, str, str, int | None, Spread, int]:
+    """What a workspace is made for."""
+    batch, kv_heads, capacity, dim = step.keys.shape
+    policy = step.policy
+    topn = min(policy.topn, power_of_two(capacity))  # not each capacity is worth kernels of its own
+    return (
+        batch, kv_heads, step.query.shape[1] // kv_heads, dim, step.values.shape[-1], topn, step.query.device,
+        policy.select, policy.tail, None if step.lowrank is None else step.lowrank.basis.shape[2],
+        "even" if step.threshold is None else "need", step.keys.element_size(),
+    )  # fmt: skip
 
 
 def _on_host(step: DecodeStep) -> DecodeStep:

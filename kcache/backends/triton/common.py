@@ -8,6 +8,7 @@ head, one query head alone.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -27,21 +28,46 @@ def on_device(device: torch.device) -> AbstractContextManager[None]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of the device; 2 for the interpreter, so that splitting is exercised."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+@dataclass(frozen=True)
+class Chip:
+    """What kernels are planned for; an H100 where nothing says otherwise.
+
+    Attributes
+    ----------
+    multiprocessors : int
+    shared_bytes : int
+        Shared memory that one program may take.
+    cached_bytes : int
+        Size of the L2 cache.
+    capability : int
+        Compute capability, 90 for 9.0.
+    """
+
+    multiprocessors: int = 132
+    shared_bytes: int = 227 * 1024
+    cached_bytes: int = 50 * 2**20
+    capability: int = 90
+
+    def tiles_held(self, stages: int) -> int:
+        """Tiles in shared memory when ``stages`` of them are in flight or being multiplied.
+
+        The products of data-centre cards from Hopper on read shared memory while the next tiles arrive there; other
+        cards have copied a tile to registers by then.
+        """
+        return stages if 90 <= self.capability < 120 else stages - 1
 
 
-def shared_bytes(device: torch.device) -> int:
-    """Shared memory that one program may take; an H100's where nothing says otherwise."""
-    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return int(getattr(properties, "shared_memory_per_block_optin", 227 * 1024))
-
-
-def cached_bytes(device: torch.device) -> int:
-    """Size of the device's L2 cache; an H100's where nothing says otherwise."""
-    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return int(getattr(properties, "L2_cache_size", 50 * 2**20))
+def chip_of(device: torch.device) -> Chip:
+    """What ``device`` is; two multiprocessors for the interpreter, so that splitting is exercised."""
+    if device.type != "cuda":
+        return Chip(multiprocessors=2)
+    properties = torch.cuda.get_device_properties(device)
+    return Chip(
+        properties.multi_processor_count,
+        int(getattr(properties, "shared_memory_per_block_optin", Chip.shared_bytes)),
+        int(getattr(properties, "L2_cache_size", Chip.cached_bytes)),
+        10 * properties.major + properties.minor,
+    )
 
 
 def power_of_two(number: int) -> int:

@@ -11,15 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kcache.backends.triton.common import (
-    cached_bytes,
-    choose_splits,
-    cut,
-    interpreted,
-    multiprocessors,
-    power_of_two,
-    shared_bytes,
-)
+from kcache.backends.triton.common import Chip, chip_of, choose_splits, cut, interpreted, power_of_two
 from kcache.policy import Select, Spread, Tail
 from kcache.sizes import rank_of
 from kcache.spread import MOST
@@ -54,8 +46,8 @@ class Tuning:
         Rows of work that are scored before the first one's tail is summed; 0 chooses by the size of the L2 cache.
     dense_block, dense_warps, dense_stages, dense_residency : int
         The same for the dense decode of resident layers; 0 chooses by size, of stages as well.
-    processors : int
-        Multiprocessors to plan for; 0 asks the device.
+    chip : Chip or None
+        What to plan for; None asks the device.
     """
 
     warps: int = 8
@@ -74,12 +66,12 @@ class Tuning:
     dense_warps: int = 4
     dense_stages: int = 0
     dense_residency: int = 3
-    processors: int = 0
+    chip: Chip | None = None
 
 
-def _residency(most: int, tile_bytes: int, shared: int) -> int:
+def _resident(most: int, tile_bytes: int, chip: Chip) -> int:
     """Programs per multiprocessor, with ``tile_bytes`` each in shared memory; 0 where not even one fits."""
-    return min(most, shared // (tile_bytes + _OTHER_SHARED_BYTES))
+    return min(most, chip.shared_bytes // (tile_bytes + _OTHER_SHARED_BYTES))
 
 
 def select_block(capacity: int) -> int:
@@ -199,22 +191,20 @@ class Workspace(DeviceLength):
         self.select_warps = min(16, max(tune.select_warps, candidates // 256))
         self.heads_at_once = max(1, min(power_of_two(self.group), 1024 * self.select_warps // max(1, candidates)))
 
-    def _plan_tiles(self, tune: Tuning, row_bytes: int) -> int:
-        """Rows of K in a tile, and tiles in flight, that shared memory has room for; returns how many programs fit."""
-        shared, stages = shared_bytes(self.device), tune.score_stages
-        block = tune.score_block or (128 if row_bytes <= 256 else 64)
-        choices = [(block, stages), (block // 2, stages), (block // 2, 2), (block // 4, 2)]
-        found = [_residency(tune.residency, stages * rows * row_bytes, shared) for rows, stages in choices]
-        best = next((nth for nth, fits in enumerate(found) if fits), len(choices) - 1)
-        rows, self.score_stages = choices[best]
-        self.score_block = max(self.block, rows)
-        return max(1, found[best])
-
     def _plan_splits(self, tune: Tuning, itemsize: int) -> None:
-        """Programs that rows of work are cut into."""
-        rows = self.batch * self.heads
-        slots = (tune.processors or multiprocessors(self.device)) * tune.residency
-        resident = self._plan_tiles(tune, itemsize * power_of_two(self.dim))
+        """Programs that rows of work are cut into, and the tiles of K they read."""
+        rows, chip = self.batch * self.heads, tune.chip or chip_of(self.device)
+        slots = chip.multiprocessors * tune.residency
+        row_bytes, stages = itemsize * power_of_two(self.dim), tune.score_stages
+        block = tune.score_block or (128 if row_bytes <= 256 else 64)
+        # The largest tiles of which as many programs fit as of any.
+        choices = [(block, stages), (block // 2, stages), (block // 2, 2), (block // 4, 2)]
+        fits = {
+            each: _resident(tune.residency, chip.tiles_held(each[1]) * each[0] * row_bytes, chip) for each in choices
+        }
+        rows_of_tile, self.score_stages = max(choices, key=fits.__getitem__)
+        resident = max(1, fits[rows_of_tile, self.score_stages])
+        self.score_block = max(self.block, rows_of_tile)
         tiles = -(-self.capacity // self.score_block)
         # In several waves, so that most rows are fetched while others are scored.
         self.score_splits = tune.score_splits or max(
@@ -233,7 +223,7 @@ class Workspace(DeviceLength):
         self.stride = -(-self.capacity // whole) * whole
         # As many as leave their scores in two thirds of the cache, and more than are being scored at a time.
         row_bytes = 4 * self.group * self.stride
-        self.ahead = tune.ahead or max(2 * cached_bytes(self.device) // 3 // row_bytes, 2 * slots // self.score_splits)
+        self.ahead = tune.ahead or max(2 * chip.cached_bytes // 3 // row_bytes, 2 * slots // self.score_splits)
         tail_tiles = -(-self.capacity // self.tail_tile)
         self.tail_splits = 0
         if self.rank:
@@ -295,16 +285,20 @@ class DenseWorkspace(DeviceLength):
         super().__init__(device)
         self.tuning = tune = tuning or Tuning()
         rows = batch * kv_heads
-        processors = tune.processors or multiprocessors(device)
-        widest = max(dim, dim_v)
+        chip, widest = tune.chip or chip_of(device), max(dim, dim_v)
         large = itemsize <= 2 and widest <= 128
-        self.block = tune.dense_block or (128 if large else 64 if widest <= 128 else 32)
-        self.stages = tune.dense_stages or (2 if large else 3)
+        block = tune.dense_block or (128 if large else 64 if widest <= 128 else 32)
+        stages = tune.dense_stages or (2 if large else 3)
+        # The largest tiles of which one program fits. A tile of K and one of V have been copied to registers when the
+        # next ones arrive: a product of so few rows is none of those that read shared memory.
+        row_bytes = 2 * itemsize * power_of_two(widest)
+        choices = [(block, stages), (block, 2), (block // 2, 2), (block // 4, 2)]
+        fits = {each: _resident(tune.dense_residency, (each[1] - 1) * each[0] * row_bytes, chip) for each in choices}
+        self.block, self.stages = next((each for each in choices if fits[each]), choices[-1])
+        resident = max(1, fits[self.block, self.stages])
         tiles = -(-capacity // self.block)
-        tile_bytes = (self.stages + 1) * self.block * power_of_two(widest) * 2
-        resident = max(1, _residency(tune.dense_residency, tile_bytes, shared_bytes(device)))
         self.device, self.capacity, self.upcast = device, capacity, interpreted()
-        self.splits = choose_splits(rows, tiles, processors * resident)
+        self.splits = choose_splits(rows, tiles, chip.multiprocessors * resident)
         self.part_max = torch.empty(rows, self.splits, group, dtype=torch.float32, device=device)
         self.part_sum = torch.empty_like(self.part_max)
         self.partial = torch.empty(rows, self.splits, group, dim_v, dtype=torch.float32, device=device)

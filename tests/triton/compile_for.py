@@ -1,8 +1,8 @@
-"""Compile every kernel for sm_90 on a machine without a GPU, through the very host code that launches them.
+"""Compile every kernel for a card on a machine without a GPU, through the very host code that launches them.
 
-Run as ``python -m tests.triton.compile_sm90`` in a
-process without ``TRITON_INTERPRET``; prints one JSON line per kernel: shared memory, registers, spills, and which wide
-loads and matrix instructions the machine code holds.
+Run as ``python -m tests.triton.compile_for 90``, with the names of configurations if not all are wanted, in a process
+without ``TRITON_INTERPRET``. Prints one JSON line per kernel: shared memory, registers, spills, and which wide loads
+and matrix instructions the machine code holds.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import torch
 import triton
 
 from benchmarks.precompile import compile_only
+from kcache.backends.triton import Chip, Tuning
+from tests.triton.chips import CHIPS
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LLAMA3 = {"batch": 8, "kv_heads": 8, "group": 4, "dim": 128, "topn": 128, "capacity": 32768}
@@ -64,16 +66,16 @@ def resources(kernel: Any) -> dict[str, Any]:
     return {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps, **found, "ops": dict(ops)}
 
 
-def main(names: list[str]) -> None:
+def main(chip: Chip, names: list[str]) -> None:
     """Compile the named configurations, or all."""
     from tests.triton import launch_all
 
     for name in names or list(CONFIGS):
-        with compile_only() as compiled:
-            launch_all.launch_all(**CONFIGS[name])
+        with compile_only(chip.capability) as compiled:
+            launch_all.launch_all(**CONFIGS[name], tuning=Tuning(chip=chip))
         for kernel_name, kernel in compiled:
             print(json.dumps({"config": name, "kernel": kernel_name, **resources(kernel)}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(CHIPS[int(sys.argv[1])], sys.argv[2:])
