@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 
+from kcache.devices import runs_kernels
 from kcache.errors import DoesNotFitError
 from kcache.tiers.pinned import pinned_empty
 
@@ -136,11 +137,9 @@ def _gatherer(device: torch.device, host: torch.Tensor) -> Callable[[torch.Tenso
     """What fetches rows: torch on the CPU, a kernel that reads pinned memory on CUDA, or else the host for it."""
     if device.type == "cpu":
         return partial(torch.index_select, host, 0)
-    try:
-        if not host.is_pinned():
-            raise ImportError("a kernel reads pinned memory only")
-        from kcache.rowcopy import gather_rows
-    except ImportError:
+    if not (runs_kernels(device) and host.is_pinned()):
         return lambda index: host.index_select(0, index.cpu()).to(device)
+    from kcache.rowcopy import gather_rows
+
     out = torch.empty(max(GATHER_ROWS), host.shape[1], dtype=host.dtype, device=device)
     return lambda index: gather_rows(host, index, out)
