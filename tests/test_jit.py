@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from kcache.backends.base import DecodeResult, DecodeStep
 from kcache.backends.cpu import CpuBackend
+from kcache.backends.jit.lanes import LANES
 from kcache.backends.jit.steps import Kernels
 from kcache.backends.jit.team import Team
 from kcache.backends.reference import ReferenceBackend
@@ -38,8 +40,8 @@ problems = st.builds(
     kv_heads=st.integers(1, 3),
     group=st.sampled_from([1, 2, 3, 4, 7]),
     length=st.sampled_from([1, 2, 17, 63, 1023, 1024, 1025, 2100]),
-    dim=st.sampled_from([16, 40]),
-    value_dim=st.sampled_from([16, 24]),
+    dim=st.sampled_from([16, 40, 64, 96]),
+    value_dim=st.sampled_from([16, 24, 48, 64]),
     spare=st.sampled_from([0, 1, 30]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     policy=policies,
@@ -131,6 +133,37 @@ def test_fewer_threads_than_asked_for() -> None:
         [sys.executable, "-c", code], env={**os.environ, "OMP_THREAD_LIMIT": "1"}, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr.decode()
+
+
+_OTHER_MACHINE = """
+import sys
+from llvmlite import binding
+features = binding.get_host_cpu_features()
+for name in features:
+    if name.startswith(tuple(sys.argv[1].split(","))):
+        features[name] = False
+binding.get_host_cpu_features = lambda: features
+from kcache.backends.jit.lanes import LANES
+assert LANES == int(sys.argv[2]), LANES
+from tests.test_jit import *
+dtype = getattr(torch, sys.argv[3])
+for group in 1, 2, 3, 4:
+    step = problem(length=301, dim=96, value_dim=48, group=group, dtype=dtype, threshold=0.02)
+    check_decode(step)
+    error = KERNELS.dense(step).float() - ReferenceBackend().dense(step).float()
+    assert error.abs().max() < 10 * TOLERANCE[dtype]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="registers of x86-64")
+@pytest.mark.parametrize(("without", "lanes", "dtype"), [("avx512", 8, "bfloat16"), ("avx,fma,f16c", 4, "float32")])
+def test_machines_with_shorter_registers(without: str, lanes: int, dtype: str) -> None:
+    if lanes > LANES:
+        pytest.skip(f"this machine has registers of {LANES} numbers")
+    command = [sys.executable, "-c", _OTHER_MACHINE, without, str(lanes), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("what", ["query", "keys"])

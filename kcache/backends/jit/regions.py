@@ -13,12 +13,12 @@ from numba.np.numpy_support import carray
 from kcache.backends.jit.bits import call_number, call_void, kernel, pointer
 from kcache.backends.jit.rows import accumulate, join, products, split
 from kcache.backends.jit.verbs import (
-    HIGHEST,
     LOWEST,
     add_picked,
     mask_out,
     normaliser,
     pick_above,
+    share_of,
     sum_along,
     sum_up,
     take_from,
@@ -53,6 +53,12 @@ def thread_number(at: Any) -> Any:
 
 
 @kernel
+def share_of_work(at: Any, thread: Any, work: Any) -> Any:
+    """Where a thread begins and ends in so much work: pieces next to each other, so that it reads memory in order."""
+    return work * thread // at[_THREADS], work * (thread + 1) // at[_THREADS]
+
+
+@kernel
 def wait_for_all(at: Any) -> None:
     """Go on when every thread has come here."""
     if at[_THREADS] > 1:
@@ -70,7 +76,8 @@ def score_all(at: Any, thread: Any, words: Any) -> None:
     peaks = carray(pointer(at[_PEAKS]), (items, pieces, group), np.float32)
     totals = carray(pointer(at[_TOTALS]), (items, pieces, group), np.float32)
     query = np.empty((group, 2, at[_HALF]), np.float32)
-    for turn in range(thread, items * pieces, at[_THREADS]):
+    begin, end = share_of_work(at, thread, items * pieces)
+    for turn in range(begin, end):
         item, nth = turn // pieces, turn % pieces
         start, stop = nth * piece, min(nth * piece + piece, length)
         split(queries[item], keys[item], query)
@@ -96,9 +103,10 @@ def weigh_all(at: Any, thread: Any, single: Any) -> None:
     sinks = carray(pointer(at[_SINKS]), (kv_heads, group), np.float32)
     thresholds = carray(pointer(at[_THRESHOLD]), (items // kv_heads,), np.float32)
     coefficients = carray(pointer(at[_COEFFICIENTS]), (items, rank, at[_C_CAPACITY]), single)
-    norms = np.empty(group, np.float32)
+    norms, shares = np.empty(group, np.float32), np.empty(group, np.float32)
     last = -1
-    for turn in range(thread, items * pieces, at[_THREADS]):
+    begin, end = share_of_work(at, thread, items * pieces)
+    for turn in range(begin, end):
         item, nth = turn // pieces, turn % pieces
         start, stop = nth * piece, min(nth * piece + piece, length)
         if item != last:
@@ -106,7 +114,9 @@ def weigh_all(at: Any, thread: Any, single: Any) -> None:
                 sink = sinks[item % kv_heads, g] if at[_SINKS] != 0 else LOWEST
                 norms[g] = normaliser(peaks[item], totals[item], g, sink)
             last = item
-        weigh(scores[item, nth], norms, weights[item][start:stop])
+        for g in range(group):
+            shares[g] = share_of(peaks[item, nth, g], norms[g])
+        weigh(scores[item, nth], shares, weights[item][start:stop])
         if rank > 0:
             sum_along(scores[item, nth], coefficients[item], start, stop - start, along[item, nth])
         if at[_THRESHOLD] != 0:
@@ -209,10 +219,9 @@ def attend_pieces(at: Any, thread: Any, words: Any) -> None:
     peaks = carray(pointer(at[_PEAKS]), (items, pieces, group), np.float32)
     totals = carray(pointer(at[_TOTALS]), (items, pieces, group), np.float32)
     parts = carray(pointer(at[_ALONG]), (items, pieces, group, 2, half_v), np.float32)
-    weights = carray(pointer(at[_WEIGHTS]), (items, pieces * piece), np.float32)
-    norms = np.empty(group, np.float32)
     query = np.empty((group, 2, at[_HALF]), np.float32)
-    for turn in range(thread, items * pieces, at[_THREADS]):
+    begin, end = share_of_work(at, thread, items * pieces)
+    for turn in range(begin, end):
         item, nth = turn // pieces, turn % pieces
         start, stop = nth * piece, min(nth * piece + piece, length)
         split(queries[item], keys[item], query)
@@ -221,9 +230,6 @@ def attend_pieces(at: Any, thread: Any, words: Any) -> None:
             mask = carray(pointer(at[_MASK]), (items // at[_KV_HEADS], at[_MASK_STRIDE]), np.uint8)
             mask_out(scores[item, nth], mask[item // at[_KV_HEADS]][start:stop])
         sum_up(scores[item, nth], stop - start, peaks[item, nth], totals[item, nth])
-        for g in range(group):
-            norms[g] = peaks[item, nth, g] if peaks[item, nth, g] > LOWEST else HIGHEST
-        weigh(scores[item, nth], norms, weights[item][start:stop])
         parts[item, nth] = np.float32(0.0)
         accumulate(scores[item, nth], values[item][start:stop], parts[item, nth])
 
@@ -246,8 +252,8 @@ def merge(at: Any, thread: Any, words: Any) -> None:
             sink = sinks[item % kv_heads, g] if at[_SINKS] != 0 else LOWEST
             norm = normaliser(peaks[item], totals[item], g, sink)
             for nth in range(pieces):
-                if peaks[item, nth, g] > LOWEST:
-                    share = np.float32(np.exp(peaks[item, nth, g] - norm))
+                share = share_of(peaks[item, nth, g], norm)
+                if share != 0:
                     for part in range(2):
                         for d in range(half_v):
                             halves[g, part, d] += share * parts[item, nth, g, part, d]

@@ -14,8 +14,23 @@ from numba import types
 from numba.extending import overload
 
 from kcache.backends.jit.bits import even_half, kernel, odd_half, widened
+from kcache.backends.jit.lanes import (
+    HEADS,
+    LANES,
+    ROWS,
+    score_four_heads,
+    score_one_head,
+    score_three_heads,
+    score_two_heads,
+    weigh_in_four,
+    weigh_in_one,
+    weigh_in_three,
+    weigh_in_two,
+)
 
 ZERO = np.float32(0.0)
+_NEAR = 64
+"""Rows that are weighed block by block before the next ones are."""
 
 
 def first(rows: Any, row: Any, at: Any, half: Any) -> Any:
@@ -99,105 +114,62 @@ def join(halves: Any, rows: Any, vectors: Any) -> None:
 
 
 @kernel
-def _one(q: Any, keys: Any, scores: Any, g: Any) -> None:
-    half = q.shape[2]
-    for row in range(keys.shape[0]):
-        a = ZERO
-        for d in range(half):
-            a += q[g, 0, d] * first(keys, row, d, half) + q[g, 1, d] * second(keys, row, d, half)
-        scores[g, row] = a
-
-
-@kernel
-def _two(q: Any, keys: Any, scores: Any, g: Any) -> None:
-    half = q.shape[2]
-    for row in range(keys.shape[0]):
-        a = b = ZERO
-        for d in range(half):
-            x, y = first(keys, row, d, half), second(keys, row, d, half)
-            a += q[g, 0, d] * x + q[g, 1, d] * y
-            b += q[g + 1, 0, d] * x + q[g + 1, 1, d] * y
-        scores[g, row] = a
-        scores[g + 1, row] = b
-
-
-@kernel
-def _three(q: Any, keys: Any, scores: Any, g: Any) -> None:
-    half = q.shape[2]
-    for row in range(keys.shape[0]):
-        a = b = c = ZERO
-        for d in range(half):
-            x, y = first(keys, row, d, half), second(keys, row, d, half)
-            a += q[g, 0, d] * x + q[g, 1, d] * y
-            b += q[g + 1, 0, d] * x + q[g + 1, 1, d] * y
-            c += q[g + 2, 0, d] * x + q[g + 2, 1, d] * y
-        scores[g, row] = a
-        scores[g + 1, row] = b
-        scores[g + 2, row] = c
-
-
-@kernel
-def _four(q: Any, keys: Any, scores: Any, g: Any) -> None:
-    half = q.shape[2]
-    for row in range(keys.shape[0]):
-        a = b = c = e = ZERO
-        for d in range(half):
-            x, y = first(keys, row, d, half), second(keys, row, d, half)
-            a += q[g, 0, d] * x + q[g, 1, d] * y
-            b += q[g + 1, 0, d] * x + q[g + 1, 1, d] * y
-            c += q[g + 2, 0, d] * x + q[g + 2, 1, d] * y
-            e += q[g + 3, 0, d] * x + q[g + 3, 1, d] * y
-        scores[g, row] = a
-        scores[g + 1, row] = b
-        scores[g + 2, row] = c
-        scores[g + 3, row] = e
+def _product(q: Any, keys: Any, g: Any, row: Any) -> Any:
+    half, total = q.shape[2], ZERO
+    for d in range(half):
+        total += q[g, 0, d] * first(keys, row, d, half) + q[g, 1, d] * second(keys, row, d, half)
+    return total
 
 
 @kernel
 def products(q: Any, keys: Any, scores: Any) -> None:
-    """``q · k`` of each row of ``keys``: query ``[G, 2, D/2]``, scores ``[G, >= rows]``.
+    """``q · k`` of each row of ``keys``: query ``[G, 2, D/2]``, scores ``[G, >= rows]``."""
+    group, count = q.shape[0], keys.shape[0]
+    whole = count // ROWS * ROWS if q.shape[2] % LANES == 0 else 0
+    for quarter in range(whole // ROWS):
+        row = quarter * ROWS
+        for four in range(group // HEADS):
+            score_four_heads(q, keys, scores, four * HEADS, row)
+        g, left = group // HEADS * HEADS, group % HEADS
+        if left == 3:
+            score_three_heads(q, keys, scores, g, row)
+        elif left == 2:
+            score_two_heads(q, keys, scores, g, row)
+        elif left == 1:
+            score_one_head(q, keys, scores, g, row)
+    for g in range(group):
+        for row in range(whole, count):
+            scores[g, row] = _product(q, keys, g, row)
 
-    Up to four query heads are taken at a time, so a row is widened once for them and their sums stay in registers.
-    """
-    group = q.shape[0]
-    whole = group // 4 * 4
-    for g in range(0, whole, 4):
-        _four(q, keys, scores, g)
-    if group - whole == 3:
-        _three(q, keys, scores, whole)
-    elif group - whole == 2:
-        _two(q, keys, scores, whole)
-    elif group - whole == 1:
-        _one(q, keys, scores, whole)
+
+@kernel
+def _weigh_in(weights: Any, values: Any, out: Any, at: Any, start: Any, stop: Any) -> None:
+    group = out.shape[0]
+    for four in range(group // HEADS):
+        weigh_in_four(weights, values, out, four * HEADS, at, start, stop)
+    g, left = group // HEADS * HEADS, group % HEADS
+    if left == 3:
+        weigh_in_three(weights, values, out, g, at, start, stop)
+    elif left == 2:
+        weigh_in_two(weights, values, out, g, at, start, stop)
+    elif left == 1:
+        weigh_in_one(weights, values, out, g, at, start, stop)
 
 
 @kernel
 def accumulate(weights: Any, values: Any, out: Any) -> None:
     """``out += weights · v`` over the rows of ``values``: weights ``[G, >= rows]``, out ``[G, 2, D/2]``.
 
-    Four rows are taken at a time: the output is loaded and stored once for all of them.
+    Some rows at a time, block by block: a block of the output stays in registers while the rows come from L1.
     """
     half, count = out.shape[2], values.shape[0]
-    for quarter in range(count // 4):
-        row = 4 * quarter
+    whole = half // LANES * LANES
+    for start in range(0, count, _NEAR):
+        stop = min(start + _NEAR, count)
+        for at in range(0, whole, LANES):
+            _weigh_in(weights, values, out, at, start, stop)
         for g in range(out.shape[0]):
-            a, b, c, e = weights[g, row], weights[g, row + 1], weights[g, row + 2], weights[g, row + 3]
-            for d in range(half):
-                out[g, 0, d] += (
-                    a * first(values, row, d, half)
-                    + b * first(values, row + 1, d, half)
-                    + c * first(values, row + 2, d, half)
-                    + e * first(values, row + 3, d, half)
-                )
-                out[g, 1, d] += (
-                    a * second(values, row, d, half)
-                    + b * second(values, row + 1, d, half)
-                    + c * second(values, row + 2, d, half)
-                    + e * second(values, row + 3, d, half)
-                )
-    for left in range(count % 4):
-        row = count // 4 * 4 + left
-        for g in range(out.shape[0]):
-            for d in range(half):
-                out[g, 0, d] += weights[g, row] * first(values, row, d, half)
-                out[g, 1, d] += weights[g, row] * second(values, row, d, half)
+            for row in range(start, stop):
+                for d in range(whole, half):
+                    out[g, 0, d] += weights[g, row] * first(values, row, d, half)
+                    out[g, 1, d] += weights[g, row] * second(values, row, d, half)

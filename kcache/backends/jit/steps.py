@@ -14,8 +14,10 @@ from kcache.backends.jit.regions import COMBINE, FIELDS, SCORE
 from kcache.backends.jit.team import find_team
 from kcache.spread import MOST
 
-_PIECE = 1024
-"""Rows of a head that a thread takes at a time."""
+_PIECES = (4096, 2048, 1024, 512, 256)
+"""Rows of a head that a thread may take at a time."""
+_SHARES = 8
+"""Pieces for each thread, at least, so that none waits long for another."""
 _TYPES = (torch.bfloat16, torch.float32)
 
 
@@ -61,18 +63,20 @@ class Kernels:
         """Run the four verbs; None if a head wants more rows than it may have, for somebody else to sort out."""
         batch, kv_heads = step.keys.shape[:2]
         items, group, dim_v = batch * kv_heads, step.query.shape[1] // kv_heads, step.values.shape[3]
-        rows = -(-step.length // _PIECE) * _PIECE
+        piece = self._piece(items, step.length)
+        pieces = -(-step.length // piece)
+        rows = pieces * piece
         policy, tail = step.policy, step.lowrank
         count = min(policy.topn, step.length)
         most = count if step.threshold is None else min(MOST * count, step.length)
         picks = torch.empty(items, most, dtype=torch.int64, device="cpu")
         mass, each, out = _floats(items, group), _floats(items, most), _floats(items, group, dim_v)
         rank = 0 if tail is None else tail.basis.shape[2]
-        call = self._begin(step, out)
+        call = self._begin(step, out, piece)
         call.set(rank=rank, most=most, renormalises=int(policy.tail == "renormalise"))
-        call.point(
-            picks=picks, mass=mass, each=each, along=self._take("along", items * rows // _PIECE * group * (rank + 1))
-        )
+        weights = self._take("weights", items * rows)
+        along = self._take("along", items * pieces * group * (rank + 1))
+        call.point(picks=picks, mass=mass, each=each, weights=weights, along=along)
         if tail is not None:
             call.point(
                 base=tail.base.float().contiguous(),
@@ -84,14 +88,14 @@ class Kernels:
         if step.threshold is None:
             call.point(found=torch.full((items,), count, dtype=torch.int64, device="cpu"))
             self._run(call, region, SCORE)
-            weights = self._scratch["weights"][: items * rows].view(items, rows)[:, : step.length]
-            torch.topk(weights, count, sorted=False, out=(_floats(items, count), picks))
+            candidates = weights[: items * rows].view(items, rows)[:, : step.length]
+            torch.topk(candidates, count, sorted=False, out=(_floats(items, count), picks))
             self._run(call, region, COMBINE)
         else:
             found = torch.empty(items, dtype=torch.int64, device="cpu")
             call.point(found=found, threshold=step.threshold.float().contiguous())
             call.point(lists=self._take("lists", items * rows, torch.int32))
-            call.point(counts=self._take("counts", items * rows // _PIECE, torch.int64))
+            call.point(counts=self._take("counts", items * pieces, torch.int64))
             self._run(call, region, SCORE | COMBINE)
             longest = int(found.max())
             if longest > most:
@@ -105,16 +109,22 @@ class Kernels:
         """Exact attention, ``[B, Hq, Dv]``."""
         batch, heads, dim_v = step.query.shape[0], step.query.shape[1], step.values.shape[3]
         out = _floats(batch, heads, dim_v)
-        call = self._begin(step, out)
-        call.point(along=self._take("along", batch * heads * -(-step.length // _PIECE) * dim_v))
+        piece = self._piece(batch * step.keys.shape[1], step.length)
+        call = self._begin(step, out, piece)
+        call.point(along=self._take("along", batch * heads * -(-step.length // piece) * dim_v))
         self._run(call, compiled("dense", step.keys.dtype), 0)
         return out.to(step.query.dtype)
 
-    def _begin(self, step: DecodeStep, out: torch.Tensor) -> _Call:
+    def _piece(self, items: int, length: int) -> int:
+        """Rows to a piece: as many as leave all threads enough pieces."""
+        wanted = _SHARES * self._team.threads
+        return next((piece for piece in _PIECES if items * -(-length // piece) >= wanted), _PIECES[-1])
+
+    def _begin(self, step: DecodeStep, out: torch.Tensor, piece: int) -> _Call:
         """Write down what both steps share."""
         batch, kv_heads, capacity, dim = step.keys.shape
         items, group, dim_v = batch * kv_heads, step.query.shape[1] // kv_heads, step.values.shape[3]
-        pieces = -(-step.length // _PIECE)
+        pieces = -(-step.length // piece)
         words = step.keys.element_size() / 4
         call = _Call(
             number=self._team.number,
@@ -123,7 +133,7 @@ class Kernels:
             items=items,
             kv_heads=kv_heads,
             length=step.length,
-            piece=_PIECE,
+            piece=piece,
             group=group,
             k_words=int(dim * words),
             v_words=int(dim_v * words),
@@ -137,8 +147,7 @@ class Kernels:
             keys=step.keys,
             values=step.values,
             out=out,
-            scores=self._take("scores", items * group * pieces * _PIECE),
-            weights=self._take("weights", items * pieces * _PIECE),
+            scores=self._take("scores", items * group * pieces * piece),
             peaks=self._take("peaks", items * group * pieces),
             totals=self._take("totals", items * group * pieces),
         )

@@ -2,7 +2,8 @@
 
 Loops count from 0 and arrays come cut to size: an index that might be negative would keep a loop from vectorising.
 
-Shapes: scores ``[G, piece]`` fp32, peaks and totals ``[G]``, coefficients of the low-rank tail ``[r, L']``.
+Shapes: scores, and the probabilities they become in place, ``[G, piece]`` fp32, peaks and totals ``[G]``, coefficients
+of the low-rank tail ``[r, L']``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kcache.backends.jit.bits import exponential, kernel, kernel_of_numbers
+from kcache.backends.jit.lanes import LANES, largest_of_blocks
 from kcache.backends.jit.rows import first, second, value
 
 LOWEST = np.float32(-np.inf)
@@ -27,11 +29,12 @@ def mask_out(scores: Any, mask: Any) -> None:
             scores[g, row] = scores[g, row] if mask[row] != 0 else LOWEST
 
 
-@kernel_of_numbers
+@kernel
 def largest(values: Any, count: Any) -> Any:
-    """The largest of the first ``count`` values."""
-    peak = LOWEST
-    for at in range(count):
+    """The largest of the first ``count`` values; NaN is passed over."""
+    whole = count // LANES * LANES
+    peak = largest_of_blocks(values, whole)
+    for at in range(whole, count):
         peak = values[at] if values[at] > peak else peak
     return peak
 
@@ -44,20 +47,30 @@ def raise_to(weights: Any, probs: Any) -> None:
 
 
 @kernel
+def raise_all(scores: Any, peak: Any) -> Any:
+    """Turn scores into ``exp(score - peak)`` in place; returns their sum."""
+    total = ZERO
+    for row in range(scores.shape[0]):
+        scores[row] = exponential(scores[row] - peak)
+        total += scores[row]
+    return total
+
+
+@kernel
 def sum_up(scores: Any, count: Any, peaks: Any, totals: Any) -> None:
-    """Largest of ``count`` scores, and the sum of ``exp(score - largest)``."""
+    """Turn ``count`` scores of each head into ``exp(score - largest)``; the largest, and the sum of them."""
     for g in range(scores.shape[0]):
         peak = largest(scores[g], count)
-        total = ZERO
         if peak > LOWEST:
-            for row in range(count):
-                total += exponential(scores[g, row] - peak)
+            totals[g] = raise_all(scores[g][:count], peak)
         else:  # every row is masked, or none is a number
+            totals[g] = ZERO
             for row in range(count):
                 if scores[g, row] != scores[g, row]:
-                    peak, total = ZERO, scores[g, row]
+                    peak, totals[g] = ZERO, scores[g, row]
+                else:
+                    scores[g, row] = ZERO
         peaks[g] = peak
-        totals[g] = total
 
 
 @kernel
@@ -75,17 +88,21 @@ def normaliser(peaks: Any, totals: Any, g: Any, sink: Any) -> Any:
 
 
 @kernel
-def weigh(scores: Any, norms: Any, weights: Any) -> None:
-    """Turn scores into probabilities in place; ``weights`` ``[rows]`` get the largest of the group."""
-    count = weights.shape[0]
-    for g in range(scores.shape[0]):
-        norm = norms[g]
-        for row in range(count):
-            scores[g, row] = exponential(scores[g, row] - norm)
-    for row in range(count):
-        weights[row] = scores[0, row]
-    for g in range(1, scores.shape[0]):
-        raise_to(weights, scores[g])
+def share_of(peak: Any, norm: Any) -> Any:
+    """What a piece's ``exp(score - peak)`` are to be multiplied by: 0 if all of it is masked."""
+    return np.float32(np.exp(peak - norm)) if peak > LOWEST else ZERO
+
+
+@kernel
+def weigh(probs: Any, shares: Any, weights: Any) -> None:
+    """Multiply each head's part of a distribution by its share; ``weights`` ``[rows]`` get the largest of the group."""
+    for g in range(probs.shape[0]):
+        for row in range(weights.shape[0]):
+            probs[g, row] *= shares[g]
+    for row in range(weights.shape[0]):
+        weights[row] = probs[0, row]
+    for g in range(1, probs.shape[0]):
+        raise_to(weights, probs[g])
 
 
 @kernel
