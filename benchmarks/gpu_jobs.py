@@ -14,7 +14,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 
 from benchmarks.pick_trace import FILE, Trace, replayed
@@ -30,6 +29,7 @@ from kcache.cache import KCache
 from kcache.forward import prefill
 from kcache.loading import LoadedModel
 from kcache.policy import Policy
+from kcache.ram import read_ram
 from kcache.tiers.spare import spare_of
 
 TOPN = 128
@@ -153,7 +153,7 @@ def batch_of(
     allowed = job.budget
     if job.whole_card:
         allowed = min(job.budget, total_bytes) - weights_bytes - _SCRATCH
-    ram = int((psutil.virtual_memory().available + spare_bytes) * _SHARE_OF_RAM)
+    ram = int((read_ram().available + spare_bytes) * _SHARE_OF_RAM)
     return largest_batch(lambda batch: engine.need(shapes, room, batch), allowed, ram)
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import psutil
 import torch
 
 from kcache.need import MemoryNeed, ModelShape
 from kcache.policy import Policy
+from kcache.ram import read_ram
 from kcache.sizes import in_units, reserve
 
 MOST_TOKENS = 2**27
@@ -62,7 +62,7 @@ class Pools:
     @classmethod
     def of(cls, device: torch.device, split: Split = WHOLE) -> Pools:
         """What is free on this machine now. RAM is taken as it is, since only the cache asks for it in large pieces."""
-        available = int(psutil.virtual_memory().available) // split.sharers
+        available = read_ram().available // split.sharers
         if device.type != "cuda":
             return cls(None, available, working=False)
         cards = [device] if split.gpus == 1 else [torch.device("cuda", number) for number in range(split.gpus)]

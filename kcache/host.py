@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import torch
 
+from kcache.ram import read_ram
+
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16")
 _NODES = Path("/sys/devices/system/node")
 _CPUINFO = Path("/proc/cpuinfo")
@@ -60,7 +62,7 @@ class Host:
 
 def read_host() -> Host:
     """Read what there is to know."""
-    memory = psutil.virtual_memory()
+    memory = read_ram()
     return Host(
         cpu=cpu_name(),
         cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,

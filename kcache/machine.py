@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 
 from kcache.bandwidth import (
@@ -27,6 +26,7 @@ from kcache.bandwidth import (
 )
 from kcache.errors import InputError
 from kcache.host import cpu_name, versions
+from kcache.ram import read_ram
 
 __all__ = ["GatherSpeed", "LinkSpeed", "Machine", "measure"]
 
@@ -125,7 +125,7 @@ def measure(device: torch.device | str = "auto", quick: bool = True) -> Machine:
         If the device is not there.
     """
     chosen = _device(device)
-    memory = psutil.virtual_memory()
+    memory = read_ram()
     matvec: float | None = None
     layer_ms = 0.0
     least_s = 0.15 if quick else 0.6

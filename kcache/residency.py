@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 
 from kcache.errors import DoesNotFitError
 from kcache.parallel import ALONE, Ranks
 from kcache.policy import Policy
+from kcache.ram import read_ram
 from kcache.sizes import TierSizes, in_units, least_resident, reserve, resident_layers
 from kcache.tiers.rows import grown_length
 from kcache.tiers.spare import Spare
@@ -179,7 +179,7 @@ class Residency:
         """
         held = sum(place.held_in_ram for place in places)
         held += 0 if self._spare is None else self._spare.nbytes
-        available = psutil.virtual_memory().available // self._ranks.sharers + held
+        available = read_ram().available // self._ranks.sharers + held
         (available,) = self._ranks.least([available])
 
         def wanted(rows: int) -> int:

@@ -8,6 +8,7 @@ import threading
 import weakref
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -84,7 +85,7 @@ def test_a_refusal_says_what_to_do(driver: Driver) -> None:
 
 def test_more_than_is_free_is_not_tried(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux promises memory that it does not have, and kills who then writes to it."""
-    monkeypatch.setattr(arenas.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2**40, available=2**20))
     with pytest.raises(DoesNotFitError, match=r"3\.0 GiB of host memory and 0\.0 GiB are free"):
         pinned_empty((3, 2**30), torch.int8)
     assert not driver.locked
@@ -147,9 +148,9 @@ def test_pages_are_there_when_a_piece_is_taken(driver: Driver) -> None:
     arena = Arena(torch.device("cpu"))
     arena.prepare([64 * 2**20])
     tensor = pinned_empty((64 * 2**20,), torch.uint8, arena=arena)
-    before = arenas.psutil.Process().memory_info().rss
+    before = psutil.Process().memory_info().rss
     tensor.fill_(1)
-    assert arenas.psutil.Process().memory_info().rss - before < 16 * 2**20
+    assert psutil.Process().memory_info().rss - before < 16 * 2**20
 
 
 def test_memory_that_no_kernel_brings_in_is_there_all_the_same(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +194,7 @@ def test_a_piece_that_is_refused_leaves_nothing(driver: Driver, mappings: list[w
 
 
 def test_an_arena_larger_than_what_is_free_is_none(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arenas.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**22))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2**40, available=2**22))
     arena = Arena(torch.device("cpu"))
     arena.prepare([2**22, 2**22])
     assert arena.take(2**22) is None

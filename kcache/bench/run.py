@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-import psutil
 import torch
 
 from kcache.bench.cases import Case, Spec
@@ -23,6 +22,7 @@ from kcache.bench.floor import Bandwidths
 from kcache.bench.report import Problem, make_rows
 from kcache.bench.rows import Row
 from kcache.bench.runner import Runner
+from kcache.ram import read_ram
 from kcache.tiers.spare import spare_of
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class _Race:
 
     def _free(self) -> tuple[int, int]:
         """Bytes free on the device and in RAM."""
-        ram = int(psutil.virtual_memory().available) + spare_of(self.lm.model).nbytes
+        ram = read_ram().available + spare_of(self.lm.model).nbytes
         if self.lm.device.type != "cuda":
             return ram, ram
         devices = {shape.device for shape in self.shapes}

@@ -18,11 +18,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache, partial
 from typing import Any
 
-import psutil
 import torch
 
 from kcache.errors import DoesNotFitError
 from kcache.host import cpus_near
+from kcache.ram import read_ram
 from kcache.tiers.spare import Spare
 
 _HUGE_PAGE = 2 * 2**20
@@ -130,7 +130,7 @@ def mapped(nbytes: int) -> mmap.mmap:
         If RAM for it is not free: the system would promise it all the same, and kill the process later.
     """
     size = rounded(nbytes)
-    free = psutil.virtual_memory().available
+    free = read_ram().available
     if size > free:
         raise DoesNotFitError(
             f"V needs {size / 2**30:.1f} GiB of host memory and {free / 2**30:.1f} GiB are free; "

@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import torch
 
+from kcache.ram import read_ram
 from kcache.watch.frame import Memory
 
 _EVERY_S = 1.0
@@ -37,7 +38,7 @@ class Gauges:
         return self._memory
 
     def _look(self) -> Memory:
-        ram = psutil.virtual_memory()
+        ram = read_ram()
         process = self._process.memory_info().rss
         if self._device.type != "cuda":
             return Memory(ram.total, ram.available, None, None, ram.total, ram.available, process)

@@ -232,7 +232,7 @@ def test_the_largest_batch_that_fits_both_tiers() -> None:
 def test_batches_of_an_equal_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Llama-3.1-8B at 32k: K is half of the cache, and a KCache keeps that and an eighth of V beside it."""
     shapes = [LayerShape(8, 128, 128, torch.bfloat16, torch.device("cpu"))] * 32
-    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Ram", (), {"available": 10**15})())
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Ram", (), {"total": 10**15, "available": 10**15})())
     jobs = {job.name: job for job in all_jobs()}
     found = {
         name: batch_of(jobs[f"equal_hbm_32k/{name}"], make_engine(name, jobs[f"equal_hbm_32k/{name}"].policy), shapes,
