@@ -68,6 +68,15 @@ class Spread:
         return self._heads > 0 and layer in self._tallies
 
     @property
+    def place(self) -> tuple[int, int]:
+        """How far this step has come, which :attr:`state` does not say."""
+        return self._heads, self._latest
+
+    def go_back(self, place: tuple[int, int]) -> None:
+        """Be where a step that was not completed began."""
+        self._heads, self._latest = place
+
+    @property
     def state(self) -> list[torch.Tensor]:
         """What a step changes in place."""
         held = (self._threshold, self._closed, *self._tallies.values())

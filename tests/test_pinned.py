@@ -77,10 +77,18 @@ def test_nothing_to_hold_needs_no_driver(driver: Driver) -> None:
     assert pinned_empty((0, 4), torch.float32).shape == (0, 4)
 
 
-def test_a_refusal_says_what_to_do(driver: Driver) -> None:
+def test_a_refusal_says_what_to_do(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+
+    def zeros(*shape: int, device: object) -> torch.Tensor:
+        launched.append(device)
+        raise RuntimeError("CUDA error: out of memory")  # what the driver kept of the refusal
+
+    monkeypatch.setattr(torch, "zeros", zeros)
     driver.refuse = 2
     with pytest.raises(DoesNotFitError, match=r"CUDA error 2.*ulimit -l"):
         pinned_empty((4, 4), torch.float32)
+    assert launched == ["cuda"], "the next launch of others must not find the error"
 
 
 def test_more_than_is_free_is_not_tried(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

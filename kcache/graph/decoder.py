@@ -223,13 +223,16 @@ class GraphDecoder:
         step.feed(tokens, going, end)
         self._step = step
         self._kept = [tensor.clone() for tensor in cache.shared.step_state]
-        tape, fusion = self._make_tape(), Fusion(self._model)
+        tape, fusion, spread = self._make_tape(), Fusion(self._model), cache.shared.spread
+        place = None if spread is None else spread.place
         try:
             with _without_collector(), fusion.applied() if self._may_fuse else nullcontext():
                 self._logits = tape.record(step.run, tokens.device)
         finally:
             self.fused = fusion.used
             self._take_back(cache)
+            if spread is not None and place is not None:
+                spread.go_back(place)
         self._tape = tape
         self._hold()
         self._scratch = cache.shared.scratch

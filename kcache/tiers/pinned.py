@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import weakref
+from contextlib import suppress
 
 import torch
 
@@ -58,11 +59,18 @@ def _registered(nbytes: int, device: torch.device | None, arena: Arena | None) -
     pointer = torch.frombuffer(memory, dtype=torch.uint8, count=1, offset=offset).data_ptr()
     code = int(torch.cuda.cudart().cudaHostRegister(pointer, rounded(nbytes), _MAPPED_AND_PORTABLE))
     if code != 0:
+        _take_note_of_error(device)
         raise DoesNotFitError(
             f"the driver refused to pin {nbytes / 2**30:.1f} GiB of host memory (CUDA error {code}); "
             "use a smaller context or batch, or raise the locked-memory limit (ulimit -l)"
         )
     return Part(memory, offset, rounded(nbytes), pointer, device)
+
+
+def _take_note_of_error(device: torch.device | None) -> None:
+    """The driver keeps what it has refused as an error that the next launch, whosever that is, would raise."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device=device or "cuda")
 
 
 def _brought_in(nbytes: int, device: torch.device | None, spare: Spare | None) -> mmap.mmap:

@@ -161,18 +161,18 @@ def test_a_replayed_step_does_not_wait_for_the_device() -> None:
     twins.decode(PROOFS + 3)
     graph, token = twins.graph, ids_of(2, 2, 1)[:, 0]
     with attach(model):
-        graph.begin(model, twins.taped)
-        assert graph.launch(token) is not None
-        graph.commit()
+        run = graph.begin(model, twins.taped)
+        assert graph.launch(run, token) is not None
+        graph.commit(run)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(4):
-                assert graph.launch(token) is not None
-                graph.commit()
+                assert graph.launch(run, token) is not None
+                graph.commit(run)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        graph.leave()
+        graph.leave(run)
 
 
 def test_reading_a_token_does_not_wait_for_the_step_that_follows() -> None:

@@ -121,6 +121,32 @@ def test_triton_a_recording_that_fails_or_is_wrong_is_not_used(
     check(llama, reason, POLICY.replace(hot_rows=hot_rows), tape)
 
 
+class Halfway(RecordedTape):
+    """Fails when one layer of two is through."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.second: Any = model.get_decoder().layers[1]
+
+    def record(self, step: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+        def fail(*_: Any) -> None:
+            raise RuntimeError("out of memory")
+
+        hook = self.second.register_forward_pre_hook(fail)
+        try:
+            return step()
+        finally:
+            hook.remove()
+
+
+def test_triton_half_a_step_leaves_the_threshold_alone(llama: PreTrainedModel) -> None:
+    policy = POLICY.replace(spread="need")
+    check(llama, "out of memory", policy, lambda: Halfway(llama))
+    caches = [run(llama, policy, tape)[0] for tape in (lambda: Halfway(llama), None)]
+    mine, theirs = (cache.shared.spread.state[0] for cache in caches)  # type: ignore[union-attr]
+    torch.testing.assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_other_backends_run_each_step(llama: PreTrainedModel, backend: Any) -> None:
     check(llama, f"is served by the {backend} backend", POLICY.replace(backend=backend))
