@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from transformers import PreTrainedModel
 
 from kcache.errors import InputError
+from kcache.policy import Policy
 
 PLACES = "cpu, disk, a GPU's number, or a device such as cuda:1"
-LEAST_CAPABILITY = (8, 0)
+_LEAST = (8, 0)
 """Compute capability from which Triton supports a card: Ampere."""
 
 
@@ -28,12 +30,38 @@ def has_triton() -> bool:
 
 def is_too_old(device: torch.device) -> bool:
     """Whether Triton does not support this CUDA device."""
-    return torch.cuda.get_device_capability(device) < LEAST_CAPABILITY
+    return torch.cuda.get_device_capability(device) < _LEAST
+
+
+@lru_cache
+def driver_problem() -> str | None:
+    """Why Triton does not get to the driver, or None: it compiles a module in C for that when it is first used."""
+    try:
+        importlib.import_module("triton").runtime.driver.active.get_current_device()
+    except Exception as error:  # whatever a build can end in
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
+def why_no_kernels(device: torch.device) -> str | None:
+    """Why our kernels in Triton do not run on a CUDA device, or None."""
+    if not has_triton():
+        return "triton is not installed"
+    if is_too_old(device):
+        have, need = (f"{major}.{minor}" for major, minor in (torch.cuda.get_device_capability(device), _LEAST))
+        return f"{device} has compute capability {have}, kernels need {need}"
+    problem = driver_problem()
+    return None if problem is None else f"triton cannot be used here ({problem})"
 
 
 def runs_kernels(device: torch.device) -> bool:
     """Whether our kernels in Triton run on a device."""
-    return device.type == "cuda" and has_triton() and not is_too_old(device)
+    return device.type == "cuda" and why_no_kernels(device) is None
+
+
+def keeps_hot_rows(device: torch.device, policy: Policy) -> bool:
+    """Whether recently fetched rows are kept on a device, if the policy wants any: our kernels find them."""
+    return policy.backend != "reference" and runs_kernels(device)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from kcache.devices import is_too_old
+from kcache.devices import driver_problem, is_too_old
 from kcache.host import Host, PciSlot
 from kcache.machine import Machine
 
@@ -113,6 +113,15 @@ def _of_cuda(machine: Machine, host: Host, slot: PciSlot | None) -> list[Finding
                 "triton is not installed: decode steps run in torch operators and wait for the host",
                 "install it with",
                 ("pip install 'kcache-llm[gpu]'",),
+            )
+        )
+    elif problem := driver_problem():
+        found.append(
+            Finding(
+                "missing",
+                f"triton cannot be used: decode steps run in torch operators and wait for the host ({problem})",
+                "it wants a C compiler and Python's headers: on Debian and Ubuntu",
+                ("apt install gcc python3-dev",),
             )
         )
     if machine.pinned is False:

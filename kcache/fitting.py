@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from kcache.devices import runs_kernels
 from kcache.need import MemoryNeed, ModelShape
 from kcache.policy import Policy
 from kcache.ram import read_ram
@@ -53,11 +54,14 @@ class Pools:
     host_bytes : int
     working : bool
         Whether to leave room for activations and scratch in the pool the device uses.
+    kernels : bool
+        Whether a device runs our kernels, which keep hot rows there.
     """
 
     device_bytes: int | None
     host_bytes: int
     working: bool = True
+    kernels: bool = True
 
     @classmethod
     def of(cls, device: torch.device, split: Split = WHOLE) -> Pools:
@@ -67,7 +71,7 @@ class Pools:
             return cls(None, available, working=False)
         cards = [device] if split.gpus == 1 else [torch.device("cuda", number) for number in range(split.gpus)]
         free = sum(int(torch.cuda.mem_get_info(card)[0]) for card in cards)
-        return cls(int(free * split.gpu_share), available)
+        return cls(int(free * split.gpu_share), available, kernels=runs_kernels(device))
 
     def after(self, weights_bytes: int) -> Pools:
         """What is left once the weights are loaded."""
@@ -131,6 +135,10 @@ class Fitter:
             return fit
         return self._fit(ctx, batch, offloads=self.policy.offload != "none" and ctx >= self.policy.dense_below)
 
+    @property
+    def _keeps_hot(self) -> bool:
+        return self.pools.device_bytes is not None and self.pools.kernels and self.policy.backend != "reference"
+
     def fits(self, ctx: int, batch: int) -> bool:
         """Whether it fits."""
         return self.fit(ctx, batch).short is None
@@ -143,7 +151,7 @@ class Fitter:
         if self.pools.device_bytes is not None:
             left = self.pools.after(self.weights_bytes).device_bytes or 0
             room = max(0, left - max(reserve(left), working))
-        need = self.shape.need(ctx, batch, self.policy, room, hot=self.pools.device_bytes is not None)
+        need = self.shape.need(ctx, batch, self.policy, room, hot=self._keeps_hot)
         limits = [limit for limit in (self.policy.kv_budget, room) if isinstance(limit, int)]
         allowed = min(limits, default=None)
         if allowed is not None and need.device_bytes > allowed:

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from kcache.demo import SMOLLM2
-from kcache.devices import check_device_map, input_device
+from kcache.devices import check_device_map, input_device, is_too_old
 from kcache.errors import InputError, ModelNotFoundError, UnsupportedModelError
 from kcache.explained import explained, short
 from kcache.models import Source, find_source
@@ -167,8 +167,8 @@ def load(
     if tensor_parallel > 1:
         check_heads(config, source.name, tensor_parallel)
     folder = source.fetch(progress or ignore_progress, code=trust_remote_code)
-    if source.kind == "demo" and torch_dtype == "auto" and not _is_bf16_fast(device_map):
-        torch_dtype = torch.float32
+    if source.kind == "demo" and torch_dtype == "auto":
+        torch_dtype = _faster_than_bf16(device_map) or torch_dtype
     extra: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     tokenizer = _load_tokenizer(source, folder, trust_remote_code, extra)
     if quantization_config is not None:
@@ -260,15 +260,15 @@ def _check_parallel(device_map: DeviceMap) -> None:
         raise InputError(f"the processes of tensor parallelism take a device each; leave out device {device_map}")
 
 
-def _is_bf16_fast(device_map: DeviceMap) -> bool:
-    """Whether bfloat16 is the faster choice; a CPU without instructions for it is several times slower in it."""
-    on_cpu = str(device_map) == "cpu" or not torch.accelerator.is_available()
-    if not on_cpu:
-        return True
+def _faster_than_bf16(device_map: DeviceMap) -> torch.dtype | None:
+    """What to take instead where there are no instructions for bfloat16, which is several times slower then."""
+    if str(device_map) != "cpu" and torch.accelerator.is_available():
+        old = torch.cuda.is_available() and is_too_old(torch.device("cuda", torch.cuda.current_device()))
+        return torch.float16 if old else None
     try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return None if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
     except (AttributeError, RuntimeError):
-        return False
+        return torch.float32
 
 
 def _load_tokenizer(source: Source, folder: Path, trust: bool, extra: dict[str, Any]) -> PreTrainedTokenizerBase:

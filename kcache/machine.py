@@ -59,7 +59,7 @@ class Machine:
         Time of one layer of a decode step beside reading its weights at that speed: what transformers and torch take
         for some dozens of small operators. Measured on a host-only machine; 0 on a GPU, where a step is one graph.
     compute_tflops : float
-        A large matrix product in bfloat16 or, where that is faster, in float32.
+        A large matrix product in bfloat16 or, where that is faster, in float16 on CUDA and float32 elsewhere.
     device_bytes, host_bytes, host_free_bytes : int
         Memory: the device's (RAM on a host-only machine), all RAM, RAM available now.
     threads : int
@@ -181,8 +181,8 @@ def _device(device: torch.device | str) -> torch.device:
 
 
 def _compute_tflops(device: torch.device, size: int, least_s: float) -> float:
-    """Speed of a matrix product of two square matrices, in the faster of bfloat16 and float32."""
-    types = [torch.bfloat16] if device.type == "cuda" else [torch.bfloat16, torch.float32]
+    """Speed of a matrix product of two square matrices, in bfloat16 or, where that is faster, float16 or float32."""
+    types = [torch.bfloat16, torch.float16 if device.type == "cuda" else torch.float32]
     best = 0.0
     for dtype in types:
         matrix = torch.ones(size, size, dtype=dtype, device=device)

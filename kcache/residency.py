@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kcache.devices import keeps_hot_rows
 from kcache.errors import DoesNotFitError
 from kcache.parallel import ALONE, Ranks
 from kcache.policy import Policy
@@ -104,7 +105,7 @@ class Residency:
         if end <= self.planned and keys.shape[0] == self.batch:
             return
         rows = (_row_bytes(keys), _row_bytes(values), values.shape[3], values.element_size())
-        sizes = TierSizes.of(self.policy, 0, *rows, hot=values.device.type == "cuda")
+        sizes = TierSizes.of(self.policy, 0, *rows, hot=keeps_hot_rows(values.device, self.policy))
         places = self._places(layer, sizes)
         needed = end if self.max_length is None else max(end, self.max_length)
         length = aim = self._aim(needed)

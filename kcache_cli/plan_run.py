@@ -164,8 +164,8 @@ def _warm(planner: Planner, method: Method, ctx: int) -> list[str]:
     """What hot rows would make of a step that waits for the link, if nothing was said of them."""
     from kcache.sizes import hot_rows_of
 
-    cold = method.predicted
-    if cold is None or planner.hit_rate or not hot_rows_of(planner.policy) or cold.link_ms < _SEEN * cold.step_ms:
+    cold, kept = method.predicted, planner.pools.kernels and hot_rows_of(planner.policy) > 0
+    if cold is None or planner.hit_rate or not kept or cold.link_ms < _SEEN * cold.step_ms:
         return []
     warm = replace(planner, hit_rate=_HITS_OF_TEXT).predict(method.need, ctx, method.batch)
     return [
@@ -204,7 +204,7 @@ def _pools(question: Question, card_bytes: int | None) -> Pools:
     device_bytes = question.hbm or card_bytes
     device = torch.device("cpu") if device_bytes else planning_device(question.model.device or "auto")
     here = Pools.of(device, spread_of(question.model, device))
-    return Pools(device_bytes or here.device_bytes, question.host or here.host_bytes)
+    return Pools(device_bytes or here.device_bytes, question.host or here.host_bytes, kernels=here.kernels)
 
 
 def _contexts(longest: int, ctx: int) -> list[int]:

@@ -50,6 +50,7 @@ CPU = replace(GPU, device="cpu", h2d_gb_s=None, d2h_gb_s=None, pinned=None, vers
 @pytest.fixture(autouse=True)
 def _a_recent_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("kcache.fastpath.driver_problem", lambda: None)
 
 
 # -- measuring -----------------------------------------------------------------------------------------------------
@@ -160,3 +161,11 @@ def test_old_cards_and_busy_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "7.0" in old.what
     assert "--dtype float16" in old.way_out
     assert "busy" in busy.what
+
+
+def test_triton_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kcache.fastpath.driver_problem", lambda: "RuntimeError: Failed to find C compiler.")
+    (found,) = findings(GPU, GOOD_HOST, load=0.0)
+    assert found.level == "missing"
+    assert "Failed to find C compiler" in found.what
+    assert "gcc" in found.commands[0]

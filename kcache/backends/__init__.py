@@ -7,7 +7,7 @@ import torch
 from kcache.backends.base import Backend, DecodeResult, DecodeStep
 from kcache.backends.cpu import CpuBackend
 from kcache.backends.reference import ReferenceBackend
-from kcache.devices import LEAST_CAPABILITY, is_too_old, runs_kernels
+from kcache.devices import has_triton, runs_kernels, why_no_kernels
 from kcache.errors import PolicyError
 from kcache.policy import BackendName
 
@@ -30,11 +30,9 @@ def choose_backend(name: BackendName, device: torch.device) -> Backend:
         if device.type != "cpu":
             raise PolicyError(f"backend 'cpu' cannot serve a layer on {device}; use backend='auto'")
         return CpuBackend()
-    if device.type == "cuda" and is_too_old(device):
-        raise PolicyError(
-            f"backend 'triton' needs compute capability {'.'.join(map(str, LEAST_CAPABILITY))}, and {device} has "
-            f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; use backend='auto'"
-        )
+    reason = why_no_kernels(device) if device.type == "cuda" or not has_triton() else None
+    if reason is not None:
+        raise PolicyError(f"backend 'triton' cannot serve layers here: {reason}; use backend='auto'")
     from kcache.backends.triton.backend import TritonBackend
 
     return TritonBackend(device)

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from kcache.attention import attach
 from kcache.bench.context import LayerShape, held_bytes
 from kcache.cache import KCache
+from kcache.devices import keeps_hot_rows
 from kcache.errors import InputError
 from kcache.forward import prefill, step_logits
 from kcache.policy import Policy
@@ -166,7 +167,7 @@ class Tiered(Engine):
                 device += shape.k_bytes(room, batch) + shape.v_bytes(room, batch)
                 continue
             rows = shape.k_bytes(1, batch), shape.v_bytes(1, batch)
-            hot = shape.device.type == "cuda"
+            hot = keeps_hot_rows(shape.device, self.policy)
             sizes = TierSizes.of(self.policy, 1, *rows, shape.v_dim, shape.dtype.itemsize, hot)
             device += sizes.device(room, 0)
             host += sizes.host(room, 0)

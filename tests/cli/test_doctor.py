@@ -29,6 +29,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     monkeypatch.setattr(kcache.machine, "measure", lambda device, quick: machine)
     monkeypatch.setattr(kcache.host, "pci_slot", lambda device: PciSlot(0, "16.0 GT/s x16", "32.0 GT/s x16"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("kcache.fastpath.driver_problem", lambda: None)
 
 
 def test_host_only_claims_nothing_of_a_device(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

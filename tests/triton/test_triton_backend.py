@@ -124,6 +124,7 @@ def test_triton_steps_that_do_not_fit_the_card_run_in_torch(
         result, want = backend.decode(step), ReferenceBackend().decode(step)
         torch.testing.assert_close(result.out, want.out)
         torch.testing.assert_close(backend.dense(step), ReferenceBackend().dense(step))
+    assert backend.scratch == ()
     assert backend.workspace(step) is None, "the host has to wait for V before such a step"
     assert len(tried) == 2, "each is tried once"
     assert [record.message for record in caplog.records] == [
@@ -131,11 +132,29 @@ def test_triton_steps_that_do_not_fit_the_card_run_in_torch(
     ] * 2
 
 
-def test_old_cards_run_torch_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("capability", "problem", "reason"),
+    [
+        ((7, 5), None, r"cuda:0 has compute capability 7\.5, kernels need 8\.0"),
+        (
+            (8, 9),
+            "RuntimeError: Failed to find C compiler.",
+            r"triton cannot be used here \(RuntimeError: Failed",
+        ),
+    ],
+)
+def test_cards_without_kernels_run_torch_operators(
+    capability: tuple[int, int], problem: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     card = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("kcache.devices.driver_problem", lambda: problem)
     assert choose_backend("auto", card).name == "reference"
-    with pytest.raises(PolicyError, match=r"needs compute capability 8\.0, and cuda:0 has 7\.5"):
+    with pytest.raises(PolicyError, match=reason):
         choose_backend("triton", card)
+
+
+def test_cards_with_kernels_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert choose_backend("auto", card).name == "triton"
+    monkeypatch.setattr("kcache.devices.driver_problem", lambda: None)
+    assert choose_backend("auto", torch.device("cuda", 0)).name == "triton"

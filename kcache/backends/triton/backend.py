@@ -72,6 +72,8 @@ class TritonBackend:
             yield
         except OutOfResources as error:
             self._too_large.add(shape)
+            self._workspaces.pop(shape, None)
+            self._dense.pop(shape, None)
             _log.warning(
                 "a kernel wants %d bytes of %s and %s has %d: such steps run in torch operators",
                 error.required, error.name, step.query.device, error.limit,
