@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from kcache.devices import is_too_old
+
 _SCORE_BYTES = 256 * 2**20
+_REPEATED_BYTES = 256 * 2**20
 
 
 def attend(
@@ -32,21 +35,57 @@ def attend(
         return _plain(query, keys, values, mask, scaling, softcap, sinks)
     if query.shape[2] == 1:
         return _one_token(query, keys, values, mask, scaling)
-    grouped = query.shape[1] != keys.shape[1]
-    if mask is not None:
-        if grouped and query.device.type != "cpu":
-            keys, values = _repeat(keys, query), _repeat(values, query)
-            grouped = False
-        return F.scaled_dot_product_attention(query, keys, values, mask, scale=scaling, enable_gqa=grouped)
     past = keys.shape[2] - query.shape[2]
-    if past == 0:
-        return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
-    if query.device.type == "cpu" and keys.shape[3] != values.shape[3]:
-        return _plain(query, keys, values, mask, scaling, softcap, sinks)
-    if query.device.type == "cpu":
+    if query.device.type == "cpu" and mask is None and past > 0:
+        if keys.shape[3] != values.shape[3]:
+            return _plain(query, keys, values, mask, scaling, softcap, sinks)
         return _past_and_chunk(query, keys, values, past, scaling)
-    bias = causal_lower_right(query.shape[2], keys.shape[2])
-    return F.scaled_dot_product_attention(query, keys, values, bias, scale=scaling, enable_gqa=grouped)
+    if query.shape[1] != keys.shape[1] and not _knows_groups(query, values, mask):
+        return _some_heads_at_a_time(query, keys, values, mask, scaling)
+    return _fused(query, keys, values, mask, scaling)
+
+
+def _fused(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Whatever kernel torch has for it; without a mask causal, aligned to the end."""
+    grouped, first = query.shape[1] != keys.shape[1], query.shape[2] == keys.shape[2]
+    if mask is None and not first:
+        mask = causal_lower_right(query.shape[2], keys.shape[2])
+    return F.scaled_dot_product_attention(
+        query, keys, values, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+    )
+
+
+def _knows_groups(query: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether torch has a kernel that needs no copy of K and V for each query head, and keeps no scores.
+
+    On CUDA that is flash attention alone: 16 bits, heads of up to 256, no mask, cards from Ampere on. What takes the
+    rest writes all scores down when it is given groups.
+    """
+    if query.device.type == "cpu":
+        return True
+    if mask is not None:
+        return False
+    if query.device.type != "cuda":
+        return True
+    return query.dtype.itemsize == 2 and max(query.shape[3], values.shape[3]) <= 256 and not is_too_old(query.device)
+
+
+def _some_heads_at_a_time(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """With K and V repeated for each query head, of as many KV heads as that takes little memory for."""
+    batch, kv_heads, length, dim = keys.shape
+    group = query.shape[1] // kv_heads
+    one = batch * group * length * (dim + values.shape[3]) * keys.element_size()
+    step = max(1, _REPEATED_BYTES // one)
+    out = query.new_empty(*query.shape[:3], values.shape[3])
+    for start in range(0, kv_heads, step):
+        here, asking = slice(start, start + step), slice(start * group, (start + step) * group)
+        part, seen = query[:, asking], mask if mask is None or mask.shape[1] == 1 else mask[:, asking]
+        out[:, asking] = _fused(part, _repeat(keys[:, here], part), _repeat(values[:, here], part), seen, scaling)
+    return out
 
 
 def _one_token(

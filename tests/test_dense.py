@@ -120,3 +120,44 @@ def test_slices_of_queries_when_scores_are_large(monkeypatch: pytest.MonkeyPatch
     whole = dense.attend(query, keys, values, None, 0.3, 2.0)
     monkeypatch.setattr(dense, "_SCORE_BYTES", 2 * 4 * 50 * 4 * 7)
     torch.testing.assert_close(dense.attend(query, keys, values, None, 0.3, 2.0), whole)
+
+
+@pytest.mark.parametrize("past", [0, 9])
+@pytest.mark.parametrize("heads_of_mask", [None, 1, 6])
+@pytest.mark.parametrize("room", [1, 2 * 2 * 40 * 24 * 4, 2**30])
+def test_kernels_that_know_no_groups_take_some_heads_at_a_time(
+    past: int, heads_of_mask: int | None, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "_knows_groups", lambda *_: False)
+    monkeypatch.setattr(dense, "_REPEATED_BYTES", room)
+    draw = torch.Generator().manual_seed(past)
+    query = torch.randn(2, 6, 31, 16, generator=draw)
+    keys, values = torch.randn(2, 3, 31 + past, 16, generator=draw), torch.randn(2, 3, 31 + past, 8, generator=draw)
+    mask = None
+    if heads_of_mask is not None:
+        mask = torch.rand(2, heads_of_mask, 31, 31 + past, generator=draw) < 0.7
+        mask[..., 0] = True
+    want = straight(query, keys, values, mask, 0.25, None, None)
+    parts = dense._some_heads_at_a_time(query, keys, values, mask, 0.25)
+    torch.testing.assert_close(parts.double(), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dense.attend(query, keys, values, mask, 0.25).double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_on_a_card_only_flash_attention_knows_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "is_too_old", lambda device: device.index == 1)
+
+    class On:
+        """As much of a tensor as is asked about."""
+
+        def __init__(self, place: str, dtype: torch.dtype = torch.bfloat16, dim: int = 128) -> None:
+            self.device, self.dtype, self.shape = torch.device(place), dtype, (1, 8, 64, dim)
+
+    def knows(query: On, mask: object = None) -> bool:
+        return dense._knows_groups(query, query, mask)  # type: ignore[arg-type]
+
+    assert knows(On("cuda:0"))
+    assert knows(On("cpu"), mask=object())
+    assert not knows(On("cuda:0"), mask=object())
+    assert not knows(On("cuda:1", torch.float16))
+    assert not knows(On("cuda:0", torch.float32))
+    assert not knows(On("cuda:0", dim=320))
