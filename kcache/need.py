@@ -162,6 +162,11 @@ class ModelShape:
             layers=self.layers,
         )
 
+    def working_bytes(self, ctx: int, batch: int, policy: Policy, offloads: bool) -> int:
+        """What is worked in beside the cache: a cache that stays on the device as a whole needs no scratch memory."""
+        scratch = self.scratch_bytes(ctx, batch, policy) if offloads else 0
+        return self.activation_bytes(ctx, batch, policy, offloads) + scratch
+
     def scratch_bytes(self, ctx: int, batch: int, policy: Policy) -> int:
         """Scores of one layer's decode step, and lists of the rows above a threshold; layers take turns with it."""
         picking = self.query_heads if policy.select == "head" else self.query_heads // self.group

@@ -14,6 +14,7 @@ import torch
 
 from kcache.devices import keeps_hot_rows
 from kcache.errors import DoesNotFitError
+from kcache.need import ModelShape
 from kcache.parallel import ALONE, Ranks
 from kcache.policy import Policy
 from kcache.ram import read_ram
@@ -47,6 +48,7 @@ class Residency:
         context: int | None = None,
         ranks: Ranks = ALONE,
         spare: Spare | None = None,
+        shape: ModelShape | None = None,
     ) -> None:
         self.policy = policy
         self.max_length = max_length
@@ -55,6 +57,7 @@ class Residency:
         self.devices: dict[int, torch.device] = {}
         self._ranks = ranks
         self._spare = spare
+        self._shape = shape
         self.forget()
 
     def forget(self) -> None:
@@ -106,16 +109,16 @@ class Residency:
             return
         rows = (_row_bytes(keys), _row_bytes(values), values.shape[3], values.element_size())
         sizes = TierSizes.of(self.policy, 0, *rows, hot=keeps_hot_rows(values.device, self.policy))
-        places = self._places(layer, sizes)
         needed = end if self.max_length is None else max(end, self.max_length)
         length = aim = self._aim(needed)
+        places = self._places(layer, sizes, aim, keys.shape[0])
         for place in places:
             if not place.fits(aim, place.least):
                 if not place.fits(needed, place.least):
                     self._refuse_device(place, needed)
                 length = min(length, place.longest(aim))
         for place in places:
-            place.resident = resident_layers(place.sizes, self.policy, length, place.budget, place.least)
+            place.resident = resident_layers(place.sizes, self.policy, length, place.room, place.least)
             if self.planned:
                 place.resident = min(place.resident, sum(self.is_resident(each) for each in place.layers))
         length = self._fit_host(places, needed, length)
@@ -128,8 +131,11 @@ class Residency:
             if late.length and not late.offloaded and self.leaves(late, late.length):
                 late.spill()
 
-    def _places(self, layer: TieredLayer, sizes: TierSizes) -> list[Place]:
-        """The devices there are, with their layers, sizes and budgets; ``layer`` is the one whose rows arrive."""
+    def _places(self, layer: TieredLayer, sizes: TierSizes, rows: int, batch: int) -> list[Place]:
+        """The devices there are, with their layers, sizes, and budgets for so many rows of each of ``batch`` sequences.
+
+        ``layer`` is the one whose rows arrive.
+        """
         expected = self.devices.get(layer.index, layer.device)
         if expected != layer.device:  # the model has been moved since it was looked at
             moved = {index: layer.device for index, device in self.devices.items() if device == expected}
@@ -146,6 +152,7 @@ class Residency:
         for place in found:
             place.sizes = replace(sizes, layers=len(place.layers))
             place.budget = self._budget(place)
+            place.working = 0 if place.budget is None or self.policy.kv_budget else self._working(place, rows, batch)
         limits = self._ranks.least([place.budget for place in found if place.budget is not None])
         for place in found:
             place.budget = None if place.budget is None else limits.pop(0)
@@ -171,6 +178,20 @@ class Residency:
         cached = torch.cuda.memory_reserved(place.device) - torch.cuda.memory_allocated(place.device)
         held = sum(layer.stats().device_bytes for layer in place.layers)
         return max(0, free + cached + held - reserve(free))
+
+    def _working(self, place: Place, rows: int, batch: int) -> int:
+        """Bytes of the budget that no V should take which might as well leave: the model works in them.
+
+        Its activations, which the reserve may have room for, and unless all of V stays, V on its way through and the
+        scratch memory of decode steps. Only an estimate, so nothing is refused for it.
+        """
+        if self._shape is None or place.budget is None:
+            return 0
+        kept = reserve(torch.cuda.mem_get_info(place.device)[0])
+        alone = max(0, self._shape.working_bytes(rows, batch, self.policy, False) - kept)
+        if place.sizes.device(rows, len(place.layers)) <= place.budget - alone:
+            return alone
+        return max(0, self._shape.working_bytes(rows, batch, self.policy, True) - kept)
 
     def _fit_host(self, places: list[Place], needed: int, length: int) -> int:
         """As many of ``length`` rows as RAM can hold; where the device is the host, both tiers count.
@@ -219,6 +240,8 @@ class Place:
     sizes : TierSizes
     budget : int or None
         Bytes; None where only RAM bounds them.
+    working : int
+        Bytes of the budget that V which may leave does not get.
     """
 
     sizes: TierSizes
@@ -226,12 +249,17 @@ class Place:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.layers: list[TieredLayer] = []
-        self.least = self.resident = 0
+        self.least = self.resident = self.working = 0
         self.budget: int | None = None
 
     def fits(self, rows: int, resident: int) -> bool:
         """Whether ``rows`` rows fit with V of ``resident`` layers there."""
         return self.budget is None or self.sizes.device(rows, resident) <= self.budget
+
+    @property
+    def room(self) -> int | None:
+        """Bytes for V that might as well leave, and all else of the cache."""
+        return None if self.budget is None else max(0, self.budget - self.working)
 
     def longest(self, below: int) -> int:
         """The most rows that fit with as little V there as may be."""
@@ -240,7 +268,7 @@ class Place:
     def keeps(self, rows: int, young: int) -> bool:
         """Whether ``young`` rows of the other layers, whose V has not left, fit too."""
         extra = self.sizes.young(young, self.resident)
-        return self.budget is None or self.sizes.device(rows, self.resident) + extra <= self.budget
+        return self.room is None or self.sizes.device(rows, self.resident) + extra <= self.room
 
     def in_ram(self, rows: int) -> int:
         """Bytes of RAM at ``rows`` rows: the host tier, and the other tier where the device is the host."""

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from kcache.attention import is_ours, text_config
 from kcache.backends import Backend, choose_backend
 from kcache.devices import has_triton, input_device
-from kcache.errors import CacheStateError
+from kcache.errors import CacheStateError, UnsupportedModelError
 from kcache.graph.tape import tape_for
-from kcache.parallel import ranks_of
+from kcache.need import ModelShape
+from kcache.parallel import Ranks, ranks_of
 from kcache.policy import Policy
 from kcache.residency import Residency
 from kcache.spread import spread_of
@@ -49,7 +50,9 @@ class Shared:
         self.look: Look | None = None
         self.reached: Callable[[int], None] | None = None
         self.spare = spare_of(model)
-        self.residency = Residency(policy, max_length, context_length(model.config), self.ranks, self.spare)
+        self.residency = Residency(
+            policy, max_length, context_length(model.config), self.ranks, self.spare, _shape_of(model, self.ranks)
+        )
         self.model = weakref.ref(model)
         self._config = weakref.ref(text_config(model))
         self._modules = frozenset(id(module) for module in model.modules())
@@ -188,3 +191,11 @@ class Shared:
         for link in self._links.values():
             link.let_go()
             link.arena.drop()
+
+
+def _shape_of(model: PreTrainedModel, ranks: Ranks) -> ModelShape | None:
+    """What of a model decides on memory; None for one whose config does not say."""
+    try:
+        return ModelShape.of(model.config, model.dtype.itemsize).shared(ranks.size)
+    except (UnsupportedModelError, AttributeError, TypeError):
+        return None

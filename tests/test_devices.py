@@ -12,6 +12,7 @@ import torch
 import kcache
 from kcache.devices import input_device, read_device_map
 from kcache.layer import TieredLayer
+from kcache.need import ModelShape
 from kcache.residency import Residency
 from tests.saved import save_tiny
 
@@ -149,3 +150,36 @@ def test_a_cli_map_is_used_and_excludes_a_device(tmp_path: Path) -> None:
     assert lm.model.hf_device_map["model.layers.1"] == "disk"
     with pytest.raises(kcache.InputError, match="exclude each other"):
         KCacheEngine().load(ModelOptions(model=str(folder), device="cpu", device_map=file), lambda *report: None)
+
+
+def on_a_card(free: int, monkeypatch: pytest.MonkeyPatch, **policy: Any) -> tuple[Residency, ModelShape]:
+    """The plan of a cache of 8,192 rows in 28 layers, on a card with so much free."""
+    shape = ModelShape(
+        k_row=ROW, v_row=ROW, layers=28, untiered=0, windows=(), query_heads=4, group=2, dim=4, query_width=16,
+        hidden=16, inner=64, vocabulary=1000, dtype_bytes=4,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    residency = Residency(kcache.Policy(dense_below=0, tail="none", dense_layers=2, **policy), 8192, shape=shape)
+    residency.layers = cast(list[TieredLayer], [FakeLayer(index, FIRST) for index in range(28)])
+    residency.devices = dict.fromkeys(range(28), FIRST)
+    keys = torch.zeros(1, 2, 1, 4)
+    residency.plan(residency.layers[0], keys, keys, 1)
+    return residency, shape
+
+
+def test_v_leaves_the_model_memory_to_work_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where V of most layers would fit beside the reserve, there must still be room for a prompt's activations."""
+    whole, layer = 2 * 28 * ROW * 8192, ROW * 8192
+    monkeypatch.setattr("kcache.residency.reserve", lambda free: 2**20)
+    plan, shape = on_a_card(whole + 2**20 - layer, monkeypatch)
+    working = shape.working_bytes(8192, 1, plan.policy, offloads=True)
+    assert working > 10 * layer
+    assert sum(stay(plan)) == 28 - (working + layer - 2**20 + layer - 1) // layer
+    plan, _ = on_a_card(whole + shape.working_bytes(8192, 1, plan.policy, offloads=False), monkeypatch)
+    assert all(stay(plan)), "what stays as a whole needs no room for V on its way"
+    plan, _ = on_a_card(28 * layer + 2 * layer + 2**20, monkeypatch)
+    assert sum(stay(plan)) == 2, "nothing is refused for an estimate"
+    plan, _ = on_a_card(whole, monkeypatch, kv_budget=whole)
+    assert all(stay(plan)), "a budget that was given is kept to"
