@@ -27,6 +27,7 @@ from kcache.lowrank import LowRank
 from kcache.sizes import rank_of
 
 SHARDS = 12
+_MOST_S = 150.0
 
 
 def launch_all(job: Job, batch: int, chip: Chip) -> None:
@@ -80,8 +81,17 @@ def compile_shard(shard: int, device_bytes: int, chip: Chip) -> None:
                 launch_all(job, batch, chip)
 
 
+def _end_of(shard: subprocess.Popen[bytes], began: float) -> int:
+    """Exit code of a shard, which is ended if it is not done in time."""
+    try:
+        return shard.wait(max(0.0, began + _MOST_S - time.perf_counter()))
+    except subprocess.TimeoutExpired:
+        shard.kill()
+        return shard.wait()
+
+
 def precompile(device_bytes: int, chip: Chip) -> float:
-    """Run all shards; a shard that fails only means that its kernels compile later. Returns seconds."""
+    """Run all shards; one that fails, or takes too long, only means that its kernels compile later. Returns seconds."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "benchmarks.gpu_compile", str(device_bytes), json.dumps(asdict(chip))]
     unseen = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -90,7 +100,7 @@ def precompile(device_bytes: int, chip: Chip) -> float:
         running = [
             subprocess.Popen([*command, str(shard)], stderr=errors, env=unseen) for shard, errors in enumerate(said)
         ]
-        failed = [errors for process, errors in zip(running, said, strict=True) if process.wait() != 0]
+        failed = [errors for process, errors in zip(running, said, strict=True) if _end_of(process, began) != 0]
         if failed:
             failed[0].seek(0)
             last = "".join(failed[0].readlines()[-8:])

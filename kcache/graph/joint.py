@@ -86,7 +86,7 @@ class Joint(Part):
 
     def agree(self, got: Any, want: Any) -> bool:
         """Whether each part of the joint product is about as near to the exact result as the product apart."""
-        summed = 0.25 * torch.finfo(torch.float32).eps * self._modules[0].in_features ** 0.5  # in fp32, in any order
+        summed = 0.5 * torch.finfo(torch.float32).eps * self._modules[0].in_features ** 0.5  # in fp32, in any order
         for part, apart, exact in zip(got.split(self._sizes, -1), *want, strict=True):
             bound = max(_AS_NEAR * _mean_size(apart - exact), summed * _mean_size(exact))
             if part.dtype != apart.dtype or not _mean_size(part - exact) <= bound:

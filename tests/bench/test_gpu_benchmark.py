@@ -190,6 +190,10 @@ def test_everything_for_a_gpu_runs_whatever_fails(tmp_path: Path) -> None:
         assert "tests/gpu" in calls[2] and "tests/triton/test_triton_device.py" in calls[2]
         (tmp_path / "calls").unlink()
     assert (tmp_path / "out").is_dir()
+    done = subprocess.run([ROOT / "benchmarks" / "gpu.sh"], env={**env, "PARTS": "look tests"}, check=False)
+    assert done.returncode == 0
+    calls = [line for line in (tmp_path / "calls").read_text().splitlines() if not line.startswith("-c")]
+    assert [call.split()[-1].split("/")[-1] for call in calls] == ["first_look.json", "test_triton_dense.py"]
 
 
 def test_every_ratio_asked_for_fits_the_budget() -> None:

@@ -22,7 +22,7 @@ def test_every_engine_runs(real_prefill: bool) -> None:
     shape = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
     lm = tiny(**shape)
     lm = LoadedModel("tiny", lm.model.to("cuda", torch.bfloat16), lm.tokenizer)
-    policy = Policy(dense_below=0, dense_layers=1, offload="all")
+    policy = Policy(dense_below=0, dense_layers=1, offload="all", hot_rows=0)
     spec = Spec(ctxs=(512,), batches=(2,), topns=(32,), engines=ENGINES, policy=policy, repeats=2, steps=3,
                 real_prefill=real_prefill, check_plan=True)  # fmt: skip
     (rows,) = list(run(lm, spec, make_cases(spec), measure("cuda")))

@@ -77,7 +77,7 @@ CASES: dict[str, dict[str, Any]] = {
     "long": {"length": 777, "topn": 20, "batch": 1},
     "a block exactly": {"length": 64, "capacity": 64},
     "flat": {"sharpness": 1e-3},
-    "sharp": {"sharpness": 30.0},
+    "sharp": {"sharpness": 15.0},
     "bf16": {"dtype": torch.bfloat16},
     "bf16 all at once": {"dtype": torch.bfloat16, "padded": True, "softcap": 4.0, "sinks": True, "dim": 128},
     "fp16": {"dtype": torch.float16},
