@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 
 import typer
 
@@ -57,18 +58,28 @@ def describe(error: BaseException) -> str:
 
 def report(error: BaseException, program: str = "kcache") -> int:
     """Print an error on standard error and return its exit code."""
-    print(f"{program}: error: {describe(error)}", file=sys.stderr)
+    _say(f"{program}: error: {describe(error)}")
     return exit_code(error)
 
 
 def warn(message: str) -> None:
     """Print a one-line warning on standard error."""
-    print(f"kcache: warning: {one_line(message)}", file=sys.stderr)
+    _say(f"kcache: warning: {one_line(message)}")
 
 
 def note(message: str) -> None:
     """Print a one-line remark on standard error."""
-    print(f"kcache: {one_line(message)}", file=sys.stderr)
+    _say(f"kcache: {one_line(message)}")
+
+
+def _say(line: str) -> None:
+    """Print a line on standard error, wrapped at words for a terminal, which would break it inside them."""
+    from kcache_cli.console import terminal_width
+
+    width = terminal_width()
+    if width is not None:
+        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+    print(line, file=sys.stderr)
 
 
 def _is_device_out_of_memory(error: BaseException) -> bool:

@@ -232,3 +232,18 @@ def test_completion(words: str, offered: str) -> None:
         COMP_CWORD=str(len(words.split()) - 1),
     )
     assert offered in done.stdout.split()
+
+
+@pytest.mark.parametrize("width", [None, 40])
+def test_a_terminal_breaks_no_words_of_an_error(
+    width: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kcache_cli.console.terminal_width", lambda: width)
+    path = "/a/folder-with-a-long-name/and-another-one/config.json"
+    assert (
+        exits.report(errors.InputError(f"{path}: no such file; give a config.json, a folder or a hub id"))
+        == exits.USAGE
+    )
+    lines = capsys.readouterr().err.splitlines()
+    assert " ".join(lines) == f"kcache: error: {path}: no such file; give a config.json, a folder or a hub id"
+    assert len(lines) == 1 if width is None else all(len(line) <= width or path in line for line in lines)
