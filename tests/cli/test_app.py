@@ -245,5 +245,5 @@ def test_a_terminal_breaks_no_words_of_an_error(
         == exits.USAGE
     )
     lines = capsys.readouterr().err.splitlines()
-    assert " ".join(lines) == f"kcache: error: {path}: no such file; give a config.json, a folder or a hub id"
+    assert " ".join(lines) == f"kcache: error: {error}"
     assert len(lines) == 1 if width is None else all(len(line) <= width or path in line for line in lines)
