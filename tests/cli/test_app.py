@@ -240,10 +240,8 @@ def test_a_terminal_breaks_no_words_of_an_error(
 ) -> None:
     monkeypatch.setattr("kcache_cli.console.terminal_width", lambda: width)
     path = "/a/folder-with-a-long-name/and-another-one/config.json"
-    assert (
-        exits.report(errors.InputError(f"{path}: no such file; give a config.json, a folder or a hub id"))
-        == exits.USAGE
-    )
+    error = errors.InputError(f"{path}: no such file; give a config.json, a folder or a hub id")
+    assert exits.report(error) == exits.USAGE
     lines = capsys.readouterr().err.splitlines()
     assert " ".join(lines) == f"kcache: error: {error}"
     assert len(lines) == 1 if width is None else all(len(line) <= width or path in line for line in lines)
