@@ -43,7 +43,8 @@ class Beside:
         self._progress = progress
         self._stopping = False
         self._failed: BaseException | None = None
-        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+        self._ended.set()
 
     def count(self, event: TokenEvent, tokens: int = 1) -> None:
         """Take in tokens, in the job's thread.
@@ -64,7 +65,7 @@ class Beside:
     def stop(self) -> bool:
         """Stop the job at its next token; whether it is running."""
         self._stopping = True
-        return self._thread is not None and self._thread.is_alive()
+        return not self._ended.is_set()
 
     def run(self, work: Callable[[], None], make: Callable[[Callable[[], bool]], Dashboard]) -> None:
         """Run the work; returns when it is done and the dashboard is gone.
@@ -76,13 +77,14 @@ class Beside:
             Makes the dashboard, given what stops the work.
         """
         dashboard = make(self.stop)
-        self._thread = threading.Thread(target=self._work, args=(work, dashboard), name="kcache-engine", daemon=True)
-        self._thread.start()
+        self._ended.clear()
+        thread = threading.Thread(target=self._work, args=(work, dashboard), name="kcache-engine", daemon=True)
+        thread.start()
         dashboard.run()
-        if self._thread.is_alive():
+        if not self._ended.is_set():
             with self._progress() as self._watch:
-                self._wait(self._thread)
-        self._thread.join()
+                self._wait()
+        thread.join()
         if self._failed is not None:
             raise self._failed
 
@@ -91,11 +93,13 @@ class Beside:
             work()
         except BaseException as error:  # raised again where the command waits
             self._failed = error
+        self._ended.set()
         dashboard.work_ended(self._failed)
 
-    def _wait(self, thread: threading.Thread) -> None:
-        while thread.is_alive():
+    def _wait(self) -> None:
+        """Wait for the work, not its thread: until Python 3.13 a thread whose ``join`` is interrupted counts as ended."""
+        while not self._ended.is_set():
             try:
-                thread.join(_LOOK_S)
+                self._ended.wait(_LOOK_S)
             except KeyboardInterrupt:
                 self._stopping = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
@@ -298,6 +299,32 @@ def test_stopping_the_job_is_an_interrupt_for_the_command() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run_beside(job, work, act)
+
+
+def test_ctrl_c_after_the_dashboard_waits_for_the_job_to_stop() -> None:
+    meter, drawn, ended = Meter(), [], threading.Event()
+    job = beside(meter, drawn)
+
+    def work() -> None:
+        try:
+            while True:
+                job.count(event(0, "x", None, 1, 1))
+                ended.wait(0.001)
+        except KeyboardInterrupt:
+            ended.wait(0.3)  # a batch is written down
+            ended.set()
+            raise
+
+    def act(window: Window) -> None:
+        window.left.set()
+        while not drawn:
+            ended.wait(0.001)
+        ended.wait(0.1)
+        _thread.interrupt_main()
+
+    with pytest.raises(KeyboardInterrupt):
+        run_beside(job, work, act)
+    assert ended.is_set()
 
 
 def test_what_goes_wrong_in_the_job_reaches_the_command() -> None:
