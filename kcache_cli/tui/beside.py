@@ -97,7 +97,7 @@ class Beside:
         dashboard.work_ended(self._failed)
 
     def _wait(self) -> None:
-        """Wait for the work, not its thread: until Python 3.13 a thread whose ``join`` is interrupted counts as ended."""
+        """Wait for the work, not its thread: until Python 3.13 one whose ``join`` is interrupted counts as ended."""
         while not self._ended.is_set():
             try:
                 self._ended.wait(_LOOK_S)
