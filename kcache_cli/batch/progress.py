@@ -35,18 +35,31 @@ class Meter:
     """Counts what has been generated, and in which time.
 
     Work is measured in tokens that may still come: a prompt that ends early gives the rest of its share at once.
+    Reading goes at a speed of its own, by the ``prompt_tokens`` that are still to be read.
     """
 
-    def __init__(self, total: int, done: int, max_tokens: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.total, self.done, self.max_tokens = total, done, max_tokens
+    def __init__(
+        self,
+        total: int,
+        done: int,
+        max_tokens: int,
+        prompt_tokens: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.total, self.done, self.max_tokens, self.prompt_tokens = total, done, max_tokens, prompt_tokens
         self.tokens = self.cut = 0
         self.reading: tuple[int, int] | None = None
         self.units = self._units_before = done * max_tokens
         self._clock, self._began = clock, clock()
+        self._read, self._reading_s, self._latest = 0, 0.0, self._began
 
     def count(self, event: TokenEvent, tokens: int = 1) -> None:
         """Take in the latest token of a prompt, or its latest ``tokens``."""
-        self.reading = None
+        if self.reading is not None:
+            self._read += self.reading[1]
+            self._reading_s += self._clock() - self._latest
+            self.reading = None
+        self._latest = self._clock()
         self.tokens += tokens
         self.units += tokens
         if event.finish_reason is not None:
@@ -72,7 +85,13 @@ class Meter:
     def left_s(self) -> float | None:
         """Seconds until all is done, should it go on like this; None as long as nothing has come."""
         made = self.units - self._units_before
-        return self.elapsed_s * (self.total * self.max_tokens - self.units) / made if made else None
+        if not made:
+            return None
+        read, reading_s = self._read, self._reading_s
+        if self.reading is not None:
+            read, reading_s = read + self.reading[0], reading_s + self._clock() - self._latest
+        left_s = (self.elapsed_s - reading_s) * (self.total * self.max_tokens - self.units) / made
+        return left_s + (reading_s * max(0, self.prompt_tokens - read) / read if read else 0.0)
 
 
 @contextmanager

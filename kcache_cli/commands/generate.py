@@ -221,7 +221,8 @@ def _run(
         note(f"continuing {path}: {len(work) - left:,} of {len(work):,} prompts are done")
     if journal is not None:
         note(f"results so far are in {journal.path}; they reach {path} in input order")
-    meter = Meter(len(work), len(work) - left, job.max_tokens)
+    unread = sum(len(work[position].ids) for number in todo.remaining for position in todo.batches[number])
+    meter = Meter(len(work), len(work) - left, job.max_tokens, unread)
     with contextlib.ExitStack() as stack:
         file = standard_output() if path is None else stack.enter_context(path.open("ab"))
         output = OrderedOutput(ids, file, written)

@@ -32,7 +32,7 @@ def test_a_line_every_ten_seconds_not_per_prompt(capsys: pytest.CaptureFixture[s
 
 def test_a_long_prompt_says_how_far_it_has_been_read(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    with progress_bar(Meter(total=2, done=0, max_tokens=2, clock=clock)) as watch:
+    with progress_bar(Meter(total=2, done=0, max_tokens=2, prompt_tokens=8000, clock=clock)) as watch:
         for done in range(1, 5):
             clock.now_s += 6
             watch.read(1000 * done, 4000)
@@ -52,3 +52,20 @@ def test_time_left_counts_what_short_answers_leave_out() -> None:
     clock.now_s = 60
     meter.count(event(0, "", "stop", 3, 1))
     assert meter.left_s == 180
+
+
+def test_time_left_after_a_long_read_is_that_of_reading_and_decoding_apart() -> None:
+    clock = Clock()
+    meter = Meter(total=4, done=0, max_tokens=100, prompt_tokens=10_000, clock=clock)
+    clock.now_s = 100.0
+    meter.read(4000, 4000)
+    assert meter.left_s is None
+    for token in range(1, 3):
+        clock.now_s += 0.5
+        meter.count(event(0, "", None, 4000, token))
+        meter.count(event(1, "", None, 4000, token))
+    # Two of the 4 x 100 tokens took the half second after the first were there; 6,000 tokens are to be read.
+    assert meter.left_s == pytest.approx(0.5 * 396 / 4 + 100.5 * 6000 / 4000)
+    clock.now_s += 10.0
+    meter.read(1000, 4000)
+    assert meter.left_s == pytest.approx(0.5 * 396 / 4 + 110.5 * 5000 / 5000)
