@@ -8,15 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_SHORT = 512
+"""Tokens up to which padding is not worth another batch."""
+
 
 def make_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Group positions by length, longest first, ``batch_size`` at a time.
+    """Group positions by length, longest first, up to ``batch_size`` at a time.
 
-    Prompts of a batch are padded to its longest, so neighbours in length waste least; the longest come first because
-    a batch that does not fit should say so at once.
+    Prompts of a batch are padded to its longest, so neighbours in length waste least, and one of less than half the
+    longest's length begins the next batch, unless both are short. The longest come first because a batch that
+    does not fit should say so at once.
     """
-    order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches: list[list[int]] = []
+    for position in sorted(range(len(lengths)), key=lambda position: (-lengths[position], position)):
+        latest = batches[-1] if batches else []
+        if latest and len(latest) < batch_size and 2 * max(_SHORT, lengths[position]) >= lengths[latest[0]]:
+            latest.append(position)
+        else:
+            batches.append([position])
+    return batches
 
 
 def batch_seed(seed: int, number: int) -> int:

@@ -48,7 +48,11 @@ def generate(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            "--batch-size", min=1, metavar="INTEGER", help="Prompts decoded together.", show_default="what fits"
+            "--batch-size",
+            min=1,
+            metavar="INTEGER",
+            help="Prompts decoded together, at most: those of like length are.",
+            show_default="what fits",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away an output that is there.")] = False,

@@ -342,6 +342,8 @@ def test_output_that_is_no_regular_file_has_no_journal(run: Run, prompts: Path) 
 def test_make_batches() -> None:
     assert make_batches([1, 3, 2, 3], 2) == [[1, 3], [2, 0]]
     assert make_batches([], 2) == []
+    assert make_batches([4006, 1011, 300, 2003, 5, 500], 8) == [[0, 3], [1, 5, 2, 4]], "padding is no more than half"
+    assert make_batches([900, 3], 8) == [[0, 1]], "unless prompts are short"
 
 
 def test_the_fake_event_is_like_the_real_one() -> None:
