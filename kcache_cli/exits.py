@@ -24,6 +24,7 @@ FAILED = 1
 USAGE = 2
 DOES_NOT_FIT = 3
 INTERRUPTED = 130
+_NOT_A = {"int_parsing": "a whole number", "float_parsing": "a number", "bool_parsing": "true or false"}
 
 
 def debugging() -> bool:
@@ -45,7 +46,7 @@ def exit_code(error: BaseException) -> int:
 def describe(error: BaseException) -> str:
     """One line that says what went wrong and, where it is known, what to do."""
     if isinstance(error, typer.TyperException):
-        return one_line(error.format_message())
+        return one_line(_in_our_words(error))
     if isinstance(error, KCacheError):
         return one_line(str(error))
     if isinstance(error, OSError):
@@ -54,6 +55,17 @@ def describe(error: BaseException) -> str:
     if isinstance(error, MemoryError) or _is_device_out_of_memory(error):
         return "out of memory; use a smaller --batch-size, a shorter --ctx, or --offload all"
     return one_line(f"unexpected {type(error).__name__}: {error} (KCACHE_DEBUG=1 shows where)")
+
+
+def _in_our_words(error: typer.TyperException) -> str:
+    """Typer's message, with the value that was given where pydantic leaves it out."""
+    message = error.format_message()
+    problems = getattr(error.__cause__, "errors", None)
+    for problem in problems() if callable(problems) else []:
+        what = _NOT_A.get(problem["type"])
+        said = problem["msg"] if what is None else f"{problem['input']!r} is not {what}"
+        message = message.replace(problem["msg"], said.removeprefix("Value error, "))
+    return message
 
 
 def report(error: BaseException, program: str = "kcache") -> int:

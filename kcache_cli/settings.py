@@ -151,4 +151,5 @@ def _explain(path: Path, text: str, name: str, problem: Any, values: dict[str, A
 
 
 def _plain(message: str) -> str:
+    message = message.removeprefix("Value error, ")
     return message[:1].lower() + message[1:]

@@ -234,6 +234,20 @@ def test_completion(words: str, offered: str) -> None:
     assert offered in done.stdout.split()
 
 
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["chat", "--topn", "32K"], "'--topn': '32K' is not a whole number\n"),
+        (["chat", "--temperature", "hot"], "'--temperature': 'hot' is not a number\n"),
+        (["chat", "--dtype", "float64"], "'--dtype': 'float64' is not one of"),
+    ],
+)
+def test_a_value_that_is_none_is_named(run: Run, args: list[str], words: str) -> None:
+    result = run(*args)
+    assert result.exit_code == exits.USAGE
+    assert words in result.stderr
+
+
 @pytest.mark.parametrize("width", [None, 40])
 def test_a_terminal_breaks_no_words_of_an_error(
     width: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
