@@ -44,7 +44,9 @@ class WatchOptions:
     dashboard: Annotated[bool, _option("--dashboard", help="Watch it in this terminal; see `kcache inspect`.")] = False
 
     def check(self) -> None:
-        """Refuse a recording that could not be made, and a dashboard nobody sees, before anything is loaded.
+        """Refuse what contradicts itself, a recording that could not be made, and a dashboard nobody sees.
+
+        That is said before anything is loaded.
 
         Raises
         ------
@@ -52,6 +54,8 @@ class WatchOptions:
         """
         from kcache_cli.rows.store import check_file
 
+        if self.publish_port is not None and not self.publish:
+            raise InputError(f"--no-publish and --publish-port {self.publish_port} contradict each other; drop one")
         path = check_file("--record", None if self.record is None else str(self.record))
         if path is not None and path.exists():
             raise InputError(f"--record {self.record}: exists; give another name, or remove it")

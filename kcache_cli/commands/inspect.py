@@ -57,7 +57,8 @@ def inspect(
         str, _picture("--size", metavar="COLUMNSxLINES", help="Of the terminal in the picture.")
     ] = "120x40",
     at: Annotated[
-        int | None, _picture("--at", metavar="STEP", min=0, help="Which decode step.", show_default="the newest")
+        int | None,
+        _picture("--at", metavar="STEP", min=0, help="Which decode step; with --once, too.", show_default="the newest"),
     ] = None,
     view: Annotated[
         View, _picture("--view", help="What the heat map shows: the last step, its history, one layer by head, age.")
@@ -80,7 +81,7 @@ def inspect(
       kcache inspect --web
       kcache inspect --once
       kcache inspect --once --json
-      kcache inspect run.kcr --once
+      kcache inspect run.kcr --once --at 12
       kcache inspect run.kcr --export-csv run.csv
       kcache inspect run.kcr --export-png step.png --at 12 --view history
       kcache inspect run.kcr --report run.html
@@ -92,6 +93,10 @@ def inspect(
     if as_json and not once:
         raise InputError("--json goes with --once")
     files = Files.check(export_csv, export_svg, export_png, report)
+    if once + web + bool(files) > 1:
+        raise InputError("--once prints, --web serves until Ctrl-C, --export-* and --report write: choose one of them")
+    if at is not None and not (once or files.pictures):
+        raise InputError("--at goes with --once, --export-svg and --export-png")
     wish = Wish(*parse_size(size), at, view)
     if not once and not files and file is None and pid is None and address is None:
         pid = _ask()
@@ -101,7 +106,7 @@ def inspect(
         elif web:
             _serve(source, file, pid, address, port)
         elif once:
-            _print(source, as_json)
+            _print(source, at, as_json)
         else:
             from kcache_cli.tui.start import watch
 
@@ -125,12 +130,15 @@ def _serve(source: Source, file: Path | None, pid: int | None, address: str | No
     serve(Order.of(file, pid, address), port, lambda where: note(f"the dashboard is at {where}; Ctrl-C ends it"))
 
 
-def _print(source: Source, as_json: bool) -> None:
+def _print(source: Source, at: int | None, as_json: bool) -> None:
+    from kcache_cli.inspect.choose import index_of
     from kcache_cli.inspect.values import state
     from kcache_cli.inspect.view import show
     from kcache_cli.text import json_line
 
+    index = index_of(source, at)
+    frame = source.latest() if index is None else source.frame(index)
     if as_json:
-        print(json_line(state(source)))
+        print(json_line(state(source, frame)))
     else:
-        show(source)
+        show(source, frame)

@@ -1,4 +1,4 @@
-"""Which run to look at: a recording, a process that is named, or the one that began last."""
+"""Which run to look at: a recording, a process that is named, or the one that began last; and which of its steps."""
 
 from __future__ import annotations
 
@@ -41,6 +41,30 @@ def choose(file: Path | None, pid: int | None, address: str | None) -> Source:
     source = attach(_place(pid, address))
     source.wait(_FIRST_FRAME_S)
     return source
+
+
+def index_of(source: Source, step: int | None) -> int | None:
+    """The last frame of a step, of the latest run that has it; None for the newest of a live run.
+
+    Raises
+    ------
+    InputError
+        If the step is not there.
+    """
+    span = source.span()
+    if step is None:
+        return None if source.live or not span else span[-1]
+    steps = set()
+    for index in reversed(span):
+        try:
+            found = source.frame(index).step
+        except IndexError:
+            continue
+        if found == step:
+            return index
+        steps.add(found)
+    there = f"there are steps {min(steps)} to {max(steps)}" if steps else "there are none"
+    raise InputError(f"--at {step}: no such step; {there}")
 
 
 def _place(pid: int | None, address: str | None) -> Place:

@@ -44,11 +44,16 @@ class Files:
     def __bool__(self) -> bool:
         return any(path is not None for path in (self.csv, self.svg, self.png, self.report))
 
+    @property
+    def pictures(self) -> bool:
+        """Whether any of them is a picture, which may be of an earlier step."""
+        return self.svg is not None or self.png is not None
+
     def write(self, source: Source, wish: Wish, name: str) -> None:
         """Write them all; ``name`` is that of the recording, empty for a live run."""
         if self.csv is not None:
             _write_rows(source, self.csv)
-        if self.svg is not None or self.png is not None:
+        if self.pictures:
             self._write_pictures(source, wish, name)
         if self.report is not None:
             from kcache_cli.report.page import write

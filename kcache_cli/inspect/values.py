@@ -10,9 +10,8 @@ from kcache.watch.frame import Frame, LayerFrame
 from kcache.watch.source import Source
 
 
-def state(source: Source) -> dict[str, Any]:
-    """The newest state of a source; counters are 0 before its first frame."""
-    frame = source.latest()
+def state(source: Source, frame: Frame | None) -> dict[str, Any]:
+    """The state of a source at a frame; counters are 0 before its first."""
     info = source.info
     totals = asdict(Stats() if frame is None else frame.totals)
     return {

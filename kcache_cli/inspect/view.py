@@ -13,12 +13,12 @@ _LEGEND = (
 )
 
 
-def show(source: Source) -> None:
-    """Print the newest state."""
+def show(source: Source, frame: Frame | None) -> None:
+    """Print the state of a source at a frame; there is none before its first."""
     from rich.console import Console
 
     console = Console(markup=False, emoji=False, highlight=False)
-    info, frame = source.info, source.latest()
+    info = source.info
     where = "host-only run: both tiers are RAM" if info.host_only else info.device
     console.print(one_line(f"{info.model} · kcache {info.command}, process {info.pid} · {where}"), style="bold")
     if source.closed is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kcache.errors import InputError, WatchError
+from kcache_cli.inspect.choose import index_of
 from kcache_cli.pictures.draw import draw
 from kcache_cli.pictures.screen import read_screen
 
@@ -75,27 +76,9 @@ def take(source: Source, wish: Wish, title: str) -> str:
     """
     from kcache_cli.tui.start import dashboard
 
-    index = _index_of(source, wish.at)
+    index = index_of(source, wish.at)
     app = dashboard(source)
     return asyncio.run(_pictured(app, source, wish, index, title))
-
-
-def _index_of(source: Source, step: int | None) -> int | None:
-    """The last frame of a step, of the latest run that has it; None for the newest of a live run."""
-    span = source.span()
-    if step is None:
-        return None if source.live or not span else span[-1]
-    steps = set()
-    for index in reversed(span):
-        try:
-            found = source.frame(index).step
-        except IndexError:
-            continue
-        if found == step:
-            return index
-        steps.add(found)
-    there = f"there are steps {min(steps)} to {max(steps)}" if steps else "there are none"
-    raise InputError(f"--at {step}: no such step; {there}")
 
 
 async def _pictured(app: Dashboard, source: Source, wish: Wish, index: int | None, title: str) -> str:

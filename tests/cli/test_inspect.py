@@ -110,6 +110,16 @@ def test_a_recording(run: Run, recording: Path) -> None:
     assert "is cut short" in people.stdout
 
 
+def test_a_recording_at_a_step(run: Run, recording: Path) -> None:
+    for step in (1, 3, 5):
+        result = run("inspect", str(recording), "--once", "--json", "--at", str(step))
+        assert (result.exit_code, json.loads(result.stdout)["steps"]) == (0, step)
+    assert "step 3" in run("inspect", str(recording), "--once", "--at", "3").stdout
+    beyond = run("inspect", str(recording), "--once", "--at", "99999")
+    assert (beyond.exit_code, beyond.stdout) == (2, "")
+    assert "--at 99999: no such step; there are steps 1 to 5" in beyond.stderr
+
+
 def test_a_row_for_each_frame_and_layer(run: Run, recording: Path, tmp_path: Path) -> None:
     target = tmp_path / "run.csv"
     result = run("inspect", str(recording), "--export-csv", str(target))
@@ -132,6 +142,11 @@ def test_a_row_for_each_frame_and_layer(run: Run, recording: Path, tmp_path: Pat
         (["--once", "--pid", "1", "--connect", "1"], "give one of"),
         (["no.kcr", "--once"], "cannot be read"),
         (["--export-csv", "no/where.csv"], "does not exist"),
+        (["no.kcr", "--once", "--web"], "choose one"),
+        (["no.kcr", "--once", "--export-csv", "x.csv"], "choose one"),
+        (["no.kcr", "--web", "--report", "x.html"], "choose one"),
+        (["no.kcr", "--at", "3"], "--at goes with --once"),
+        (["no.kcr", "--at", "3", "--report", "x.html"], "--at goes with --once"),
     ],
 )
 def test_wrong_usage(run: Run, args: list[str], said: str) -> None:
@@ -187,6 +202,15 @@ def test_what_commands_publish(run: Run, tmp_path: Path) -> None:
     engine = FakeEngine()
     assert run("chat", "--no-publish", input="hi", engine=engine).exit_code == 0
     assert engine.published == []
+
+
+@pytest.mark.parametrize("command", ["chat", "generate", "bench", "eval needle", "eval fidelity"])
+def test_publishing_or_not(run: Run, command: str) -> None:
+    engine = FakeEngine()
+    result = run(*command.split(), "--no-publish", "--publish-port", "0", input="hi", engine=engine)
+    assert result.exit_code == 2
+    assert "--no-publish and --publish-port 0 contradict each other" in result.stderr
+    assert "load" not in engine.calls
 
 
 def test_a_record_that_cannot_be_is_refused_before_loading(run: Run, tmp_path: Path) -> None:

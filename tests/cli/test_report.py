@@ -228,8 +228,8 @@ def test_any_numbers_make_a_page(
     with contextlib.suppress(KCacheError):
         source = open_recording(path)
         assert "Where the cache is" in page(source, "x")
-        state(source)
-        show(source)
+        state(source, source.latest())
+        show(source, source.latest())
 
 
 def test_a_cut_recording_says_so(run: Run, tmp_path: Path) -> None:
