@@ -56,6 +56,8 @@ def models(
         from kcache_cli.verify import verify_models
 
         chosen = "json" if as_json else form
+        if output is not None and (chosen == "json" or output.suffix.lower() not in ("", ".md", ".txt")):
+            raise InputError(f"--output {output}: is a page of Markdown; end its name in .md, leave out -o and --json")
         raise typer.Exit(verify_models(names or [], chosen, output, workers, trust_remote_code))
     if names:
         raise InputError(f"kcache models lists them all; to check {names[0]}, write kcache models --verify {names[0]}")

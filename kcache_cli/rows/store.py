@@ -20,11 +20,22 @@ from kcache_cli.rows.formats import FORMATS, Markdown, Row, render
 
 
 def choose_format(form: str | None, target: Path | None) -> str:
-    """The format asked for, or what the file's name says, or Markdown."""
-    if form is not None:
-        return form
-    suffix = "" if target is None else target.suffix.removeprefix(".").lower()
-    return suffix if suffix in FORMATS else "md"
+    """The format asked for, or what the file's name says, or Markdown where that has no ending.
+
+    Raises
+    ------
+    InputError
+        For an ending that says nothing.
+    """
+    if form is not None or target is None:
+        return form or "md"
+    suffix = target.suffix.removeprefix(".").lower()
+    if suffix in FORMATS:
+        return suffix
+    if suffix not in ("", "txt"):
+        endings = ", ".join(f".{each}" for each in FORMATS)
+        raise InputError(f"--output {target}: the name must end in {endings} or .txt, which is Markdown; or choose -o")
+    return "md"
 
 
 def rows_to_resume(resume: bool, target: Path | None, form: str, command: str, names: set[str]) -> list[Row]:

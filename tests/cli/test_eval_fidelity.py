@@ -136,6 +136,7 @@ def test_without_a_text_it_is_the_reference(run: Run, base: list[str]) -> None:
         ("--topn 64,x", "'x' is not a number to use"),
         ("--plot x.gif", "must end in .png, .svg, .pdf"),
         ("--output nowhere/x.md", "the folder nowhere does not exist"),
+        ("--output x.foo", "the name must end in .md, .csv, .json, .jsonl"),
         ("--resume", "--resume reads what --output holds"),
     ],
 )

@@ -131,6 +131,7 @@ def test_a_run_without_topn_is_warned_about(run: Run, engine: LoadedEngine, stor
         ("--resume", "--resume reads what --output holds"),
         ("--plot x.gif", "must end in .png, .svg, .pdf"),
         ("--output nowhere/x.md", "the folder nowhere does not exist"),
+        ("--output x.foo", "the name must end in .md, .csv, .json, .jsonl"),
     ],
 )
 def test_wrong_usage_is_said_before_anything_is_loaded(run: Run, flags: str, said: str) -> None:

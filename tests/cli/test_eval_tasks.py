@@ -109,6 +109,7 @@ def test_rows_on_standard_output_are_judged(run: Run, engine: LoadedEngine, data
         ("--tasks nothing", "--data serves gsm8k, bbh and triviaqa"),
         ("--limit 0", "--limit"),
         ("--resume", "--resume reads what --output holds"),
+        ("--output x.foo", "the name must end in .md, .csv, .json, .jsonl"),
         ("--topn x", "--topn x"),
     ],
 )

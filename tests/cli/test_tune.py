@@ -160,6 +160,7 @@ def _read(name: str) -> list[dict[str, Any]]:
         ("--policy nothing.toml", "nor a file that exists"),
         ("--places 90", "give a longer --text"),
         ("--resume", "--resume reads what --output holds"),
+        ("--output x.foo", "the name must end in .md, .csv, .json, .jsonl"),
     ],
 )
 def test_wrong_usage_is_one_line(run: Run, base: list[str], flags: str, said: str) -> None:
