@@ -50,6 +50,12 @@ def fidelity(
             autocompletion=complete_policy,
         ),
     ] = None,
+    dense_below: Annotated[
+        int | None,
+        _option(
+            "--dense-below", help="Shorter contexts attend exactly.", metavar="TOKENS", default="the policy's", min=0
+        ),
+    ] = None,
     plot: Annotated[
         str | None,
         typer.Option(
@@ -96,8 +102,9 @@ def fidelity(
 
     settings = load_settings()
     model = fill(replace(model_options, dtype=model_options.dtype or "float32"), settings)
+    below = {} if dense_below is None else {"dense_below": dense_below}
     cases = tuple(
-        Case(_called(name), each.replace(topn=rows, offload="all" if each.offload == "auto" else each.offload))
+        Case(_called(name), each.replace(topn=rows, offload="all" if each.offload == "auto" else each.offload, **below))
         for name, each in build_policies(policy, policy_options, settings).items()
         for rows in number_list(topn, "--topn", (each.topn,))
     )
@@ -108,6 +115,7 @@ def fidelity(
     chosen = choose_format(results.form, target)
     there = rows_to_resume(results.resume, target, chosen, COMMAND, NAMES)
     prose = read_prose(sample.text)
+    _warn_if_exact(spec)
 
     engine = engine_of(context)
     check_context(engine, model, cases[0].policy, spec.ctx, f"{spec.steps} steps", spec.steps)
@@ -130,6 +138,20 @@ def fidelity(
 def _called(policy: str) -> str:
     """What a policy is called in tables: its name, or that of its file."""
     return Path(policy).stem if policy.endswith(".toml") else policy
+
+
+def _warn_if_exact(spec: Spec) -> None:
+    """Warn of policies that begin below their ``dense_below``, where the distance from full attention is 0."""
+    from kcache_cli.exits import warn
+
+    exact = [case for case in spec.cases if case.policy.offload != "none" and spec.ctx < case.policy.dense_below]
+    if exact:
+        names = ", ".join(dict.fromkeys(case.name for case in exact))
+        below = max(case.policy.dense_below for case in exact)
+        warn(
+            f"contexts under dense_below tokens ({below:,}) are attended exactly, so --ctx {spec.ctx} says little or "
+            f"nothing of TopN under --policy {names}: use --dense-below 0, or a larger --ctx"
+        )
 
 
 def _run(engine: Engine, lm: Any, spec: Spec, prose: Prose, places: Sequence[Place], store: Store) -> None:

@@ -109,6 +109,20 @@ def test_policies_and_flags_make_the_sweep(run: Run, base: list[str]) -> None:
     assert engine.dtypes == ["bfloat16"]
 
 
+def test_contexts_that_are_attended_exactly_are_warned_about(run: Run, base: list[str]) -> None:
+    small = [*SMALL, "--topn", "2", "--places", "1", "--policy", "default", "--dense-layers", "1", "-o", "json"]
+    for flags, exact in (([], True), (["--dense-below", "47"], True), (["--dense-below", "0"], False)):
+        result = run(*base, *small, *flags, engine=Engine())
+        low, default = json.loads(result.stdout)
+        assert (default["rows_per_kv_head"] == 0) == exact
+        assert (low["rows_per_kv_head"] == 0) == (exact and bool(flags))
+        warned = [line for line in result.stderr.splitlines() if "warning" in line]
+        assert len(warned) == exact
+        if exact:
+            assert "are attended exactly" in warned[0] and "use --dense-below 0" in warned[0]
+            assert f"under --policy {'low, ' if flags else ''}default:" in warned[0]
+
+
 def test_float32_whatever_the_settings_say(run: Run, base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KCACHE_DTYPE", "bfloat16")
     monkeypatch.setenv("KCACHE_TOPN", "16")
