@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kcache import dense
-from kcache.errors import CacheStateError, UnsupportedModelError
+from kcache.errors import CacheStateError, UnsupportedModelError, expect
 from kcache.handles import AttentionCall
 
 NAME = "kcache"
@@ -195,11 +195,14 @@ def attach(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
     Raises
     ------
+    InputError
+        If it is no transformers model.
     UnsupportedModelError
         If kcache cannot serve the model; the message says why.
     """
     from kcache.probe import probe  # it switches models itself, so it comes after this module
 
+    expect(PreTrainedModel, "model", model, "a transformers model, such as lm.model")
     if not probe(model).tiered:
         yield model
         return

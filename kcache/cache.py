@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionAndFullAttentionLayer
 
 from kcache.devices import input_device
-from kcache.errors import InputError
+from kcache.errors import InputError, PolicyError, expect
 from kcache.hybrid import HybridTieredLayer
 from kcache.layer import TieredLayer
 from kcache.policy import Policy
@@ -45,16 +46,18 @@ class KCache(Cache):
 
     Raises
     ------
+    InputError, PolicyError
+        If an argument is something else.
     UnsupportedModelError
         If the model has no layer with a K and V cache that kcache understands.
     """
 
     def __init__(self, model: PreTrainedModel, policy: Policy | None = None, *, max_length: int | None = None) -> None:
-        if not isinstance(model, PreTrainedModel):
-            raise InputError(f"KCache needs a transformers model, got {type(model).__name__}; pass lm.model")
-        if max_length is not None and max_length < 1:
-            raise InputError(f"max_length must be at least 1 token, got {max_length}")
-        self.policy = policy or Policy()
+        expect(PreTrainedModel, "model", model, "a transformers model, such as lm.model")
+        if max_length is not None and (not isinstance(max_length, Integral) or max_length < 1):
+            raise InputError(f"max_length must be a whole number of tokens, at least 1; got {max_length!r}")
+        self.policy = Policy() if policy is None else policy
+        expect(Policy, "policy", self.policy, "a kcache.Policy, such as Policy(topn=64)", PolicyError)
         self.shared = Shared(model, self.policy, max_length)
         self.shared.backend(input_device(model))
         verdict = probe(model)

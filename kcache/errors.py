@@ -1,4 +1,4 @@
-"""Every error kcache raises on purpose.
+"""Every error kcache raises on purpose, and the check of what kind of thing an argument is.
 
 All derive from :class:`KCacheError`, so a caller can catch one type. Each message says what was given, what was
 expected and what to do next; the command line prints it as one line and maps the class to an exit code.
@@ -53,3 +53,11 @@ class FormatError(InputError):
 
 class WatchError(KCacheError):
     """A process cannot be watched: it is not there, it refused, or nothing can be published here."""
+
+
+def expect(
+    kind: type | tuple[type, ...], name: str, value: object, wanted: str, error: type[KCacheError] = InputError
+) -> None:
+    """Raise ``error`` if an argument is of another kind than the one that is wanted."""
+    if not isinstance(value, kind):
+        raise error(f"{name} must be {wanted}; got {type(value).__name__}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
@@ -17,15 +17,13 @@ from kcache.attention import attach
 from kcache.backends.cpu import compile_ahead
 from kcache.cache import KCache
 from kcache.decoding import decode
-from kcache.errors import CacheStateError, InputError
+from kcache.errors import CacheStateError, InputError, expect
 from kcache.forward import Read, prefill
+from kcache.loading import LoadedModel
 from kcache.policy import Policy
 from kcache.prompts import Prompt, check_length, encode
 from kcache.sampling import Sampler, Sampling
 from kcache.text import Detokenizer
-
-if TYPE_CHECKING:
-    from kcache.loading import LoadedModel
 
 FinishReason = Literal["stop", "length"]
 
@@ -103,7 +101,9 @@ def generate(
     Raises
     ------
     InputError
-        For an empty prompt or a missing chat template.
+        For an empty prompt, a missing chat template, or an argument that is something else.
+    PolicyError
+        If ``policy`` is no policy.
     ContextLengthError
         If a prompt does not fit the model's context.
     DoesNotFitError
@@ -111,6 +111,10 @@ def generate(
     CacheStateError
         If ``cache`` holds another number of sequences.
     """
+    expect(LoadedModel, "lm", lm, "what kcache.load returns")
+    sampling = Sampling() if sampling is None else sampling
+    expect(Sampling, "sampling", sampling, "a kcache.Sampling, such as Sampling(temperature=0)")
+    expect((KCache, type(None)), "cache", cache, "a kcache.KCache")
     batch = encode(lm, prompts)
     keep = cache is not None
     past = 0 if cache is None else cache.get_seq_length()
@@ -126,7 +130,7 @@ def generate(
             "give one for each, or make a new cache"
         )
     stops = [stop] if isinstance(stop, str) else stop
-    return stream(lm, batch, cache, sampling or Sampling(), room, stops, keep=keep, read=read)
+    return stream(lm, batch, cache, sampling, room, stops, keep=keep, read=read)
 
 
 @dataclass

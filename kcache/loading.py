@@ -24,7 +24,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from kcache.demo import SMOLLM2
 from kcache.devices import check_device_map, input_device, is_too_old
-from kcache.errors import InputError, ModelNotFoundError, UnsupportedModelError
+from kcache.errors import InputError, ModelNotFoundError, UnsupportedModelError, expect
 from kcache.explained import explained, short
 from kcache.models import Source, find_source
 from kcache.parallel import check_heads
@@ -147,7 +147,7 @@ def load(
     Raises
     ------
     InputError
-        If ``dtype`` or ``device_map`` cannot be used here.
+        If ``name`` is none, or ``dtype`` or ``device_map`` cannot be used here.
     ModelNotFoundError
         If the name leads nowhere, or to a folder that lacks something.
     UnsupportedModelError
@@ -200,6 +200,7 @@ def load_config(
     ModelNotFoundError, UnsupportedModelError, DownloadError, InputError
         As in :func:`load`.
     """
+    expect((str, os.PathLike), "name", name, "the name or path of a model")
     file = Path(name).expanduser()
     if file.suffix == ".json" and not file.exists():
         raise ModelNotFoundError(f"{name}: no such file; give a config.json, a model's folder or a hub id")

@@ -9,7 +9,7 @@ from typing import Literal
 
 from kcache import hub
 from kcache.demo import SMOLLM2, ensure
-from kcache.errors import InputError, ModelNotFoundError
+from kcache.errors import InputError, ModelNotFoundError, expect
 from kcache.progress import Progress, folder_bytes, ignore_progress
 
 SourceKind = Literal["demo", "local", "hub"]
@@ -90,10 +90,11 @@ def find_source(name: str | os.PathLike[str], *, revision: str | None = None, gg
     Raises
     ------
     InputError
-        If ``revision`` or ``gguf_file`` does not apply.
+        If ``name`` is neither text nor a path, or ``revision`` or ``gguf_file`` does not apply.
     ModelNotFoundError
         If the name can be none of the three.
     """
+    expect((str, os.PathLike), "name", name, "the name or path of a model")
     text = os.fspath(name)
     if text == SMOLLM2.name:
         if revision is not None or gguf_file is not None:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from kcache.cache import KCache
-from kcache.errors import InputError
+from kcache.errors import InputError, PolicyError, expect
 from kcache.forward import Read
 from kcache.generation import TokenEvent, stream
+from kcache.loading import LoadedModel
 from kcache.policy import Policy
 from kcache.prompts import Message, check_length, check_messages, encode_messages
 from kcache.sampling import Sampling
-
-if TYPE_CHECKING:
-    from kcache.loading import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,11 @@ class Session:
         Tokens to make room for; by default the cache grows as needed.
     allow_overflow : bool
         Let the conversation exceed the model's context.
+
+    Raises
+    ------
+    InputError, PolicyError
+        If an argument is something else.
     """
 
     def __init__(
@@ -69,8 +71,11 @@ class Session:
         allow_overflow: bool = False,
     ) -> None:
         self.lm = lm
-        self.policy = policy or Policy()
-        self.sampling = sampling or Sampling()
+        self.policy = Policy() if policy is None else policy
+        self.sampling = Sampling() if sampling is None else sampling
+        expect(LoadedModel, "lm", lm, "what kcache.load returns")
+        expect(Policy, "policy", self.policy, "a kcache.Policy, such as Policy(topn=64)", PolicyError)
+        expect(Sampling, "sampling", self.sampling, "a kcache.Sampling, such as Sampling(temperature=0)")
         self.max_length = max_length
         self.allow_overflow = allow_overflow
         self.messages: list[Message] = []
@@ -140,6 +145,7 @@ class Session:
         DoesNotFitError
             If the cache does not fit in memory.
         """
+        expect(str, "the message", text, "a string")
         if not text.strip():
             raise InputError("the message is empty")
         self._close_reply()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -11,13 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcache.attention import is_attached
+from kcache.attention import attach, is_attached
 from kcache.cache import KCache
-from kcache.errors import ContextLengthError, InputError, KCacheError
+from kcache.errors import ContextLengthError, InputError, KCacheError, PolicyError
 from kcache.generation import TokenEvent, generate
-from kcache.loading import LoadedModel
+from kcache.loading import LoadedModel, load, load_config
+from kcache.models import pull
 from kcache.policy import Policy
 from kcache.sampling import Sampler, Sampling
+from kcache.session import Session
 from kcache.text import Detokenizer
 from tests.models import make
 from tests.pair import WHOLE
@@ -184,6 +186,36 @@ def test_all_forms_of_prompt(lm: LoadedModel) -> None:
 def test_unusable_prompts_are_refused_before_anything_runs(lm: LoadedModel, prompts: Any) -> None:
     with pytest.raises(InputError) as refused:
         generate(lm, prompts, WHOLE)
+    assert "\n" not in str(refused.value)
+
+
+_MISTAKES: dict[str, tuple[Callable[[Any], Any], type[KCacheError], str]] = {
+    "a number for a policy": (lambda lm: KCache(lm.model, 128), PolicyError, "policy must be a kcache.Policy"),
+    "zero for a policy": (lambda lm: KCache(lm.model, 0), PolicyError, "such as Policy.topn=64.; got int"),
+    "a policy of generate": (lambda lm: generate(lm, ["x"], 64), PolicyError, "got int"),
+    "a policy of a session": (lambda lm: Session(lm, {}), PolicyError, "got dict"),
+    "a model, not loaded": (lambda lm: generate(lm.model, ["x"]), InputError, "lm must be what kcache.load returns"),
+    "a session's model": (lambda lm: Session(lm.model), InputError, "got LlamaForCausalLM"),
+    "all of a loaded model": (lambda lm: KCache(lm), InputError, "such as lm.model; got LoadedModel"),
+    "attaching all of it": (lambda lm: attach(lm).__enter__(), InputError, "such as lm.model; got LoadedModel"),
+    "a length in words": (lambda lm: KCache(lm.model, max_length="32k"), InputError, "max_length .* got '32k'"),
+    "half a token": (lambda lm: KCache(lm.model, max_length=0.5), InputError, "max_length .* got 0.5"),
+    "sampling": (lambda lm: generate(lm, "x", sampling={"temperature": 0}), InputError, "sampling .*; got dict"),
+    "no sampling": (lambda lm: Session(lm, sampling={}), InputError, "a kcache.Sampling, such as Sampling"),
+    "a cache": (lambda lm: generate(lm, "x", cache=WHOLE), InputError, "cache must be a kcache.KCache; got Policy"),
+    "a message": (lambda lm: Session(lm).send(3), InputError, "the message must be a string; got int"),
+    "no name": (lambda _: load(None), InputError, "name must be the name or path of a model; got NoneType"),
+    "no name of a config": (lambda _: load_config(None), InputError, "got NoneType"),
+    "a model for a name": (lambda lm: load(lm.model), InputError, "got LlamaForCausalLM"),
+    "nothing to pull": (lambda _: pull(None), InputError, "got NoneType"),
+}
+
+
+@pytest.mark.parametrize("mistake", _MISTAKES)
+def test_things_of_another_kind_are_refused_in_a_sentence(lm: LoadedModel, mistake: str) -> None:
+    call, kind, said = _MISTAKES[mistake]
+    with pytest.raises(kind, match=said) as refused:
+        call(lm)
     assert "\n" not in str(refused.value)
 
 
