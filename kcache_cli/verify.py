@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kcache.errors import ModelNotFoundError, UnsupportedModelError
 from kcache_cli.exits import FAILED, note
 from kcache_cli.text import one_line
 
@@ -16,7 +18,13 @@ _NAMED_TIMEOUT_S = 900.0
 
 
 def verify_models(names: Sequence[str], form: str | None, output: Path | None, workers: int, trust: bool) -> int:
-    """Judge the models and print what was found; returns the exit code."""
+    """Judge the models and print what was found; returns the exit code.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If a name is neither a model type nor leads to a model.
+    """
     from kcache.verify.judge import model_types
     from kcache.verify.walk import Job, walk
     from kcache_cli.rows.progress import steps_bar
@@ -26,6 +34,9 @@ def verify_models(names: Sequence[str], form: str | None, output: Path | None, w
         Job(name) if name in known and not Path(name).exists() else Job(name, True, trust, _NAMED_TIMEOUT_S)
         for name in names or known
     ]
+    for job in jobs:
+        if job.named:
+            _check_there(job.name, known)
     order = {job.name: number for number, job in enumerate(jobs)}
     verdicts: list[Verdict] = []
     with steps_bar(len(jobs), "verified", lambda label: label) as watch:
@@ -39,6 +50,22 @@ def verify_models(names: Sequence[str], form: str | None, output: Path | None, w
     else:
         _print(verdicts, form)
     return 0 if all(verdict.acceptable for verdict in verdicts) else FAILED
+
+
+def _check_there(name: str, types: Sequence[str]) -> None:
+    """Raise unless a name leads to a model; whether kcache serves that is for the verdict to say."""
+    from kcache.loading import load_config
+
+    try:
+        load_config(name)
+    except UnsupportedModelError:
+        return
+    except ModelNotFoundError as error:
+        if "/" in name:
+            raise
+        near = difflib.get_close_matches(name, types, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "without a name all of them are verified"
+        raise ModelNotFoundError(f"{name}: no such type of causal model, {hint}; as a model: {error}") from None
 
 
 def page(verdicts: Sequence[Verdict]) -> str:

@@ -14,7 +14,7 @@ from transformers import BertConfig, LlamaConfig, PreTrainedModel
 
 from kcache.attention import attach
 from kcache.cache import KCache
-from kcache.errors import KCacheError, UnsupportedModelError
+from kcache.errors import KCacheError, ModelNotFoundError, UnsupportedModelError
 from kcache.hybrid import HybridTieredLayer
 from kcache.probe import probe
 from kcache.verify import trial
@@ -23,6 +23,7 @@ from kcache.verify.shrink import shrink
 from kcache.verify.table import markdown, read, summary
 from kcache.verify.verdict import Verdict
 from kcache.verify.walk import Job, walk
+from kcache_cli.verify import verify_models
 from tests.models import make
 
 PAGE = Path(__file__).parent.parent / "docs" / "support.md"
@@ -144,6 +145,17 @@ def test_a_config_alone_is_judged_by_a_tiny_model(tmp_path: Path) -> None:
     path.write_text(json.dumps(LlamaConfig(architectures=["LlamaForCausalLM"]).to_dict(), default=str))
     verdict = judge_model(str(path))
     assert (verdict.kind, verdict.layers) == ("exact", 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("lamma", "did you mean 'llama'?"), ("nosuch", "all of them are verified"), ("./nosuch", "no file or folder")],
+)
+def test_what_is_no_model_gets_no_verdict(monkeypatch: pytest.MonkeyPatch, name: str, said: str) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelNotFoundError) as refused:
+        verify_models(["llama", name], "json", None, 1, False)
+    assert name in str(refused.value) and said in str(refused.value)
 
 
 # -- what refuses, refuses everywhere --------------------------------------------------------------------------------
