@@ -14,8 +14,9 @@ from typer.core import TyperGroup
 
 from kcache import __version__
 from kcache_cli import exits
-from kcache_cli.ranks import check_command
+from kcache_cli.ranks import check_command, speaks
 from kcache_cli.register import Commands
+from kcache_cli.variables import warn_of_misspelled
 
 _NAMES = ("chat", "generate", "bench", "eval", "tune", "inspect", "plan", "doctor", "models", "pull", "config")
 
@@ -118,6 +119,8 @@ def kcache(
 ) -> None:
     """Long-context inference for Hugging Face models: K stays in device memory, V waits in host RAM."""
     check_command(context.invoked_subcommand)
+    if speaks():
+        warn_of_misspelled()
 
 
 def main() -> None:

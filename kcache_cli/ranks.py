@@ -32,6 +32,11 @@ def launched(environ: Mapping[str, str] = os.environ) -> int:
     return int(environ["WORLD_SIZE"]) if all(environ.get(name) for name in _LAUNCH) else 1
 
 
+def speaks(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process says what is to be said: one that was started alone, and of several rank 0."""
+    return launched(environ) == 1 or environ["RANK"] == "0"
+
+
 def check_command(name: str | None, environ: Mapping[str, str] = os.environ) -> None:
     """Refuse commands that do not know how to run in several processes.
 
@@ -42,7 +47,7 @@ def check_command(name: str | None, environ: Mapping[str, str] = os.environ) -> 
     """
     if launched(environ) == 1 or name == "generate":
         return
-    if environ["RANK"] != "0":
+    if not speaks(environ):
         raise SystemExit(exits.USAGE)
     raise InputError(f"torchrun runs `kcache generate` and no other command; run `kcache {name}` by itself")
 

@@ -21,8 +21,8 @@ from kcache.errors import InputError
 from kcache.policy import BackendName, Bits, Graph, Offload, parse_tokens
 from kcache_cli import paths
 from kcache_cli.options import DtypeName
+from kcache_cli.variables import PREFIX
 
-PREFIX = "KCACHE_"
 Options = TypeVar("Options")
 
 

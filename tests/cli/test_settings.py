@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from kcache_cli.settings import Settings
+from kcache_cli.variables import OTHERS, warn_of_misspelled
 from tests.cli.conftest import Run
 from tests.cli.fakes import FakeEngine
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_flag_before_variable_before_file_before_built_in(
@@ -77,6 +82,40 @@ def test_bad_variable_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     result = run("chat", input="hi")
     assert result.exit_code == 2
     assert "KCACHE_TOPN='many'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("KCACHE_TOPM", "KCACHE_TOPN"), ("kcache_max_token", "KCACHE_MAX_TOKENS"), ("KCACHE_HOEM", "KCACHE_HOME")],
+)
+def test_a_misspelled_variable_is_warned_about_once(
+    run: Run, monkeypatch: pytest.MonkeyPatch, name: str, meant: str
+) -> None:
+    monkeypatch.setenv(name, "64")
+    monkeypatch.setenv("KCACHE_SEED", "7")
+    monkeypatch.setenv("KCACHE_OF_SOMEBODY_ELSE", "1")
+    for args in (["chat"], ["config"]):
+        result = run(*args, input="hi")
+        assert result.exit_code == 0
+        warned = [line for line in result.stderr.splitlines() if "variable" in line]
+        assert warned == [f"kcache: warning: unknown variable {name}; did you mean {meant}?"]
+
+
+def test_of_several_processes_one_warns(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"KCACHE_TOPM": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "here"}.items():
+        monkeypatch.setenv(name, value)
+    for rank, says in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert ("KCACHE_TOPM" in run("generate", "--engine", "ray").stderr) == says
+
+
+def test_variables_that_are_read_are_not_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
+    sources = "".join(path.read_text() for folder in ("kcache", "kcache_cli") for path in (ROOT / folder).rglob("*.py"))
+    read = set(re.findall(r"(?<![A-Z_])KCACHE_[A-Z_]*[A-Z]", sources))
+    assert {"KCACHE_HOME", "KCACHE_WEB", "KCACHE_WATCH_TOKEN", "KCACHE_TOPN"} <= read
+    warn_of_misspelled(dict.fromkeys([*read, *(f"KCACHE_{name}".upper() for name in Settings.model_fields)], "1"))
+    assert capsys.readouterr().err == ""
+    assert {name.removeprefix("KCACHE_").lower() for name in read} <= {*Settings.model_fields, *map(str.lower, OTHERS)}
 
 
 def test_named_settings_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
