@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 out=docs/benchmarks
 kcache=${KCACHE:-kcache}
 mkdir -p "$out"
-[ -z "${FRESH:-}" ] || rm -f "$out"/cpu-*.jsonl
+[ -z "${FRESH:-}" ] || rm -f "$out"/cpu-{1,2,3}.jsonl ${TEXT:+"$out/cpu-text.jsonl"}
 
 for run in 1 2 3; do
 	$kcache bench --device cpu --dtype bfloat16 --ctx 256,2k,8k,32k --batch 1 --resume --output "$out/cpu-$run.jsonl"
