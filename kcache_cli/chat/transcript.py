@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
+_OPENING = re.compile(rb'\s*\{\s*"kcache_chat"\s*:')
+_OPENING_BYTES = 256
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,12 @@ class Transcript:
 
 
 def save(conversation: Conversation, name: str) -> Path:
-    """Write the conversation to a file and return its path.
+    """Write the conversation to a file, in place of a saved one at most, and return its path.
 
     Raises
     ------
     InputError
-        If the file cannot be written.
+        If something else is there already, or the file cannot be written.
     """
     session = conversation.session
     system = [{"role": "system", "content": session.system}] if session.system is not None else []
@@ -55,10 +58,28 @@ def save(conversation: Conversation, name: str) -> Path:
     }
     path = Path(name).expanduser()
     try:
+        if path.exists() and not path.is_dir() and not _is_saved(path):
+            raise InputError(f"{name} is there already and is no saved conversation; take another name")
         _write(path, json.dumps(content, indent=2))
     except OSError as error:
         raise InputError(f"cannot save to {name}: {error.strerror or error}") from None
     return path
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether a whole saved conversation is there, of any version; what opens otherwise may be large and is left."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        opening = file.read(_OPENING_BYTES)
+        if not _OPENING.match(opening):
+            return False
+        data = opening + file.read()
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _write(path: Path, text: str) -> None:

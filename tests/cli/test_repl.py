@@ -346,6 +346,37 @@ def test_save_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
 
 
+@pytest.mark.parametrize("content", ["", "my notes\n", "[1]", '{"model": "fake"}', saved()[:60], saved() + saved()])
+def test_save_replaces_nothing_but_saved_conversations(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text(content)
+    converse("hi", f"/save {file}", "again")
+    out, err = capsys.readouterr()
+    assert out == "one two\nthree\n"
+    assert "notes.txt is there already and is no saved conversation; take another name" in err
+    assert file.read_text() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("content", [saved(), saved(kcache_chat=2), " " + json.dumps(json.loads(saved()), indent=4)])
+def test_save_replaces_a_saved_conversation(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "talk.json"
+    file.write_text(content)
+    converse("hi", f"/save {file}", "again", f"/save {file}")
+    contents = [message["content"] for message in transcript.read(str(file)).messages]
+    assert contents == ["hi", "one two", "again", "three"]
+
+
+def test_save_leaves_pipes_and_devices_alone(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="is no saved conversation"):
+        transcript.save(converse("hi"), str(pipe))
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
 @pytest.mark.parametrize("name", ["", "missing/talk.json"])
 def test_save_to_where_it_cannot_be(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     converse("hi", f"/save {tmp_path / name}", "/save", "again")

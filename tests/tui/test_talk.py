@@ -7,6 +7,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -78,6 +79,20 @@ def test_a_question_is_answered_on_the_screen() -> None:
             assert talk.conversation.max_tokens == 7
             await write(driver, "/nonsense")
             await until(driver, lambda: "no command /nonsense" in said(driver))
+
+    asyncio.run(whole())
+
+
+def test_save_replaces_nothing_but_saved_conversations(tmp_path: Path) -> None:
+    talk, _ = chat()
+    file = tmp_path / "notes.txt"
+    file.write_text("my notes")
+
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=talk) as driver:
+            await write(driver, f"/save {file}")
+            await until(driver, lambda: "is no saved conversation; take another name" in said(driver))
+            assert file.read_text() == "my notes"
 
     asyncio.run(whole())
 
