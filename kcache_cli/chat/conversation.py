@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -198,4 +198,5 @@ def _no_echo() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGCONT, resumed)
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+        with suppress(termios.error):  # the terminal has been taken away
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)

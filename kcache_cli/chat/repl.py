@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -39,7 +40,7 @@ class Repl:
         self._greet()
         while True:
             try:
-                self._turn(self._read())
+                self._turn(self._next())
             except KeyboardInterrupt:
                 self.say("Ctrl-D or /bye leaves")
             except (EOFError, slash.Leave):
@@ -65,6 +66,15 @@ class Repl:
         self.say(" · ".join([*about, "/help"]))
         if self.conversation.document is not None:
             self.say("the document is read with your first question")
+
+    def _next(self) -> str:
+        """What the user types next; ``EOFError`` also when the terminal has been taken away."""
+        try:
+            return self._read()
+        except Exception as error:
+            if error.args[:1] == (errno.EIO,):  # an OSError, or termios' own kind of error
+                raise EOFError from None
+            raise
 
     def _turn(self, line: str) -> None:
         if not line.strip():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -24,7 +25,10 @@ ANSWERS = (["one", " two"], ["three"], ["four"])
 
 
 def converse(
-    *lines: str | type[BaseException], answers: Sequence[Sequence[str]] = ANSWERS, as_json: bool = False, **more: Any
+    *lines: str | type[BaseException] | BaseException,
+    answers: Sequence[Sequence[str]] = ANSWERS,
+    as_json: bool = False,
+    **more: Any,
 ) -> Conversation:
     """Type ``lines`` into a chat and leave; exception types stand for the keys that raise them."""
     session = FakeSession(FakeModel(), Policy(), answers)
@@ -32,7 +36,9 @@ def converse(
     return type_into(conversation, *lines, as_json=as_json)
 
 
-def type_into(conversation: Conversation, *lines: str | type[BaseException], as_json: bool = False) -> Conversation:
+def type_into(
+    conversation: Conversation, *lines: str | type[BaseException] | BaseException, as_json: bool = False
+) -> Conversation:
     waiting = iter([*lines, EOFError])
 
     def read() -> str:
@@ -146,6 +152,25 @@ def test_a_bug_does_not_end_the_chat(capsys: pytest.CaptureFixture[str]) -> None
     out, err = capsys.readouterr()
     assert out == "a\nb\n"
     assert "CUDA error" in err
+
+
+class TerminalError(Exception):
+    """Like ``termios.error``, which is no OSError and not on every platform."""
+
+
+@pytest.mark.parametrize("kind", [OSError, TerminalError])
+def test_a_terminal_that_is_taken_away_ends_the_chat(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = converse(kind(errno.EIO, "Input/output error"), "hi")
+    out, err = capsys.readouterr()
+    assert out == "" and conversation.session.messages == []
+    assert "error" not in err
+
+
+def test_another_error_at_the_prompt_does_not_end_the_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    converse(OSError(errno.ENOSPC, "No space left on device"), "hi")
+    out, err = capsys.readouterr()
+    assert out == "one two\n"
+    assert "No space left" in err
 
 
 def test_a_closed_pipe_ends_the_chat() -> None:

@@ -158,3 +158,16 @@ def test_a_terminal_that_controls_nobody_is_hushed_too(monkeypatch: pytest.Monke
         assert echoes()
     os.close(near)
     os.close(far)
+
+
+def test_a_terminal_may_be_taken_away_while_it_is_hushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kcache_cli.chat.conversation import _no_echo
+
+    far, near = pty.openpty()
+    with open(near, closefd=False) as terminal:
+        monkeypatch.setattr("sys.stdin", terminal)
+        with _no_echo():
+            os.close(far)
+    with pytest.raises(OSError, match="Input/output error"):
+        os.write(near, b"x")
+    os.close(near)
