@@ -19,6 +19,7 @@ Say = Callable[[str], None]
 SAMPLING_NAMES: dict[str, type] = {"temperature": float, "top_p": float, "top_k": int, "seed": int}
 POLICY_NAMES = tuple(field.name for field in dataclasses.fields(Policy))
 SET_NAMES = ("max_tokens", *SAMPLING_NAMES, *POLICY_NAMES)
+_SAVED_NAMES = (*SET_NAMES, "repetition_penalty")
 
 
 class Leave(Exception):
@@ -94,8 +95,12 @@ def _load(conversation: Conversation, argument: str, say: Say) -> None:
     if not argument:
         raise InputError("which file? /load FILE")
     loaded = transcript.read(argument)
+    before = {name: _current(conversation, name) for name in _SAVED_NAMES}
     transcript.restore(conversation, loaded)
-    say(f"loaded {len(loaded.messages)} messages from {argument}")
+    after = {name: _current(conversation, name) for name in _SAVED_NAMES}
+    changed = ", ".join(f"{name} {value}" for name, value in after.items() if value != before[name])
+    settings = f", and settings: {changed}" if changed else ""
+    say(f"loaded {len(loaded.messages)} messages from {argument}{settings}")
     if loaded.model != conversation.model:
         say(f"note: they were written with {loaded.model}; this is {conversation.model}")
 
@@ -152,10 +157,11 @@ def _number(name: str, text: str, kind: type) -> Any:
 def _current(conversation: Conversation, name: str) -> str:
     if name == "max_tokens":
         return str(conversation.max_tokens)
-    holder: Any = conversation.session.sampling if name in SAMPLING_NAMES else conversation.session.policy
+    of_policy = name in POLICY_NAMES
+    holder: Any = conversation.session.policy if of_policy else conversation.session.sampling
     value = getattr(holder, name)
     if value is None:
-        return "the model's own" if name in SAMPLING_NAMES else "auto"
+        return "auto" if of_policy else "the model's own"
     return size(value) if name == "kv_budget" else str(value)
 
 

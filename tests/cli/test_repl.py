@@ -280,6 +280,19 @@ def test_load_says_when_the_model_is_another(tmp_path: Path, capsys: pytest.Capt
     assert "written with fake" in capsys.readouterr().err
 
 
+def test_load_says_which_settings_it_brings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "talk.json"
+    settings = {"max_tokens": 40, "temperature": 99, "repetition_penalty": 1.5, "policy": {"topn": 64}}
+    file.write_text(saved(settings=settings))
+    converse("/set topn 64", "/set top_p 0.5", f"/load {file}", f"/load {file}")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loaded")]
+    assert lines == [
+        f"loaded 2 messages from {file}, and settings: "
+        "max_tokens 40, temperature 99, top_p the model's own, repetition_penalty 1.5",
+        f"loaded 2 messages from {file}",
+    ]
+
+
 def saved(**changes: Any) -> str:
     value = {
         "kcache_chat": 1,
