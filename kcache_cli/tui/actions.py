@@ -237,7 +237,8 @@ class Actions(App[None]):
         """Stop the reply, or the job."""
         stop = self.stop_work if self.conversation is None else self.conversation.stop
         if stop is None or not stop():
-            self.notify("there is nothing to stop; q leaves the dashboard", timeout=3)
+            leaves = "ctrl-d" if isinstance(self.focused, Input) else "q"  # which is a letter like any other there
+            self.notify(f"there is nothing to stop; {leaves} leaves the dashboard", timeout=3)
         elif self.conversation is None:
             self.notify("stopping at the next token, or after this piece of the prompt…", timeout=10)
 

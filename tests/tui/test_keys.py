@@ -411,7 +411,7 @@ def test_escape_closes_step_by_step() -> None:
 def test_ctrl_c_without_work_leaves_it_alone() -> None:
     async def body(driver: Driver) -> None:
         await driver.press("ctrl+c")
-        assert driver.app.is_running and "nothing to stop" in driver.text()
+        assert driver.app.is_running and "nothing to stop; q leaves" in driver.text()
 
     run(body)
 

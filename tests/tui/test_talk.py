@@ -131,6 +131,18 @@ def test_ctrl_c_stops_the_reply_and_the_screen_goes_on_meanwhile() -> None:
     asyncio.run(whole())
 
 
+def test_ctrl_c_without_a_reply_names_the_key_that_leaves() -> None:
+    async def body(keys: tuple[str, ...], said: str, leaves: str) -> None:
+        async with running(FakeSource(conversation()), talk=chat()[0]) as driver:
+            await driver.press(*keys, "ctrl+c")
+            assert driver.app.is_running and f"nothing to stop; {said} leaves" in driver.text()
+            await driver.press(leaves)
+            assert not driver.app.is_running
+
+    asyncio.run(body(("h", "i"), "ctrl-d", "ctrl+d"))
+    asyncio.run(body(("h", "i", "escape"), "q", "q"))
+
+
 def test_ctrl_c_while_a_prompt_is_read_says_at_once_what_it_waits_for() -> None:
     talk, session = chat(["one", " two"])
     reached, go = hold(session, 1)
