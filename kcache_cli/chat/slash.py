@@ -63,7 +63,8 @@ def _help(conversation: Conversation, argument: str, say: Say) -> None:
     for command in dict.fromkeys(COMMANDS.values()):
         say(f"  {command.usage:<22}{command.help}")
     say('  """                   begins and ends a message of several lines')
-    say("  Ctrl-C                stops the reply, or the reading at its next piece; twice: at once; Ctrl-D leaves")
+    say("  Ctrl-C                stops the reply, or the reading; twice: at once")
+    say("  Ctrl-D                leaves")
 
 
 def _clear(conversation: Conversation, argument: str, say: Say) -> None:
@@ -196,7 +197,7 @@ def _stats(conversation: Conversation, argument: str, say: Say) -> None:
 COMMANDS = {
     "/help": Command(_help, "/help", "this list"),
     "/clear": Command(_clear, "/clear", "forget the conversation"),
-    "/set": Command(_set, "/set [NAME [VALUE]]", "show or change settings: max_tokens, temperature, topn, ..."),
+    "/set": Command(_set, "/set [NAME [VALUE]]", "show or change settings: temperature, topn, ..."),
     "/stats": Command(_stats, "/stats", "what the cache holds and has moved"),
     "/save": Command(_save, "/save FILE", "write the conversation to a file"),
     "/load": Command(_load, "/load FILE", "go on from a saved conversation"),
