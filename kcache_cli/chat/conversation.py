@@ -164,7 +164,7 @@ def stop_on_ctrl_c(conversation: Conversation) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _in_foreground(terminal: int) -> bool:
+def in_foreground(terminal: int) -> bool:
     """Whether a terminal listens to us; one that controls no processes does."""
     try:
         return os.tcgetpgrp(terminal) == os.getpgrp()
@@ -189,7 +189,7 @@ def _no_echo() -> Iterator[None]:
     quiet[3] &= ~termios.ECHO
 
     def hush(number: int = 0, frame: FrameType | None = None) -> None:
-        if _in_foreground(descriptor):  # in the background the terminal is somebody else's
+        if in_foreground(descriptor):  # in the background the terminal is somebody else's
             termios.tcsetattr(descriptor, termios.TCSADRAIN, quiet)
 
     resumed = signal.signal(signal.SIGCONT, hush)  # a shell sets its terminal as it likes while we are stopped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ class Prompt:
             multiline=Condition(_typing_several_lines),
             enable_history_search=True,
             enable_suspend=True,
-            input=input,
+            input=input or _terminal_input(),
             output=output or _terminal_output(),
         )
 
@@ -79,6 +80,15 @@ class Prompt:
 
 def _typing_several_lines() -> bool:
     return is_open(get_app().current_buffer.text)
+
+
+def _terminal_input() -> Input | None:
+    """The terminal that notices when it is taken away; None for what prompt_toolkit takes by itself."""
+    if sys.platform == "win32" or not sys.stdin.isatty():
+        return None
+    from kcache_cli.chat.keyboard import Keyboard
+
+    return Keyboard(sys.stdin)
 
 
 def _terminal_output() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -85,3 +86,17 @@ def test_completion_of_files(tmp_path: Path) -> None:
     (tmp_path / "talk.json").write_text("")
     found = SlashCompleter().get_completions(Document(f"/load {tmp_path}/ta"), CompleteEvent())
     assert [completion.text for completion in found] == ["lk.json"]
+
+
+def test_keys_end_when_the_terminal_is_somebody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    pty = pytest.importorskip("pty", reason="no such terminals on this platform")
+    from kcache_cli.chat.keyboard import Keyboard
+
+    far, near = pty.openpty()
+    with os.fdopen(far), os.fdopen(near) as terminal:
+        keyboard = Keyboard(terminal)
+        os.write(far, b"x\n")
+        assert [press.data for press in keyboard.read_keys()] == ["x", "\n"]
+        assert keyboard.read_keys() == [] and not keyboard.closed
+        monkeypatch.setattr("kcache_cli.chat.keyboard.in_foreground", lambda descriptor: False)
+        assert keyboard.read_keys() == [] and keyboard.closed
