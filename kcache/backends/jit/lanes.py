@@ -1,7 +1,7 @@
 """Products with rows of K and V, a vector register at a time, as LLVM is to emit them.
 
-Left to itself LLVM takes 64 words of a row at a time, four registers, and what is less in small steps: half of the
-models in use have rows of 32 words. Here a block of a row is one register wide, sums of four rows stay in registers
+Left to itself LLVM takes 64 words of a row at a time, four registers, and what is less in small steps: rows of 64 bf16
+are 32 words. Here a block of a row is one register wide, sums of four rows stay in registers
 for up to four query heads, and are added up across lanes for the four rows together.
 
 Rows are read as :mod:`~kcache.backends.jit.rows` says: two halves, contiguous in registers. Shapes: query
@@ -27,7 +27,10 @@ HEADS = 4
 
 def _lanes() -> int:
     """Numbers in a register of this machine."""
-    features = binding.get_host_cpu_features()
+    try:
+        features = binding.get_host_cpu_features()
+    except RuntimeError:  # LLVM cannot tell on this system
+        return 4
     return 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
 
 
