@@ -145,7 +145,7 @@ class Fitter:
 
     def _fit(self, ctx: int, batch: int, offloads: bool) -> Fit:
         activations = self.shape.activation_bytes(ctx, batch, self.policy, offloads)
-        scratch = self.shape.scratch_bytes(ctx, batch, self.policy) if offloads else 0
+        scratch = self.shape.scratch_bytes(ctx, batch, self.policy, offloads)
         working = activations + scratch if self.pools.working else 0
         room = None
         if self.pools.device_bytes is not None:

@@ -163,12 +163,17 @@ class ModelShape:
         )
 
     def working_bytes(self, ctx: int, batch: int, policy: Policy, offloads: bool) -> int:
-        """What is worked in beside the cache: a cache that stays on the device as a whole needs no scratch memory."""
-        scratch = self.scratch_bytes(ctx, batch, policy) if offloads else 0
+        """What is worked in beside the cache."""
+        scratch = self.scratch_bytes(ctx, batch, policy, offloads)
         return self.activation_bytes(ctx, batch, policy, offloads) + scratch
 
-    def scratch_bytes(self, ctx: int, batch: int, policy: Policy) -> int:
-        """Scores of one layer's decode step, and lists of the rows above a threshold; layers take turns with it."""
+    def scratch_bytes(self, ctx: int, batch: int, policy: Policy, offloads: bool) -> int:
+        """Scores of one layer's decode step, and lists of the rows above a threshold; layers take turns with it.
+
+        A cache that stays on the device as a whole needs none.
+        """
+        if not offloads:
+            return 0
         picking = self.query_heads if policy.select == "head" else self.query_heads // self.group
         listed = picking * _LIST_BYTES if policy.spread == "need" else 0
         return batch * ctx * (self.query_heads * _SCORE_BYTES + listed)

@@ -76,7 +76,7 @@ def command(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     if request.param == "kcache":
         return [*command, "chat"]
     if not shutil.which("make") or not shutil.which("bash"):
-        pytest.skip("no make and bash here")
+        pytest.skip("make chat needs make and bash, which are not both here")
     program = tmp_path / "bin" / "kcache"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {" ".join(command)} "$@"\n')
@@ -97,7 +97,7 @@ def chat(command: list[str]) -> Iterator[Terminal]:
 def shell() -> Iterator[Terminal]:
     """A shell with job control."""
     if not shutil.which("bash"):
-        pytest.skip("no bash here")
+        pytest.skip("stopping a job and bringing it back needs a shell with job control, and bash is not here")
     terminal = Terminal("bash", "--norc", "--noprofile", "-i")
     yield terminal
     terminal.close()

@@ -1,8 +1,8 @@
 """Products with rows of K and V, a vector register at a time, as LLVM is to emit them.
 
 Left to itself LLVM takes 64 words of a row at a time, four registers, and what is less in small steps: rows of 64 bf16
-are 32 words. Here a block of a row is one register wide, sums of four rows stay in registers
-for up to four query heads, and are added up across lanes for the four rows together.
+are 32 words. Here a block of a row is one register wide, sums of four rows stay in registers for up to four query
+heads, and are added up across lanes for the four rows together.
 
 Rows are read as :mod:`~kcache.backends.jit.rows` says: two halves, contiguous in registers. Shapes: query
 ``[G, 2, D / 2]`` fp32, rows ``[count, words]`` uint32 of two bf16 or fp32, scores and weights ``[G, >= count]`` fp32.
