@@ -32,7 +32,7 @@ from kcache.tiers.validity import Validity
 
 
 class KCache(Cache):
-    """The cache to pass as ``past_key_values`` to an attached model.
+    """The cache to pass to an attached model, as ``cache`` (``past_key_values`` before transformers 5.24).
 
     Parameters
     ----------

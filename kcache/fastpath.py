@@ -11,6 +11,7 @@ import torch
 from kcache.devices import driver_problem, is_too_old
 from kcache.host import Host, PciSlot
 from kcache.machine import Machine
+from kcache.support import untried
 
 _SMALL_LOCK = 2**30
 _SLOW_LINK_GB_S = 10.0
@@ -60,6 +61,8 @@ def findings(machine: Machine, host: Host, slot: PciSlot | None = None, load: fl
                 "unset OMP_NUM_THREADS, or set it to the number of cores",
             )
         )
+    if (newer := untried(machine.versions.get("transformers"))) is not None:
+        found.append(Finding("note", newer[0], "should something fail, go back with", (newer[1],)))
     busy = current_load() if load is None else load
     if is_busy(busy, host.cores):
         found.append(

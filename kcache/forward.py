@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
-from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from kcache.arguments import forward_parameters, with_cache
 from kcache.cache import KCache
 
 Read = Callable[[int, int], None]
@@ -39,16 +38,6 @@ def _reached(read: Read, done: int, count: int, layers: int, total: int, layer: 
     read(done + count * (layer + 1) // layers, total)
 
 
-@lru_cache
-def _parameters(kind: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
-
-
-def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
-    """Names of what a model's forward takes."""
-    return _parameters(cast(Any, type(model)))
-
-
 @torch.no_grad()
 def step_logits(
     model: PreTrainedModel, cache: Cache, ids: torch.Tensor, mask: torch.Tensor | None = None
@@ -62,6 +51,6 @@ def step_logits(
             extra["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     if "logits_to_keep" in accepted:
         extra["logits_to_keep"] = 1
-    output = model(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
+    output = model(input_ids=ids, **with_cache(model, cache), **extra)
     logits: torch.Tensor = output.logits[:, -1]
     return logits

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from kcache.arguments import with_cache
 from kcache.bandwidth import (
     GATHER_ROWS,
     LINK_SIZES,
@@ -226,11 +227,11 @@ def _layer_ms(least_s: float, matvec_gb_s: float, dtype: torch.dtype) -> float:
     cache = DynamicCache(config=config)
 
     def step() -> None:
-        model(token, past_key_values=cache)
+        model(token, **with_cache(model, cache))
         cache.crop(-1)
 
     with torch.inference_mode():
-        model(torch.zeros(1, 16, dtype=torch.int64), past_key_values=cache)
+        model(torch.zeros(1, 16, dtype=torch.int64), **with_cache(model, cache))
         took_ms = fast_s(step, torch.device("cpu"), least_s) * 1e3
     weights_bytes = sum(parameter.nbytes for parameter in model.model.layers.parameters())
     return max(0.0, took_ms - weights_bytes / matvec_gb_s / 1e6) / _LAYERS

@@ -26,6 +26,7 @@ from transformers.cache_utils import (
 )
 
 from kcache import dense
+from kcache.arguments import with_cache
 from kcache.attention import WATCHER, not_understood, original, switched, text_config
 from kcache.devices import input_device
 from kcache.errors import UnsupportedModelError
@@ -165,6 +166,11 @@ def probe(model: PreTrainedModel) -> Verdict:
         probes = stock_layers(model)
         _check_runs(model, Cache(layers=probes), error)
         look.unknown.insert(0, "the rows of earlier tokens")
+    if len(probes) != len(layers):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} adds layers to its cache as it runs ({len(layers)} become {len(probes)}), which "
+            "its config does not describe; use it with its own cache"
+        )
     _check_look(model, look, probes)
     clear = [i for i, layer in enumerate(probes) if _is_clear(layer)] if not look.unknown else []
     devices = {i: probes[i].latest.device for i in clear}
@@ -213,7 +219,7 @@ def _run(model: PreTrainedModel, cache: Cache) -> None:
     with torch.no_grad():
         for count in _TOKENS:
             tokens = torch.zeros(1, count, dtype=torch.long, device=device)
-            model(input_ids=tokens, past_key_values=cache, use_cache=True)
+            model(input_ids=tokens, **with_cache(model, cache))
 
 
 def _check_runs(model: PreTrainedModel, cache: Cache, error: Exception) -> None:

@@ -1,20 +1,45 @@
 """Say from a config alone whether kcache can serve a model, and if not, why.
 
 The check runs before any weights are fetched or loaded. What it lets through is a causal language model whose forward
-takes ``past_key_values``; which of its layers can be tiered is decided later, layer by layer, by a probe.
+takes a cache of K and V; which of its layers can be tiered is decided later, layer by layer, by a probe.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
-from typing import TYPE_CHECKING, Any
+import re
+from typing import TYPE_CHECKING, Any, get_args
 
+from kcache.arguments import CACHE_NAMES
 from kcache.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+NEWEST_TRIED = (5, 24)
+"""The newest transformers that all tests have run with, which constraints.txt names."""
+
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def untried(version: str | None = None) -> tuple[str, str] | None:
+    """Where transformers is newer than what kcache was tested with: a clause that says so, and the way back.
+
+    Parameters
+    ----------
+    version : str, optional
+        By default the one that is installed.
+    """
+    version = version or importlib.metadata.version("transformers")
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or tuple(map(int, numbers.groups())) <= NEWEST_TRIED:
+        return None
+    major, minor = NEWEST_TRIED
+    return (
+        f"transformers {version} is newer than {major}.{minor}, the newest that kcache was tested with",
+        f"pip install 'transformers<{major}.{minor + 1}'",
+    )
 
 
 def check_supported(config: PretrainedConfig, name: str, *, trust_remote_code: bool = False) -> None:
@@ -54,7 +79,7 @@ def check_supported(config: PretrainedConfig, name: str, *, trust_remote_code: b
         raise UnsupportedModelError(
             f"{kind}, an encoder that attends in both directions; kcache serves causal language models, choose one"
         )
-    if "past_key_values" not in inspect.signature(model_class.forward).parameters:
+    if not _keeps_kv(model_class, config):
         raise UnsupportedModelError(
             f"{kind}, which keeps no KV cache, so there is nothing to tier; run it with transformers as it is"
         )
@@ -78,8 +103,9 @@ def check_model(model: PreTrainedModel) -> None:
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model; kcache serves decoder-only causal models")
     parameters = inspect.signature(model.forward).parameters
-    if "past_key_values" not in parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        raise UnsupportedModelError(f"{name} takes no past_key_values, so it has no KV cache and nothing to tier")
+    anything = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    if not anything and not any(cache_name in parameters for cache_name in CACHE_NAMES):
+        raise UnsupportedModelError(f"{name} takes no {' and no '.join(CACHE_NAMES)}, so there is no KV cache to tier")
 
 
 def context_length(config: PretrainedConfig) -> int | None:
@@ -93,6 +119,16 @@ def _causal_class(config: PretrainedConfig) -> Any:
 
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return known[0] if isinstance(known, (tuple, list)) else known
+
+
+def _keeps_kv(model_class: Any, config: PretrainedConfig) -> bool:
+    """Whether the class takes a cache of transformers' making, and not for recurrent states alone, as Mamba does."""
+    parameters = inspect.signature(model_class.forward).parameters
+    taken = next((parameters[name] for name in CACHE_NAMES if name in parameters), None)
+    if taken is None or any(kind.__module__ == model_class.__module__ for kind in get_args(taken.annotation)):
+        return False  # nothing, or a class of its own
+    kinds = getattr(config.get_text_config(decoder=True), "layer_types", None)
+    return set(kinds or ()) != {"linear_attention"}
 
 
 def _takes_registry(model_class: Any) -> bool:

@@ -17,7 +17,7 @@ import textwrap
 
 import typer
 
-from kcache.errors import ContextLengthError, InputError, KCacheError, PolicyError
+from kcache.errors import ContextLengthError, InputError, KCacheError, PolicyError, UnsupportedModelError
 from kcache_cli.text import one_line
 
 FAILED = 1
@@ -71,7 +71,18 @@ def _in_our_words(error: typer.TyperException) -> str:
 def report(error: BaseException, program: str = "kcache") -> int:
     """Print an error on standard error and return its exit code."""
     _say(f"{program}: error: {describe(error)}")
-    return exit_code(error)
+    code = exit_code(error)
+    if code == FAILED and (isinstance(error, UnsupportedModelError) or not isinstance(error, KCacheError)):
+        _blame_versions()
+    return code
+
+
+def _blame_versions() -> None:
+    from kcache.support import untried
+
+    if (found := untried()) is not None:
+        what, command = found
+        note(f"{what}; it may be the cause: {command}")
 
 
 def warn(message: str) -> None:

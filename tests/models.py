@@ -23,6 +23,9 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
 )
+from transformers.cache_utils import Cache
+
+from kcache.arguments import usual_name
 
 VOCAB = 97
 FULL_AND_SLIDING = ["full_attention", "sliding_attention", "full_attention"]
@@ -97,6 +100,11 @@ def make(
 def tokens(seed: int, *shape: int, vocab: int = VOCAB) -> torch.Tensor:
     """Random token ids that are never the padding id."""
     return torch.randint(3, vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def holding(cache: Cache) -> dict[str, Any]:
+    """The argument that hands a cache to a model of transformers, or to ``generate``."""
+    return {usual_name(): cache}
 
 
 def left_padding(lengths: list[int], width: int | None = None) -> torch.Tensor:

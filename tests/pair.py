@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from kcache.attention import attach
 from kcache.cache import KCache
 from kcache.policy import Policy
+from tests.models import holding
 
 WHOLE = Policy(topn=1_000_000, dense_below=0, dense_layers=0, resident_layers=0)
 """TopN covers any context and every layer is offloaded: the whole path runs and must be exact."""
@@ -24,7 +25,7 @@ def forward(
     if mask is not None:
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         extra |= {"attention_mask": mask, "position_ids": positions}
-    logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, **extra).logits
+    logits: torch.Tensor = model(input_ids=ids, **holding(cache), use_cache=True, **extra).logits
     return logits
 
 

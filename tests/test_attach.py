@@ -23,7 +23,7 @@ from kcache.cache import KCache
 from kcache.errors import CacheStateError, InputError, KCacheError, UnsupportedModelError
 from kcache.policy import Policy
 from kcache.probe import probe
-from tests.models import left_padding, make, tokens
+from tests.models import holding, left_padding, make, tokens
 from tests.pair import WHOLE, Pair, forward
 
 
@@ -67,7 +67,7 @@ def test_attach_restores_after_an_exception() -> None:
     pair = Pair(model)
     pair.forward(tokens(1, 2, 12))
     with pytest.raises(IndexError), attach(model):
-        model(input_ids=torch.full((2, 1), 10**6), past_key_values=KCache(model))
+        model(input_ids=torch.full((2, 1), 10**6), **holding(KCache(model)))
     assert implementations(model) == {"sdpa"}
     pair.decode(2)
 
@@ -144,7 +144,7 @@ def test_other_caches_work_as_stock_on_an_attached_model(kind: str, attention: s
                 if cache is None:
                     options["use_cache"] = False
                 else:
-                    options["past_key_values"] = cache
+                    options |= holding(cache)
                 if attached:
                     with attach(model):
                         outs.append(model.generate(ids, **options))
@@ -212,7 +212,7 @@ def test_a_cache_that_is_never_attached(kind: str) -> None:
     ids, mask = tokens(1, 2, 20), left_padding([20, 9])
     options = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False}
     cache = KCache(model, WHOLE.replace(topn=1))
-    assert torch.equal(model.generate(ids, past_key_values=cache, **options), model.generate(ids, **options))
+    assert torch.equal(model.generate(ids, **holding(cache), **options), model.generate(ids, **options))
     assert cache.stats.host_bytes > 0
     assert cache.stats.rows_fetched == 0
 
@@ -233,7 +233,7 @@ def test_a_cache_refuses_a_second_model(attached: tuple[int, ...], filled: bool)
         with pytest.raises(CacheStateError, match="another model"):
             forward(models[1], pair.ours, tokens(2, 1, 1))
         with pytest.raises(CacheStateError, match="another model"):
-            models[1].generate(tokens(2, 1, 12), past_key_values=pair.ours, max_new_tokens=2)
+            models[1].generate(tokens(2, 1, 12), **holding(pair.ours), max_new_tokens=2)
     pair.forward(tokens(2, 1, 3))
     pair.decode(2)
 

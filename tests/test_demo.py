@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kcache
 from kcache import wheel
+from kcache.arguments import usual_name
 from kcache.demo import SMOLLM2, Demo, ensure
 from kcache.dequantise import convert
 from kcache.manifest import MANIFEST, check_manifest, sha256
@@ -286,3 +287,17 @@ def test_the_real_model_is_what_its_config_says_and_answers(demo_lm: kcache.Load
     )
     out = demo_lm.model.generate(**ids, max_new_tokens=12, do_sample=False)
     assert "Paris" in demo_lm.tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+
+
+@pytest.mark.demo
+@pytest.mark.skipif(usual_name() != "cache", reason="the README is of transformers 5.24")
+def test_the_python_of_the_readme_runs_as_it_says() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    code = readme.partition("```python\n")[2].partition("```")[0]
+    command = [sys.executable, "-W", "error:.*deprecated:FutureWarning", "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said[0] == code.partition("print(lm.tokenizer.decode(out[0]))  # ")[2].partition("\n")[0]
+    held, *moved = map(int, said[1].split())
+    assert held > 0
+    assert moved == [0, 0]
+    assert said[2].startswith("['One, two, ")

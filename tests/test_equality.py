@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from kcache.attention import attach
 from kcache.cache import KCache
 from kcache.policy import Policy
-from tests.models import KINDS, left_padding, make, tokens
+from tests.models import KINDS, holding, left_padding, make, tokens
 from tests.pair import WHOLE, Pair, forward
 
 SPECIAL = ("gemma2", "gpt_oss")  # soft-capping and sinks: only their eager attention honours them
@@ -41,7 +41,7 @@ def generated(model: PreTrainedModel, policy: Policy | None, ids: torch.Tensor, 
         return model.generate(ids, **options)
     with attach(model):
         cache = KCache(model, policy)
-        out = model.generate(ids, past_key_values=cache, **options)
+        out = model.generate(ids, **holding(cache), **options)
     assert cache.stats.rows_fetched > 0
     return out
 
@@ -180,7 +180,7 @@ def test_forward_with_gradients_on() -> None:
     model = family("llama")
     cache = KCache(model, WHOLE)
     with attach(model):
-        got = [model(input_ids=tokens(n, 2, n), past_key_values=cache).logits for n in (20, 1, 6, 1)]
+        got = [model(input_ids=tokens(n, 2, n), **holding(cache)).logits for n in (20, 1, 6, 1)]
     other = KCache(model, WHOLE)
     with attach(model):
         want = [forward(model, other, tokens(n, 2, n)) for n in (20, 1, 6, 1)]
@@ -216,9 +216,9 @@ def test_a_ready_four_dimensional_mask() -> None:
         given = torch.where(mask, 0.0, torch.finfo(torch.float32).min) if additive else mask
         ids = tokens(2, 2, 1)
         with torch.no_grad():
-            want = model(input_ids=ids, past_key_values=pair.stock, attention_mask=given).logits
+            want = model(input_ids=ids, **holding(pair.stock), attention_mask=given).logits
             with attach(model):
-                got = model(input_ids=ids, past_key_values=pair.ours, attention_mask=given).logits
+                got = model(input_ids=ids, **holding(pair.ours), attention_mask=given).logits
         pair.check(got, want, None)
 
 
@@ -270,7 +270,7 @@ def test_assisted_generation(kind: str) -> None:
     want = model.generate(ids, max_new_tokens=20, do_sample=False)
     with attach(model):
         cache = KCache(model, WHOLE)
-        got = model.generate(ids, past_key_values=cache, assistant_model=assistant, max_new_tokens=20, do_sample=False)
+        got = model.generate(ids, **holding(cache), assistant_model=assistant, max_new_tokens=20, do_sample=False)
     assert torch.equal(got, want)
     assert cache.stats.bytes_h2d > 0
 
@@ -287,13 +287,13 @@ def test_generate_twice_on_one_cache(kind: str) -> None:
 
         cache = KCache(model, WHOLE) if ours else DynamicCache(config=model.config)
         with attach(model):
-            first = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=6, do_sample=False)
+            first = model.generate(ids, attention_mask=mask, **holding(cache), max_new_tokens=6, do_sample=False)
             grown = torch.cat([mask, mask.new_ones(2, 6), more_mask], 1)
             outs.append(
                 model.generate(
                     torch.cat([first, more], 1),
                     attention_mask=grown,
-                    past_key_values=cache,
+                    **holding(cache),
                     max_new_tokens=6,
                     do_sample=False,
                 )
@@ -313,7 +313,7 @@ def test_a_prompt_cache_is_copied_and_continued() -> None:
         for seed in (2, 3):
             full = torch.cat([prompt, tokens(seed, 1, 5)], 1)
             twin = copy.deepcopy(cache)
-            got = model.generate(full, past_key_values=twin, max_new_tokens=6, do_sample=False)
+            got = model.generate(full, **holding(twin), max_new_tokens=6, do_sample=False)
             want = model.generate(full, max_new_tokens=6, do_sample=False)
             assert torch.equal(got, want)
             assert twin.stats.rows_fetched > 0

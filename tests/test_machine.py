@@ -25,7 +25,14 @@ GOOD_HOST = Host(
     free_bytes=2**36,
     locked_limit=None,
 )
-VERSIONS = {"python": "3.12", "torch": "2.11", "triton": "3.6", "cuda": "12.9", "driver": "580.1"}
+VERSIONS = {
+    "python": "3.12",
+    "torch": "2.11",
+    "transformers": "5.20.0",
+    "triton": "3.6",
+    "cuda": "12.9",
+    "driver": "580.1",
+}
 GPU = Machine(
     device="cuda:0",
     name="a GPU",
@@ -135,6 +142,14 @@ def test_nothing_is_missing() -> None:
         (CPU, replace(GOOD_HOST, locked_limit=2**23), None, "note", "8 MiB", "ulimit -l unlimited"),
         (replace(CPU, threads=4), GOOD_HOST, None, "note", "4 of 16", "OMP_NUM_THREADS"),
         (replace(GPU, versions={**VERSIONS, "triton": None}), GOOD_HOST, None, "missing", "triton", "pip install"),
+        (
+            replace(GPU, versions={**VERSIONS, "transformers": "5.99.0"}),
+            GOOD_HOST,
+            None,
+            "note",
+            "5.99",
+            "transformers<",
+        ),
         (replace(GPU, pinned=False), GOOD_HOST, None, "missing", "refused to pin", "ulimit -l unlimited"),
         (GPU, replace(GOOD_HOST, locked_limit=2**23), None, "note", "8 MiB", "ulimit -l unlimited"),
         (replace(GPU, h2d_gb_s=6.0), GOOD_HOST, None, "note", "6.0 GB/s", "--kv-budget"),

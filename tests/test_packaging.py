@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import kcache
+from kcache.support import NEWEST_TRIED
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = sorted((ROOT / "kcache").rglob("*.py"))
@@ -52,6 +53,12 @@ def test_every_error_derives_from_one() -> None:
     ]
     assert len(errors) >= 9
     assert all(issubclass(error, kcache.KCacheError) for error in errors)
+
+
+def test_the_newest_transformers_that_is_said_to_be_tried_is_the_one_tests_run_with() -> None:
+    major, minor = NEWEST_TRIED
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert any(pin.startswith(f"transformers=={major}.{minor}.") for pin in pins)
 
 
 def test_the_version_is_a_release_and_types_ship() -> None:

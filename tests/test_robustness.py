@@ -10,7 +10,7 @@ from kcache.cache import KCache
 from kcache.errors import CacheStateError, DoesNotFitError
 from kcache.policy import Policy
 from kcache.tiers import values as values_module
-from tests.models import make, tokens
+from tests.models import holding, make, tokens
 from tests.pair import WHOLE, Pair, forward
 
 
@@ -92,7 +92,7 @@ def test_a_mask_of_one_row_serves_a_batch() -> None:
     cache = KCache(model, WHOLE)
     mask = torch.ones(8, 8, dtype=torch.bool).tril()[None, None]
     with attach(model), torch.no_grad():
-        model(input_ids=tokens(1, 2, 8), attention_mask=mask, past_key_values=cache)
+        model(input_ids=tokens(1, 2, 8), attention_mask=mask, **holding(cache))
         cache.reorder_cache(torch.tensor([1, 0]))
         padded = torch.ones(2, 9, dtype=torch.long)
         assert forward(model, cache, tokens(2, 2, 1), padded).isfinite().all()

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from kcache import KCache, Policy, attach
 from kcache.spread import MOST, Spread, spread_of
+from tests.models import holding
 
 Tiny = Callable[..., PreTrainedModel]
 CPU = torch.device("cpu")
@@ -97,9 +98,9 @@ def test_a_batch_decodes_as_its_sequences_alone(tiny_model: Tiny, backend: Any) 
     def run(rows: torch.Tensor) -> tuple[torch.Tensor, KCache]:
         cache, logits = KCache(model, policy), []
         with attach(model):
-            model(rows[:, :50], past_key_values=cache)
+            model(rows[:, :50], **holding(cache))
             for token in rows[:, 50:].split(1, 1):
-                logits.append(model(token, past_key_values=cache).logits)
+                logits.append(model(token, **holding(cache)).logits)
         return torch.cat(logits, 1), cache
 
     together, cache = run(ids)
@@ -119,6 +120,6 @@ def test_a_reset_cache_begins_anew(tiny_model: Tiny) -> None:
     for _ in range(2):
         cache.reset()
         with attach(model):
-            model(ids[:, :30], past_key_values=cache)
-            seen.append(torch.cat([model(t, past_key_values=cache).logits for t in ids[:, 30:].split(1, 1)], 1))
+            model(ids[:, :30], **holding(cache))
+            seen.append(torch.cat([model(t, **holding(cache)).logits for t in ids[:, 30:].split(1, 1)], 1))
     assert torch.equal(*seen)

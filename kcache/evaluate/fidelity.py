@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kcache.arguments import with_cache
 from kcache.attention import attach
 from kcache.cache import KCache
 from kcache.evaluate.figures import Figures
@@ -149,7 +150,7 @@ def _forced(lm: LoadedModel, cache: KCache, ids: torch.Tensor, look: Look = no_l
     with attach(lm.model), cache.stepwise(look):
         for block in ids.split(_BLOCK, 1):
             pieces = block.split(_BLOCK if cache.shared.layers_apart else 1, 1)
-            logits = [lm.model(input_ids=piece, past_key_values=cache, use_cache=True).logits[0] for piece in pieces]
+            logits = [lm.model(input_ids=piece, **with_cache(lm.model, cache)).logits[0] for piece in pieces]
             yield torch.cat(logits).float().log_softmax(-1)
 
 

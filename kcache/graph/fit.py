@@ -7,10 +7,10 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from kcache.arguments import forward_parameters
 from kcache.attention import text_config
 from kcache.backends.triton.backend import TritonBackend
 from kcache.cache import KCache
-from kcache.forward import forward_parameters
 from kcache.layer import TieredLayer
 from kcache.sizes import hot_rows_of
 

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from kcache.arguments import forward_parameters, with_cache
 from kcache.cache import KCache
-from kcache.forward import forward_parameters
 from kcache.graph.layers import CapturedCache, CapturedLayer, CapturedTiered, CapturedWindow, Inputs
 from kcache.layer import TieredLayer
 
@@ -57,8 +57,7 @@ class GraphStep:
             input_ids=self.inputs.ids,
             attention_mask=self._mask,
             position_ids=self.inputs.positions,
-            past_key_values=self._cache,
-            use_cache=True,
+            **with_cache(self._model, self._cache),
             **extra,
         )
         logits: torch.Tensor = output.logits[:, -1]

@@ -37,7 +37,7 @@ _CAPS: tuple[tuple[str, int], ...] = (
     (r"\w*shared_experts?", 1),
     (r"\w*(experts|expert_num)", 4),
     (r"(mamba_)?expand", 1),
-    (r"qk_(rope|nope)_head_dim", 8),
+    (r"qk_(rope|nope)_head_dim|rotary_dim", 8),
     (r"index_block_size|index_compress\w*|compress_rates?", 4),
     (r"index_topk_blocks|index_local_blocks", 2),
     (r"index_topk|index_head_dim", 16),

@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from kcache.arguments import with_cache
 from kcache.attention import attach, text_config
 from kcache.cache import KCache
 from kcache.policy import Policy
@@ -157,5 +158,5 @@ def _forward(model: PreTrainedModel, cache: Cache, ids: torch.Tensor, mask: torc
     if mask is not None:
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         extra = {"attention_mask": mask, "position_ids": positions}
-    logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, **extra).logits
+    logits: torch.Tensor = model(input_ids=ids, **with_cache(model, cache), **extra).logits
     return logits

@@ -7,6 +7,13 @@ from typing import Any
 _MIXED = ["sliding_attention", "full_attention"] * 2
 
 UNUSUAL: dict[str, dict[str, Any]] = {
+    "dory": {
+        "layer_types": _MIXED,
+        "num_hidden_layers": 4,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+    },
     "falcon_h1": {"mamba_d_head": 16},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3]},
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from kcache.arguments import cache_in
 from kcache.arriving import Arriving
 from kcache.cache import KCache
 from kcache.watch.moment import Captured, Picks, moment_of, picks_of
@@ -123,14 +124,14 @@ class Capture:
             return None
 
     def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = self._ours(kwargs.get("past_key_values"))
+        cache = self._ours(cache_in(kwargs))
         ids = kwargs.get("input_ids", args[0] if args else None)
         given = ids if ids is not None else kwargs.get("inputs_embeds")
         if cache is not None and given is not None:
             self._begins(cache, ids, given, kwargs.get("attention_mask"))
 
     def _after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache = self._ours(kwargs.get("past_key_values"))
+        cache = self._ours(cache_in(kwargs))
         if cache is not None:
             self._ends(cache)
 

@@ -250,6 +250,25 @@ def test_a_value_that_is_none_is_named(run: Run, args: list[str], words: str) ->
     assert words in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("error", "blamed"),
+    [
+        (errors.UnsupportedModelError("it has no KV cache"), True),
+        (TypeError("forward() got an unexpected keyword argument"), True),
+        (errors.ModelNotFoundError("no such model"), False),
+        (errors.InputError("no such file"), False),
+    ],
+)
+def test_a_transformers_newer_than_any_that_was_tried_is_named(
+    error: Exception, blamed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exits.report(error)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    monkeypatch.setattr("kcache.support.NEWEST_TRIED", (5, 2))
+    exits.report(error)
+    assert ("pip install 'transformers<5.3'" in capsys.readouterr().err) == blamed
+
+
 @pytest.mark.parametrize("width", [None, 40])
 def test_a_terminal_breaks_no_words_of_an_error(
     width: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

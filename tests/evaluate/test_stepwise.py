@@ -13,7 +13,7 @@ from kcache import KCache, Policy, attach
 from kcache.errors import CacheStateError
 from kcache.handles import AttentionCall
 from kcache.layer import TieredLayer
-from tests.models import left_padding, tokens
+from tests.models import holding, left_padding, tokens
 
 Tiny = Callable[..., PreTrainedModel]
 PROMPT, STEPS = 37, 23
@@ -43,9 +43,9 @@ def step(model: PreTrainedModel, policy: Policy) -> tuple[Seen, KCache]:
     seen, cache = Seen(), KCache(model, policy, max_length=PROMPT + STEPS)
     with attach(model):
         with cache.exact():
-            model(IDS[:, :PROMPT], past_key_values=cache)
+            model(IDS[:, :PROMPT], **holding(cache))
         for token in IDS[:, PROMPT:].split(1, 1):
-            seen.logits.append(model(token, past_key_values=cache).logits[0])
+            seen.logits.append(model(token, **holding(cache)).logits[0])
             for layer in cache.tiered_layers:
                 if layer.offloaded:
                     seen.picks[layer.index, layer.length] = _sorted(layer.picks)
@@ -58,10 +58,10 @@ def block(model: PreTrainedModel, policy: Policy, sizes: tuple[int, ...]) -> tup
     seen, cache = Seen(), KCache(model, policy, max_length=PROMPT + STEPS)
     with attach(model):
         with cache.exact():
-            model(IDS[:, :PROMPT], past_key_values=cache)
+            model(IDS[:, :PROMPT], **holding(cache))
         with cache.stepwise(seen.look):
             for piece in IDS[:, PROMPT:].split(sizes, 1):
-                seen.logits.append(model(piece, past_key_values=cache).logits[0])
+                seen.logits.append(model(piece, **holding(cache)).logits[0])
     return seen, cache
 
 
@@ -142,10 +142,10 @@ def test_outside_of_the_block_a_chunk_is_attended_exactly(tiny_model: Tiny) -> N
     model = tiny_model("llama")
     cache = KCache(model, BASE)
     with attach(model):
-        model(IDS[:, :PROMPT], past_key_values=cache)
+        model(IDS[:, :PROMPT], **holding(cache))
         with cache.stepwise():
             pass
-        logits = model(IDS[:, PROMPT:], past_key_values=cache).logits[0]
+        logits = model(IDS[:, PROMPT:], **holding(cache)).logits[0]
     torch.testing.assert_close(logits, model(IDS).logits[0, PROMPT:], rtol=1e-4, atol=1e-4)
 
 
@@ -156,6 +156,6 @@ def test_padding_and_batches_are_refused(tiny_model: Tiny) -> None:
     for ids, padding in ((batch, None), (batch[:1], mask[1:])):
         cache = KCache(model, BASE)
         with attach(model):
-            model(ids[:, :30], past_key_values=cache, attention_mask=None if padding is None else padding[:, :30])
+            model(ids[:, :30], **holding(cache), attention_mask=None if padding is None else padding[:, :30])
             with cache.stepwise(), pytest.raises(CacheStateError, match="one sequence without padding"):
-                model(ids[:, 30:], past_key_values=cache, attention_mask=padding)
+                model(ids[:, 30:], **holding(cache), attention_mask=padding)

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from kcache.attention import attach
 from kcache.cache import KCache
 from kcache.policy import Policy
-from tests.models import KINDS, left_padding, make, tokens
+from tests.models import KINDS, holding, left_padding, make, tokens
 from tests.pair import WHOLE, Pair, forward
 
 pytestmark = [
@@ -168,7 +168,7 @@ def test_generate_gives_the_same_tokens(backend: str) -> None:
         torch.manual_seed(0)
         with attach(model):
             cache = KCache(model, WHOLE.replace(backend=backend))
-            got = model.generate(ids, attention_mask=mask, max_new_tokens=20, past_key_values=cache, **options)
+            got = model.generate(ids, attention_mask=mask, max_new_tokens=20, **holding(cache), **options)
         assert torch.equal(got, want), options
         assert cache.stats.rows_fetched > 0
 

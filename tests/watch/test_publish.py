@@ -19,7 +19,7 @@ from kcache.watch.frame import Frame, Mark
 from kcache.watch.publish import Publication
 from kcache.watch.recording import open_recording
 from kcache.watch.source import Source
-from tests.models import tokens
+from tests.models import holding, tokens
 from tests.test_generation import loaded
 
 TOPN = Policy(topn=6, spread="even", dense_layers=1, dense_below=0)
@@ -233,7 +233,7 @@ def test_generate_of_transformers_is_seen_too(lm: LoadedModel) -> None:
     ids = tokens(3, 1, 20)
     with publish(lm.model) as publication, kcache.attach(lm.model):
         here = publication.source()
-        lm.model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        lm.model.generate(ids, **holding(cache), max_new_tokens=6, do_sample=False)
         until(lambda: (frame := here.latest()) is not None and frame.totals == cache.stats)
         frame = here.latest()
         assert frame is not None and frame.step == 5
@@ -294,9 +294,9 @@ def test_what_would_be_picked_is_what_is_picked(lm: LoadedModel) -> None:
     for policy in (TOPN, TOPN.replace(dense_below=2048)):
         cache = KCache(lm.model, policy.replace(dense_layers=0))
         with kcache.attach(lm.model), torch.no_grad():
-            lm.model(ids, past_key_values=cache)
+            lm.model(ids, **holding(cache))
             cache.shared.probing = True
-            lm.model(torch.tensor([[5]]), past_key_values=cache)
+            lm.model(torch.tensor([[5]]), **holding(cache))
         layer = cache.tiered_layers[0]
         assert layer.picks is not None and layer.mass is not None
         found.append((layer.picks.sort(-1).values.tolist(), layer.mass))
