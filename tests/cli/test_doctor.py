@@ -15,7 +15,7 @@ import torch
 import kcache.fastpath
 import kcache.host
 import kcache.machine
-from kcache.host import PciSlot
+from kcache.host import NumaNode, PciSlot
 from kcache.machine import GatherSpeed, LinkSpeed, Machine
 from tests.cli.conftest import Run
 from tests.test_machine import CPU, GPU
@@ -28,6 +28,7 @@ LINKS = (LinkSpeed(4096, 1.5, 1.25), LinkSpeed(2**26, 50.0, 51.0))
 def measured(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     monkeypatch.setattr(kcache.machine, "measure", lambda device, quick: machine)
     monkeypatch.setattr(kcache.host, "pci_slot", lambda device: PciSlot(0, "16.0 GT/s x16", "32.0 GT/s x16"))
+    monkeypatch.setattr(kcache.host, "numa_nodes", lambda: [NumaNode(0, "0-1", 2**34)])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("kcache.fastpath.driver_problem", lambda: None)
 

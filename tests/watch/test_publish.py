@@ -276,9 +276,12 @@ def test_what_would_be_picked_in_a_short_context_on_request(lm: LoadedModel) -> 
         until(lambda: publication._capture.probe)
         cache.reset()
         assert answer(lm, cache=cache, count=60) == answer(lm, cache=KCache(lm.model, cache.policy), count=60)
-        probed = [frame for frame in frames_of(here) if frame.layers and frame.layers[1].picks is not None]
-        assert probed
-        for frame in probed:
+
+        def probed() -> list[Frame]:
+            return [frame for frame in frames_of(here) if frame.layers and frame.layers[1].picks is not None]
+
+        until(lambda: bool(probed()))
+        for frame in probed():
             assert [layer.mode for layer in frame.layers] == ["dense"] * 3
             assert frame.layers[0].picks is None
             assert frame.layers[2].histogram.sum() == 12

@@ -48,7 +48,7 @@ def role_at(frame: Frame, position: int) -> Role:
 def beginning(frame: Frame, layer: int, positions: range, room: int) -> int:
     """Where a passage about positions begins: a little before, or so that what was picked most is among ``room``."""
     found = weights(frame, layer, positions.start, positions.stop)
-    most = 0 if found is None else int(found.argmax())
+    most = 0 if found is None else int(np.argmax(found))
     return max(0, positions.start - 8, positions.start + most - room // 2)
 
 

@@ -34,7 +34,7 @@ class SpeedPanel(Panel):
             latest = view.itls[-2 * width :]
             if latest:
                 samples[-len(latest) :] = latest
-            lines += area(samples, width, rest, max(samples.max(initial=0), 1e-9), (palette.good,), self.look)
+            lines += area(samples, width, rest, max([*latest, 1e-9]), (palette.good,), self.look)
         return [*lines, columns(itl, spread, width)][:height]
 
 
