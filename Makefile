@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 MODEL  ?= smollm2
+CONSTRAINTS ?= constraints.txt
 ARGS   ?=
 OUT    ?= docs/benchmarks
 WORKERS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
@@ -28,11 +29,11 @@ help:
 
 # Rebuilt when the requirements change. Reads no standard input, which may be a message for the model, and writes to
 # standard error, so that an answer can be piped on. constraints.txt pins versions; it does not add packages.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' </dev/null || { \
 		echo "kcache needs Python 3.11 or newer, and $(PYTHON) is not: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@$(BIN)/python -m pip --version </dev/null >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) </dev/null >&2
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]' </dev/null >&2
+	$(BIN)/python -m pip install --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) -e '.[dev]' </dev/null >&2
 	@touch $@
 
 venv: $(STAMP)
@@ -71,5 +72,5 @@ support: $(STAMP)
 	$(BIN)/kcache models --verify --output docs/support.md
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find kcache kcache_cli tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -138,7 +138,7 @@ class Together:
         addresses, numbers = ptrs.data.reshape(-1), value.data.reshape(-1)
         for nth in np.flatnonzero(mask.data).tolist():
             address = int(addresses[nth])
-            program.stores[address] = (self._one(real, ptrs, value, nth), numbers[nth])
+            program.stores[address] = (self._one(real, ptrs, value, nth, *rest), numbers[nth])
             sector = program.cache.get(address // _SECTOR)
             if sector is not None:
                 at = address % _SECTOR
@@ -172,12 +172,12 @@ class Together:
         return np.frombuffer(cache[first], dtype, 1, address % _SECTOR)[0]
 
     @staticmethod
-    def _one(real: Callable[..., Any], ptrs: Any, value: Any, nth: int) -> Callable[[], Any]:
+    def _one(real: Callable[..., Any], ptrs: Any, value: Any, nth: int, *rest: Any) -> Callable[[], Any]:
         def handle(of: Any) -> TensorHandle:
             return TensorHandle(of.data.reshape(-1)[nth : nth + 1].copy(), of.dtype)
 
         there = TensorHandle(np.ones(1, dtype=bool), interpreter.tl.int1)
-        return partial(real, handle(ptrs), handle(value), there, None, None)
+        return partial(real, handle(ptrs), handle(value), there, *rest)
 
 
 @contextmanager
