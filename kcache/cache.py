@@ -7,6 +7,7 @@ share one :class:`~kcache.shared.Shared`.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -75,6 +76,7 @@ class KCache(Cache):
         for layer, following in pairwise(tiered):
             layer.following = following
         self._latest: TieredLayer | None = None
+        self._warned = False
 
     @property
     def tiered_layers(self) -> list[TieredLayer]:
@@ -102,6 +104,7 @@ class KCache(Cache):
         caller = sys._getframe(1).f_locals.get("self")
         if isinstance(caller, torch.nn.Module):
             self.shared.check_owner(caller)
+            self._warn_unattached()
         if self.shared.runs_ahead:
             self.shared.about_to_change()
         layer = self.layers[layer_idx]
@@ -112,6 +115,16 @@ class KCache(Cache):
         if self.shared.reached is not None:
             self.shared.reached(layer_idx)
         return result
+
+    def _warn_unattached(self) -> None:
+        if self._warned or self.shared.attached or not self.tiered_layers:
+            return
+        self._warned = True
+        warnings.warn(
+            "this KCache is used by a model that is not attached: attention is exact, and V that has left comes back "
+            "whole for every token; wrap what calls the model in `with kcache.attach(model):`",
+            stacklevel=3,
+        )
 
     @contextmanager
     def exact(self) -> Iterator[None]:

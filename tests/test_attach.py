@@ -212,9 +212,22 @@ def test_a_cache_that_is_never_attached(kind: str) -> None:
     ids, mask = tokens(1, 2, 20), left_padding([20, 9])
     options = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False}
     cache = KCache(model, WHOLE.replace(topn=1))
-    assert torch.equal(model.generate(ids, **holding(cache), **options), model.generate(ids, **options))
+    want = model.generate(ids, **options)
+    with pytest.warns(UserWarning, match=r"kcache\.attach") as warned:
+        assert torch.equal(model.generate(ids, **holding(cache), **options), want)
+    assert len([each for each in warned if "attach" in str(each.message)]) == 1
     assert cache.stats.host_bytes > 0
     assert cache.stats.rows_fetched == 0
+
+
+def test_who_attaches_or_fills_a_cache_by_hand_is_not_warned(recwarn: pytest.WarningsRecorder) -> None:
+    model = make("llama")
+    cache = KCache(model, WHOLE)
+    with attach(model):
+        forward(model, cache, tokens(1, 1, 9))
+    rows = torch.zeros(1, 2, 3, 16)
+    KCache(model).update(rows, rows, 0)
+    assert not [each for each in recwarn if "attach" in str(each.message)]
 
 
 @pytest.mark.parametrize("attached", [(), (0,), (1,), (0, 1)])
