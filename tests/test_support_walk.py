@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from transformers import BertConfig, LlamaConfig, PreTrainedModel
 
 from kcache.attention import attach
@@ -38,6 +39,9 @@ def committed() -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_no_verdict_of_a_third_of_all_architectures_is_worse_than_the_table_says(committed: dict[str, str]) -> None:
+    written_with = PAGE.read_text(encoding="utf-8").partition("with transformers\n")[2].partition("; ")[0]
+    if Version(transformers.__version__) < Version(written_with):
+        pytest.skip("the table is of a newer transformers, which serves more")
     verdicts = list(walk([Job(name) for name in model_types()[THIRD] if name in committed]))
     assert len(verdicts) >= 60
     worse = [verdict for verdict in verdicts if verdict.worse_than(committed[verdict.model_type])]
