@@ -235,7 +235,7 @@ def test_the_cpu_backend_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = CpuBackend()
     backend.decode(step)
     assert backend._kernels is not None
-    monkeypatch.setattr("kcache.backends.cpu._has_numba", lambda: False)
+    monkeypatch.setattr("kcache.backends.cpu.has_numba", lambda: False)
     without = CpuBackend()
     torch.testing.assert_close(without.decode(step).out, backend.decode(step).out, atol=3e-5, rtol=3e-5)
     assert without._kernels is None

@@ -57,7 +57,7 @@ class CpuBackend(ReferenceBackend):
 
     def _compiled(self, step: DecodeStep) -> Kernels | None:
         """The kernels, if they are worth calling."""
-        if step.length < _WORTH or not _has_numba():
+        if step.length < _WORTH or not has_numba():
             return None
         if self._kernels is None:
             from kcache.backends.jit.steps import Kernels
@@ -164,15 +164,17 @@ class CpuBackend(ReferenceBackend):
 
 
 def compile_ahead(device: torch.device, dtype: torch.dtype, rows: int = _LONG) -> None:
-    """Compile what decode steps after ``rows`` rows will call, so that none waits for it; seconds once on a machine."""
-    if device.type == "cpu" and rows >= _LONG and _has_numba():
+    """Compile what a prompt of ``rows`` rows and the steps after it will call, so that none waits; seconds, once."""
+    if device.type == "cpu" and rows >= _LONG and has_numba():
+        from kcache.backends.jit.prefill import compile_prompt
         from kcache.backends.jit.steps import compile_steps
 
+        compile_prompt(dtype)
         compile_steps(dtype)
 
 
 @lru_cache
-def _has_numba() -> bool:
+def has_numba() -> bool:
     """Whether Numba is there and works: one that is too old for NumPy, say, is as good as none."""
     try:
         importlib.import_module("kcache.backends.jit.steps")

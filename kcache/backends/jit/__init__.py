@@ -5,5 +5,6 @@ code ten times slower than the memory. These kernels widen rows to fp32 in regis
 machine, only Numba's wheels. Where Numba is missing, :class:`~kcache.backends.cpu.CpuBackend` does the same in torch.
 
 ``bits`` is what Numba lacks, ``rows`` the products, ``verbs`` what is done to a piece of a head, ``regions`` the decode
-steps made of them, ``entries`` their machine code, ``team`` the threads, ``steps`` what the backend calls.
+steps made of them, ``entries`` their machine code, ``team`` the threads, ``steps`` what the backend calls. A prompt's
+attention is ``tiles`` of products, ``prompt`` the region made of them, and ``prefill``, which exact attention calls.
 """

@@ -13,9 +13,11 @@ import torch
 from numba import cfunc, types
 from numba.np.numpy_support import carray
 
+from kcache.backends.jit.prompt import FIELDS as PROMPT_FIELDS
+from kcache.backends.jit.prompt import prompt
 from kcache.backends.jit.regions import FIELDS, decode, dense
 
-_FIELDS = len(FIELDS)
+_FIELDS, _OF_PROMPT = len(FIELDS), len(PROMPT_FIELDS)
 
 
 def _entries(sources: int) -> dict[tuple[str, torch.dtype], Callable[[Any], None]]:
@@ -40,7 +42,12 @@ def _entries(sources: int) -> dict[tuple[str, torch.dtype], Callable[[Any], None
         if sources != 0:
             dense(carray(data, (_FIELDS,), np.int64), np.float32)
 
+    def prompt_bf16(data: Any) -> None:
+        if sources != 0:
+            prompt(carray(data, (_OF_PROMPT,), np.int64))
+
     return {
+        ("prompt", torch.bfloat16): prompt_bf16,
         ("decode", torch.bfloat16): decode_bf16,
         ("decode", torch.float32): decode_fp32,
         ("dense", torch.bfloat16): dense_bf16,
@@ -50,7 +57,7 @@ def _entries(sources: int) -> dict[tuple[str, torch.dtype], Callable[[Any], None
 
 @lru_cache
 def compiled(name: str, dtype: torch.dtype) -> int:
-    """Address of a region: ``decode`` or ``dense``. Compiled on first use, which takes seconds; kept on disk."""
+    """Address of a region by its name. Compiled on first use, which takes seconds; kept on disk."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     sources = 1 + zlib.crc32(b"".join(path.read_bytes() for path in files))
     entry, signature = _entries(sources)[name, dtype], types.void(types.voidptr)

@@ -41,7 +41,7 @@ _F32, _I32, _I8 = ir.FloatType(), ir.IntType(32), ir.IntType(8)
 _FLOATS, _WORDS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
 
 
-class _Array:
+class Array:
     """The address arithmetic of an array argument."""
 
     def __init__(self, context: Any, builder: Any, kind: Any, value: Any) -> None:
@@ -67,12 +67,13 @@ class _Array:
         self._builder.store(value, self.at(value.type, *index), align=self._itemsize)
 
 
-def _splat(builder: Any, value: Any, kind: Any) -> Any:
+def splat(builder: Any, value: Any, kind: Any) -> Any:
+    """A register of a ``kind`` that holds one value in every lane."""
     single = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))
     return builder.shuffle_vector(single, single, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
 
 
-def _halves(builder: Any, rows: _Array, kind: Any, row: Any, at: Any, half: Any) -> tuple[Any, Any]:
+def _halves(builder: Any, rows: Array, kind: Any, row: Any, at: Any, half: Any) -> tuple[Any, Any]:
     """The two halves of block ``at`` of a row, fp32."""
     if kind.dtype == types.uint32:
         words = rows.load(_WORDS, row, at)
@@ -120,7 +121,7 @@ def _score_four(heads: int) -> Any:
         """Scores of ``ROWS`` rows from ``row`` on and of ``heads`` query heads from ``g`` on."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            q, k, s = (_Array(context, builder, signature.args[at], args[at]) for at in range(3))
+            q, k, s = (Array(context, builder, signature.args[at], args[at]) for at in range(3))
             intp, half = args[3].type, q.shape[2]
             number = [ir.Constant(intp, at) for at in range(max(ROWS, HEADS))]
             sums = [[cgutils.alloca_once(builder, _FLOATS) for _ in range(ROWS)] for _ in range(heads)]
@@ -155,7 +156,7 @@ def _weigh_in(heads: int) -> Any:
         """Add rows ``start`` to ``stop``, weighed, to block ``at`` of ``heads`` outputs from ``g`` on."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            w, v, o = (_Array(context, builder, signature.args[nth], args[nth]) for nth in range(3))
+            w, v, o = (Array(context, builder, signature.args[nth], args[nth]) for nth in range(3))
             g, at, start, stop = args[3:]
             number = [ir.Constant(g.type, nth) for nth in range(HEADS)]
             places = [(builder.add(g, number[head]), number[part], at) for head in range(heads) for part in range(2)]
@@ -166,7 +167,7 @@ def _weigh_in(heads: int) -> Any:
                 pair = _halves(builder, v, signature.args[1], row, at, o.shape[2])
                 _ask_for(builder, v.at(_I8, builder.add(row, ir.Constant(g.type, _AHEAD)), at))
                 for head in range(heads):
-                    weight = _splat(builder, w.load(_F32, builder.add(g, number[head]), row), _FLOATS)
+                    weight = splat(builder, w.load(_F32, builder.add(g, number[head]), row), _FLOATS)
                     for part in range(2):
                         _add_product(builder, sums[2 * head + part], weight, pair[part])
             for place, held in zip(places, sums, strict=True):
@@ -183,7 +184,7 @@ def largest_of_blocks(context: Any, values: Any, count: Any) -> Any:
     """The largest of the first ``count`` fp32 numbers, a multiple of ``LANES``, or ``-inf``; NaN is passed over."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        numbers, intp = _Array(context, builder, signature.args[0], args[0]), args[1].type
+        numbers, intp = Array(context, builder, signature.args[0], args[0]), args[1].type
         held = cgutils.alloca_once(builder, _FLOATS)
         builder.store(ir.Constant(_FLOATS, [float("-inf")] * LANES), held)
         steps = ir.Constant(intp, 0), args[1], ir.Constant(intp, LANES)

@@ -5,6 +5,8 @@ Shapes: B sequences, Hq query heads, Hkv KV heads, G = Hq / Hkv, D and Dv head s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -70,7 +72,7 @@ class Kernels:
         count = min(policy.topn, step.length)
         most = count if step.threshold is None else min(MOST * count, step.length)
         picks = torch.empty(items, most, dtype=torch.int64, device="cpu")
-        mass, each, out = _floats(items, group), _floats(items, most), _floats(items, group, dim_v)
+        mass, each, out = floats(items, group), floats(items, most), floats(items, group, dim_v)
         rank = 0 if tail is None else tail.basis.shape[2]
         call = self._begin(step, out, piece)
         call.set(rank=rank, most=most, renormalises=int(policy.tail == "renormalise"))
@@ -89,7 +91,7 @@ class Kernels:
             call.point(found=torch.full((items,), count, dtype=torch.int64, device="cpu"))
             self._run(call, region, SCORE)
             candidates = weights[: items * rows].view(items, rows)[:, : step.length]
-            torch.topk(candidates, count, sorted=False, out=(_floats(items, count), picks))
+            torch.topk(candidates, count, sorted=False, out=(floats(items, count), picks))
             self._run(call, region, COMBINE)
         else:
             found = torch.empty(items, dtype=torch.int64, device="cpu")
@@ -108,7 +110,7 @@ class Kernels:
     def dense(self, step: DecodeStep) -> torch.Tensor:
         """Exact attention, ``[B, Hq, Dv]``."""
         batch, heads, dim_v = step.query.shape[0], step.query.shape[1], step.values.shape[3]
-        out = _floats(batch, heads, dim_v)
+        out = floats(batch, heads, dim_v)
         piece = self._piece(batch * step.keys.shape[1], step.length)
         call = self._begin(step, out, piece)
         call.point(along=self._take("along", batch * heads * -(-step.length // piece) * dim_v))
@@ -120,13 +122,13 @@ class Kernels:
         wanted = _SHARES * self._team.threads
         return next((piece for piece in _PIECES if items * -(-length // piece) >= wanted), _PIECES[-1])
 
-    def _begin(self, step: DecodeStep, out: torch.Tensor, piece: int) -> _Call:
+    def _begin(self, step: DecodeStep, out: torch.Tensor, piece: int) -> Call:
         """Write down what both steps share."""
         batch, kv_heads, capacity, dim = step.keys.shape
         items, group, dim_v = batch * kv_heads, step.query.shape[1] // kv_heads, step.values.shape[3]
         pieces = -(-step.length // piece)
         words = step.keys.element_size() / 4
-        call = _Call(
+        call = Call(
             number=self._team.number,
             size=self._team.size,
             barrier=self._team.barrier,
@@ -159,10 +161,10 @@ class Kernels:
             call.point(sinks=step.sinks.float().contiguous())
         return call
 
-    def _run(self, call: _Call, region: int, passes: int) -> None:
+    def _run(self, call: Call, region: int, passes: int) -> None:
         threads = self._team.threads
         call.set(passes=passes, threads=threads)
-        numbers = call.numbers()
+        numbers = call.numbers(FIELDS)
         self._team.run(region, numbers.ctypes.data, threads)
 
     def _take(self, name: str, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -174,7 +176,7 @@ class Kernels:
         return held
 
 
-class _Call:
+class Call:
     """Sizes and addresses for a region, by name, and the tensors there, which must outlive it."""
 
     def __init__(self, **sizes: int) -> None:
@@ -191,11 +193,11 @@ class _Call:
         for name, tensor in tensors.items():
             self._values[name] = tensor.data_ptr()
 
-    def numbers(self) -> np.ndarray:
+    def numbers(self, fields: Sequence[str]) -> np.ndarray:
         """What the region reads: 0 where nothing was written."""
-        return np.array([self._values.get(name, 0) for name in FIELDS], np.int64)
+        return np.array([self._values.get(name, 0) for name in fields], np.int64)
 
 
-def _floats(*shape: int) -> torch.Tensor:
+def floats(*shape: int) -> torch.Tensor:
     """What a region writes fp32 to, whatever torch's default dtype and device are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
