@@ -179,6 +179,16 @@ def test_what_the_tiles_do_not_serve() -> None:
     assert not [number for number, given_ in enumerate(wrong) if prefill.serves(*given_)]
 
 
+@here
+def test_gradients_are_torchs() -> None:
+    query, keys, values, *rest = draw()
+    query.requires_grad_()
+    dense.attend(query, keys, values, *rest).float().sum().backward()
+    assert query.grad is not None
+    with torch.no_grad():
+        assert prefill.serves(query, keys, values, *rest[:2])
+
+
 @pytest.mark.usefixtures("everywhere")
 def test_one_thread_of_ours_for_many_of_torchs_is_no_bargain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "find_team", Team)

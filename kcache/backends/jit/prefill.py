@@ -41,6 +41,9 @@ def serves(
     sizes = keys.shape[3] % 2 == 0 and values.shape[3] % LANES == 0
     if query.shape[2] < _LEAST or not fits or not sizes or scaling <= 0 or not is_served():
         return False
+    learns = torch.is_grad_enabled() and any(rows.requires_grad for rows in (query, keys, values))
+    if learns or torch.compiler.is_compiling():
+        return False  # there is neither a gradient nor a graph of it
     return find_team().parallel is not None or torch.get_num_threads() == 1  # one thread does not beat many of torch's
 
 
