@@ -96,11 +96,16 @@ def original(
         if eager is not None:
             return _eager(eager, module, query, key, value, mask, causal, *args, **kwargs)
     special = any(kwargs.get(name) is not None for name in _HANDLED)
-    if causal and kwargs.get("position_bias") is None and (special or (mask is None and 1 < count < length)):
-        scaling = kwargs.get("scaling")
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = dense.attend(query, key, value, mask, scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
-        return out.transpose(1, 2).contiguous(), None
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if kwargs.get("position_bias") is None:
+        out = None
+        if causal and (special or (mask is None and 1 < count < length)):
+            out = dense.attend(query, key, value, mask, scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
+        elif not special and not kwargs.get("dropout") and (causal or mask is not None):
+            out = dense.compiled(query, key, value, mask, scaling)
+        if out is not None:
+            return out.transpose(1, 2).contiguous(), None
     if causal and mask is None and 1 < count < length:
         mask = _causal(count, length, query.device)
     result: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, *args, **kwargs)
@@ -190,8 +195,8 @@ def attach(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
     The model's attention is switched through transformers' registries and restored on exit. Calls nest and may
     overlap, the last to end restores; several models may be attached at once; with any other cache an attached model
-    computes what it always did. A model without a layer that can be tiered is left alone: all layers of its KCache
-    are stock ones.
+    computes what it always did, prompts in bf16 on some CPUs by another kernel. A model without a layer that can be
+    tiered is left alone: all layers of its KCache are stock ones.
 
     Raises
     ------

@@ -124,10 +124,11 @@ def test_as_near_to_fp64_as_torch() -> None:
 
 @here
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_model_s_prompt_in_chunks(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits no further from those in fp32 than with torch's kernels, over a few models."""
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_model_s_prompt_in_chunks(kind: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits no further from those in fp32 than with torch's kernels, over a few models; windows are served, too."""
     ids, mask = tokens(3, 2, 150), left_padding([150, 90]) if padded else None
-    models = [make("llama", seed, head_dim=32).to(BF16) for seed in range(6)]
+    models = [make(kind, seed, head_dim=32).to(BF16) for seed in range(6)]
     calls, ours, serves = [], prefill.attend_prompt, prefill.serves
 
     def counted(*given_: Any) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from kcache.backends.jit.steps import Call, floats
 from kcache.backends.jit.team import find_team
-from kcache.backends.jit.tiles import COLUMNS, LANES, can_assemble
+from kcache.backends.jit.tiles import COLUMNS, LANES, can_assemble, let_assemble
 
 _LEAST = 32
 """Queries for which it is worth packing K and V."""
@@ -95,6 +95,7 @@ def attend_prompt(
 def _region() -> int:
     from kcache.backends.jit.entries import compiled
 
+    let_assemble()
     return compiled("prompt", torch.bfloat16)
 
 

@@ -41,10 +41,14 @@ def can_assemble() -> bool:
     """Whether this machine has AVX-512 BF16. One with AMX does better with the products of torch, which use that."""
     try:
         features = binding.get_host_cpu_features()
-        binding.initialize_native_asmparser()
     except RuntimeError:  # LLVM cannot tell on this system
         return False
     return bool(features.get("avx512bf16") and features.get("avx512f") and not features.get("amx-bf16"))
+
+
+def let_assemble() -> None:
+    """Let LLVM read the instructions that are written here by name; without, it ends the process."""
+    binding.initialize_native_asmparser()
 
 
 def _times(builder: Any, sums: Any, a: Any, b: Any) -> Any:
