@@ -59,7 +59,7 @@ def compiled(
 
     It is twice as fast as torch's, and leaves out what a mask excludes, as that of a sliding window does most rows.
     """
-    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
+    if torch.compiler.is_compiling() or query.device.type != "cpu" or query.dtype != torch.bfloat16:
         return None
     from kcache.backends.cpu import has_numba
 
@@ -67,7 +67,7 @@ def compiled(
         return None
     from kcache.backends.jit import prefill
 
-    if not prefill.serves(query, keys, values, mask, scaling):
+    if not prefill.serves(query, keys, values, mask, scaling, sinks):
         return None
     return prefill.attend_prompt(query, keys, values, mask, scaling, sinks)
 

@@ -31,7 +31,11 @@ def untried(version: str | None = None) -> tuple[str, str] | None:
     version : str, optional
         By default the one that is installed.
     """
-    version = version or importlib.metadata.version("transformers")
+    if version is None:
+        try:
+            version = importlib.metadata.version("transformers")
+        except importlib.metadata.PackageNotFoundError:  # it came without what says so
+            return None
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None or tuple(map(int, numbers.groups())) <= NEWEST_TRIED:
         return None

@@ -31,10 +31,11 @@ def straight(
     if mask.dtype != torch.bool:
         scores = scores + mask.double()
         mask = mask > -1e30
-    exp = torch.where(mask, (scores - scores.amax()).exp(), 0.0)
+    peak = torch.where(mask, scores, -1e300).amax(-1, keepdim=True)
+    exp = torch.where(mask, (scores - peak).exp(), 0.0)
     total = exp.sum(-1, keepdim=True)
     if sinks is not None:
-        total = total + (sinks.double().view(1, -1, 1, 1) - scores.amax()).exp()
+        total = total + (sinks.double().view(1, -1, 1, 1) - peak).exp()
     return (exp / total).nan_to_num(0) @ values
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -175,6 +178,11 @@ def test_what_the_tiles_do_not_serve() -> None:
         (query[..., :63], keys[..., :63], values, mask, scaling),
         (query, keys, values[..., :40], mask, scaling),
         (query, keys, values, mask, -0.1),
+        (query, keys, values, mask, 1e-46),
+        (query, keys, values[:, :, :-1], mask, scaling),
+        (query, keys[:1], values[:1], mask, scaling),
+        (query[..., :32], keys, values, mask, scaling),
+        (torch.cat([query, query, query]), torch.cat([keys] * 3), torch.cat([values] * 3), mask, scaling),
         (query.to("meta"), keys.to("meta"), values.to("meta"), None, scaling),
     ]
     assert not [number for number, given_ in enumerate(wrong) if prefill.serves(*given_)]
@@ -182,12 +190,60 @@ def test_what_the_tiles_do_not_serve() -> None:
 
 @here
 def test_gradients_are_torchs() -> None:
+    query, keys, values, *rest = draw(sinks=True)
+    for learns in (query, rest[-1]):
+        learns.requires_grad_()
+        dense.attend(query, keys, values, *rest).float().sum().backward()
+        assert learns.grad is not None
+        learns.requires_grad_(False)
+        assert prefill.serves(query, keys, values, *rest[:2], rest[-1])
+
+
+@here
+def test_who_wants_operators_gets_them() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     query, keys, values, *rest = draw()
-    query.requires_grad_()
-    dense.attend(query, keys, values, *rest).float().sum().backward()
-    assert query.grad is not None
-    with torch.no_grad():
-        assert prefill.serves(query, keys, values, *rest[:2])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert dense.attend(*(mode.from_tensor(rows) for rows in (query, keys, values)), *rest).shape == query.shape
+    graph = make_fx(lambda asked: dense.attend(asked, keys, values, *rest))(query)
+    assert "scaled_dot_product" in graph.code
+    compiled = torch.compile(dense.attend, backend="eager", fullgraph=True)
+    torch.testing.assert_close(
+        compiled(query, keys, values, *rest), dense.attend(query, keys, values, *rest), atol=0.02, rtol=0.02
+    )
+
+
+@here
+@pytest.mark.parametrize("name", ["NUMBA_CPU_NAME=generic", "NUMBA_ENABLE_AVX=0", "NUMBA_CPU_FEATURES=+sse2"])
+def test_numba_told_of_another_machine(name: str) -> None:
+    """LLVM would end the process."""
+    code = "from tests.test_prefill import *; g = draw(); assert not prefill.serves(*g[:5]); dense.attend(*g)"
+    setting, _, value = name.partition("=")
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, setting: value}, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@here
+@pytest.mark.parametrize("offset", [0, 1, 3])
+@pytest.mark.parametrize("length", [64, 70, 127, 128])
+def test_k_and_v_anywhere_in_memory(offset: int, length: int) -> None:
+    query, keys, values, *rest = draw(count=length)
+    room = torch.full((keys.numel() + values.numel() + 64,), float("nan"), dtype=BF16)
+    moved = []
+    for rows in (keys, values):
+        place = room[offset : offset + rows.numel()].view(rows.shape)
+        moved.append(place.copy_(rows))
+        room, offset = room[offset + rows.numel() :], 1 - offset % 2
+    check((query, *moved, *rest))
+
+
+@here
+def test_sharp_scores() -> None:
+    check(draw(count=200, past=100, sharpness=300.0))
 
 
 @pytest.mark.usefixtures("everywhere")

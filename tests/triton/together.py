@@ -8,7 +8,8 @@ programs, which keeps what it once read, 32 bytes at a time, until one of them a
 what it counts is stored, a counter set back too early or an order that happened to be the interpreter's gives wrong
 results here as on a device.
 
-Stronger than a device in one thing: stores leave the buffer all at once.
+What it cannot see: a program is one thread here, so that barriers among its warps are not tried; stores leave a buffer
+all at once; loads are neither early nor, from the L2 cache, stale. An order that is not for a whole device is refused.
 """
 
 from __future__ import annotations
@@ -139,15 +140,13 @@ class Together:
         for nth in np.flatnonzero(mask.data).tolist():
             address = int(addresses[nth])
             program.stores[address] = (self._one(real, ptrs, value, nth, *rest), numbers[nth])
-            sector = program.cache.get(address // _SECTOR)
-            if sector is not None:
-                at = address % _SECTOR
-                sector[at : at + numbers.itemsize] = numbers[nth].tobytes()
+            self._note(program, address, numbers[nth])
 
     def atomic(self, real: Callable[..., Any], op: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> Any:
         program = self._pause()
         if program is not None:
             order = interpreter_builder.ir_sem_to_interpreter_sem[sem].name
+            assert order == "RELAXED" or "GPU" in str(scope).upper(), "ordered for some of the programs only"
             if order in _RELEASES:
                 self._release(program)
             for address in ptr.data.reshape(-1)[np.flatnonzero(mask.data)].tolist():
@@ -159,9 +158,17 @@ class Together:
         return real(op, ptr, val, mask, sem, scope)
 
     def _release(self, program: Program) -> None:
-        for write, _ in program.stores.values():
+        for address, (write, number) in program.stores.items():
             write()
+            self._note(program, address, number)
         program.stores.clear()
+
+    @staticmethod
+    def _note(program: Program, address: int, number: Any) -> None:
+        """A program's cache has what it stored itself."""
+        sector, at = program.cache.get(address // _SECTOR), address % _SECTOR
+        if sector is not None:
+            sector[at : at + number.itemsize] = number.tobytes()
 
     @staticmethod
     def _cached(cache: dict[int, bytearray], address: int, dtype: np.dtype) -> Any:

@@ -6,9 +6,11 @@ Shapes: query ``[B, Hq, Q, D]``, keys ``[B, Hkv, L, D]``, values ``[B, Hkv, L, D
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from kcache.backends.jit.steps import Call, floats
 from kcache.backends.jit.team import find_team
@@ -16,6 +18,8 @@ from kcache.backends.jit.tiles import COLUMNS, LANES, can_assemble, let_assemble
 
 _LEAST = 32
 """Queries for which it is worth packing K and V."""
+_FAINT = 1e-30
+"""Scaling from which an exponent of 2 is a number."""
 _LOG2E = 1.4426950408889634
 
 
@@ -32,19 +36,39 @@ def compile_prompt(dtype: torch.dtype) -> None:
 
 
 def serves(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    sinks: torch.Tensor | None = None,
 ) -> bool:
     """Whether :func:`attend_prompt` can attend this."""
-    if not all(rows.dtype == torch.bfloat16 and rows.device.type == "cpu" for rows in (query, keys, values)):
+    given = [tensor for tensor in (query, keys, values, mask, sinks) if tensor is not None]
+    if _is_traced(given) or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
+        return False  # there is neither a graph nor a gradient of it
+    if any(tensor.device.type != "cpu" for tensor in given):
         return False
-    fits = mask is None or (mask.dtype == torch.bool and mask.shape[1:] == (1, query.shape[2], keys.shape[2]))
-    sizes = keys.shape[3] % 2 == 0 and values.shape[3] % LANES == 0
-    if query.shape[2] < _LEAST or not fits or not sizes or scaling <= 0 or not is_served():
+    if not all(rows.dtype == torch.bfloat16 for rows in (query, keys, values)):
         return False
-    learns = torch.is_grad_enabled() and any(rows.requires_grad for rows in (query, keys, values))
-    if learns or torch.compiler.is_compiling():
-        return False  # there is neither a gradient nor a graph of it
+    batch, heads, count, dim = query.shape
+    alike = keys.shape[:3] == values.shape[:3] and keys.shape[0] == batch and keys.shape[3] == dim
+    fits = mask is None or (mask.dtype == torch.bool and mask.shape[1:] == (1, count, keys.shape[2]))
+    if not alike or not fits or (mask is not None and mask.shape[0] not in (1, batch)) or heads % keys.shape[1]:
+        return False
+    if count < _LEAST or dim % 2 or values.shape[3] % LANES or scaling < _FAINT or not is_served():
+        return False
     return find_team().parallel is not None or torch.get_num_threads() == 1  # one thread does not beat many of torch's
+
+
+def _is_traced(tensors: list[torch.Tensor]) -> bool:
+    """Whether somebody looks on who wants operators: what has no address cannot be read here."""
+    internals: Any = torch._C
+    if internals._get_tracing_state() is not None or internals._are_functorch_transforms_active():
+        return True
+    if is_in_torch_dispatch_mode():
+        return True
+    return any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 def attend_prompt(
@@ -64,7 +88,9 @@ def attend_prompt(
     batch, heads, count, dim = query.shape
     length, dim_v, team = keys.shape[2], values.shape[3], find_team()
     out = floats(batch, heads, count, dim_v)
-    packed = _padded(query, ROWS).contiguous(), *_packed(keys, values)
+    missing = -count % ROWS
+    asked = F.pad(query, (0, 0, 0, missing)) if missing else query.contiguous()
+    packed = asked, _packed_keys(keys), _packed_values(values)
     call = Call(
         threads=team.threads,
         number=team.number,
@@ -99,15 +125,26 @@ def _region() -> int:
     return compiled("prompt", torch.bfloat16)
 
 
-def _padded(rows: torch.Tensor, multiple: int) -> torch.Tensor:
-    """``[B, H, T, D]`` with rows of zeros up to a multiple."""
-    missing = -rows.shape[2] % multiple
-    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+def _packed_keys(keys: torch.Tensor) -> torch.Tensor:
+    """K as words ``[B, Hkv, blocks, D / 2, 64]``, rows of zeros behind the last."""
+    batch, heads, length, dim = keys.shape
+    if keys.storage_offset() % 2 or keys.stride(3) != 1 or any(step % 2 for step in keys.stride()[:3]):
+        keys = keys.clone(memory_format=torch.contiguous_format)
+    rows, whole = keys.view(torch.int32).transpose(2, 3), length // COLUMNS
+    words = rows.new_empty(batch, heads, -(-length // COLUMNS), dim // 2, COLUMNS)
+    words[:, :, :whole] = rows[..., : whole * COLUMNS].unflatten(3, (whole, COLUMNS)).transpose(2, 3)
+    if whole < words.shape[2]:
+        words[:, :, whole, :, length % COLUMNS :] = 0
+        words[:, :, whole, :, : length % COLUMNS] = rows[..., whole * COLUMNS :]
+    return words
 
 
-def _packed(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """K as ``[B, Hkv, blocks, D / 2, 64]`` words and V as ``[B, Hkv, pairs, Dv]`` words."""
-    keys, values = _padded(keys, COLUMNS), _padded(values, COLUMNS)
-    words = keys.contiguous().view(torch.int32).unflatten(2, (-1, COLUMNS)).transpose(3, 4).contiguous()
-    pairs = values.unflatten(2, (-1, 2)).transpose(3, 4).contiguous().view(torch.int32).squeeze(4)
-    return words, pairs
+def _packed_values(values: torch.Tensor) -> torch.Tensor:
+    """V as words ``[B, Hkv, pairs, Dv]``, rows of zeros behind the last."""
+    batch, heads, length, dim = values.shape
+    pairs = values.new_empty(batch, heads, -(-length // COLUMNS) * COLUMNS // 2, dim, 2)
+    for half in range(2):
+        rows = values[:, :, half::2]
+        pairs[:, :, : rows.shape[2], :, half] = rows
+        pairs[:, :, rows.shape[2] :, :, half] = 0
+    return pairs.view(torch.int32).squeeze(4)

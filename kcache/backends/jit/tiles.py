@@ -15,7 +15,7 @@ from typing import Any
 
 from llvmlite import binding, ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 
 from kcache.backends.jit.bits import intrinsic
 from kcache.backends.jit.lanes import Array, splat
@@ -38,7 +38,13 @@ _LEAST = -140.0
 
 
 def can_assemble() -> bool:
-    """Whether this machine has AVX-512 BF16. One with AMX does better with the products of torch, which use that."""
+    """Whether this machine has AVX-512 BF16. One with AMX does better with the products of torch, which use that.
+
+    No where Numba compiles for another machine than this one: LLVM ends the process over instructions it has not got.
+    """
+    target: Any = config
+    if target.CPU_NAME or target.CPU_FEATURES or not target.ENABLE_AVX:
+        return False
     try:
         features = binding.get_host_cpu_features()
     except RuntimeError:  # LLVM cannot tell on this system
