@@ -169,3 +169,13 @@ def test_8_bits_on_a_cpu_are_said_to_be_slow(run: Run, measured: None, tmp_path:
     here = planned(run, "smollm2", "--policy", str(policy))
     card = planned(run, "smollm2", "--policy", str(policy), "--gpu", "h100", "--hbm", "80GiB")
     assert [any("slow on a CPU" in note for note in found["notes"]) for found in (here, card)] == [True, False]
+
+
+@pytest.mark.parametrize(("load", "warned"), [(99.0, True), (0.0, False)])
+def test_speeds_measured_on_a_busy_machine_are_warned_about(
+    load: float, warned: bool, run: Run, config: str, measured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kcache.fastpath.current_load", lambda: load)
+    result = run("plan", config, "--ctx", "8k")
+    assert ("the machine is busy (load 99.0" in result.stderr) == warned
+    assert "busy" not in run("plan", config, "--ctx", "8k", "--gpu", "h100").stderr
