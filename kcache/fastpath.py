@@ -63,13 +63,8 @@ def findings(machine: Machine, host: Host, slot: PciSlot | None = None, load: fl
         )
     if (newer := untried(machine.versions.get("transformers"))) is not None:
         found.append(Finding("note", newer[0], "should something fail, go back with", (newer[1],)))
-    busy = current_load() if load is None else load
-    if is_busy(busy, host.cores):
-        found.append(
-            Finding(
-                "note", f"the machine is busy (load {busy:.1f} on {host.cores} cores)", "measure again when it is not"
-            )
-        )
+    if (busy := how_busy(host.cores, load)) is not None:
+        found.append(Finding("note", busy, "measure again when it is not"))
     return found
 
 
@@ -173,9 +168,10 @@ def _of_locked_memory(host: Host, why: str) -> list[Finding]:
     return [Finding("note", f"the locked-memory limit is {limit}: {why}", *_RAISE_THE_LIMIT)]
 
 
-def is_busy(load: float, cores: int) -> bool:
-    """Whether so high a load average says that measurements will be of other work, too."""
-    return load > cores * 0.75
+def how_busy(cores: int, load: float | None = None) -> str | None:
+    """Say so where the load average (the present one) is so high that measurements are of other work, too."""
+    load = current_load() if load is None else load
+    return f"the machine is busy (load {load:.1f} on {cores} cores)" if load > cores * 0.75 else None
 
 
 def current_load() -> float:

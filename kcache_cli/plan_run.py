@@ -187,13 +187,13 @@ def _dtype(model: ModelOptions, config: Any) -> torch.dtype:
 
 
 def _measured(model: ModelOptions) -> tuple[Any, str, str]:
-    from kcache.fastpath import current_load, is_busy
+    from kcache.fastpath import how_busy
     from kcache_cli.exits import warn
     from kcache_cli.measured import measure
 
-    device, load, cores = model.device or "auto", current_load(), os.cpu_count() or 1
-    if is_busy(load, cores):
-        warn(f"the machine is busy (load {load:.1f} on {cores} cores): speeds measured now are those of a slower one")
+    device = model.device or "auto"
+    if (busy := how_busy(os.cpu_count() or 1)) is not None:
+        warn(f"{busy}: speeds measured now are those of a slower one")
     machine = measure("auto" if device in ("balanced", "balanced_low_0", "sequential") else device)
     kind = "this machine's RAM" if machine.host_only else "this machine"
     return machine, f"{machine.name} ({machine.device})", f"measured just now on {kind}"

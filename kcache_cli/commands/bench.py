@@ -208,11 +208,9 @@ def _layout(form: Format | None, target: Path | None) -> Markdown:
 
 
 def _warn_if_busy() -> None:
-    from kcache.fastpath import current_load, is_busy
+    from kcache.fastpath import how_busy
 
-    load, cores = current_load(), os.cpu_count() or 1
-    if is_busy(load, cores):
-        busy = f"the machine is busy (load {load:.1f} on {cores} cores)"
+    if (busy := how_busy(os.cpu_count() or 1)) is not None:
         print(f"kcache: {busy}: times will be too long and ratios uncertain", file=sys.stderr)
 
 
