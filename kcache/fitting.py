@@ -94,6 +94,8 @@ class Fit:
     need : MemoryNeed
     activation_bytes, scratch_bytes : int
         What the model and the decode steps work in, on the device.
+    unused_bytes : int
+        Of the device, what a cache leaves to everything else, beside these.
     short : {"device", "host"} or None
         Which memory does not suffice.
     wanted_bytes, allowed_bytes : int
@@ -103,6 +105,7 @@ class Fit:
     need: MemoryNeed
     activation_bytes: int
     scratch_bytes: int
+    unused_bytes: int
     short: Literal["device", "host"] | None
     wanted_bytes: int
     allowed_bytes: int
@@ -147,22 +150,24 @@ class Fitter:
         activations = self.shape.activation_bytes(ctx, batch, self.policy, offloads)
         scratch = self.shape.scratch_bytes(ctx, batch, self.policy, offloads)
         working = activations + scratch if self.pools.working else 0
-        room = None
+        room, unused = None, 0
         if self.pools.device_bytes is not None:
             left = self.pools.after(self.weights_bytes).device_bytes or 0
-            room = max(0, left - max(reserve(left), working))
+            unused = max(0, reserve(left) - working)
+            room = max(0, left - working - unused)
         need = self.shape.need(ctx, batch, self.policy, room, hot=self._keeps_hot)
         limits = [limit for limit in (self.policy.kv_budget, room) if isinstance(limit, int)]
         allowed = min(limits, default=None)
         if allowed is not None and need.device_bytes > allowed:
-            return Fit(need, activations, scratch, "device", need.device_bytes, allowed)
+            return Fit(need, activations, scratch, unused, "device", need.device_bytes, allowed)
         available, wanted = self.pools.host_bytes, need.host_bytes
         if self.pools.device_bytes is None:
             available = max(0, self.pools.after(self.weights_bytes).host_bytes - working)
             wanted += need.device_bytes
         if wanted > available:
-            return Fit(need, activations, scratch, "host", wanted, available)
-        return Fit(need, activations, scratch, None, need.device_bytes, available if allowed is None else allowed)
+            return Fit(need, activations, scratch, unused, "host", wanted, available)
+        allowed = available if allowed is None else allowed
+        return Fit(need, activations, scratch, unused, None, need.device_bytes, allowed)
 
     def largest_ctx(self, batch: int, below: int = MOST_TOKENS) -> int:
         """The longest context, less than ``below``, that fits; 0 if none does.

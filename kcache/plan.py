@@ -25,6 +25,7 @@ from kcache.weights import Weights
 SCORE_PASSES = 2  # scores are written once and read once at least
 SCORE_BYTES = 4
 METHODS = ("full", "kcache")
+Bound = Literal["memory", "compute", "link", "overhead"]
 
 
 class Speeds(Protocol):
@@ -65,10 +66,11 @@ class Prediction:
         Time of a step, and tokens per second of all sequences together.
     floor_ms : float
         The part no implementation can avoid: bytes over bandwidths.
-    memory_ms, compute_ms, link_ms : float
+    memory_ms, compute_ms, link_ms, overhead_ms : float
+        Reading device memory, arithmetic, waiting for the link, and what a layer's small operators take on a CPU.
     memory_bytes, link_bytes : int
         Bytes over the device's memory bus and over the link, per step.
-    bound : {"memory", "compute", "link"}
+    bound : {"memory", "compute", "link", "overhead"}
         What takes longest.
     """
 
@@ -78,15 +80,10 @@ class Prediction:
     memory_ms: float
     compute_ms: float
     link_ms: float
+    overhead_ms: float
     memory_bytes: int
     link_bytes: int
-
-    @property
-    def bound(self) -> Literal["memory", "compute", "link"]:
-        """What takes longest."""
-        if self.link_ms > max(self.memory_ms, self.compute_ms):
-            return "link"
-        return "memory" if self.memory_ms >= self.compute_ms else "compute"
+    bound: Bound
 
 
 @dataclass(frozen=True)
@@ -214,8 +211,11 @@ class Planner:
         memory_ms = memory_bytes / self.speeds.memory_gb_s / 1e6
         compute_ms = flops / self.speeds.compute_tflops / 1e9
         slower_ms = product_bytes * (1 / self.speeds.product_gb_s - 1 / self.speeds.memory_gb_s) / 1e6
-        eager_ms = self.speeds.layer_ms * (shape.layers + shape.untiered + len(shape.windows))
-        step_ms = max(memory_ms + slower_ms, compute_ms) + link_ms + eager_ms
+        overhead_ms = self.speeds.layer_ms * (shape.layers + shape.untiered + len(shape.windows))
+        step_ms = max(memory_ms + slower_ms, compute_ms) + link_ms + overhead_ms
+        parts: dict[Bound, float] = {
+            "memory": memory_ms + slower_ms, "compute": compute_ms, "link": link_ms, "overhead": overhead_ms
+        }  # fmt: skip
         return Prediction(
             step_ms=step_ms,
             tok_s=batch / step_ms * 1e3,
@@ -223,8 +223,10 @@ class Planner:
             memory_ms=memory_ms,
             compute_ms=compute_ms,
             link_ms=link_ms,
+            overhead_ms=overhead_ms,
             memory_bytes=memory_bytes,
             link_bytes=link_bytes,
+            bound=max(parts, key=lambda part: parts[part]),
         )
 
     def _policy_of(self, name: str) -> Policy:

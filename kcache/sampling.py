@@ -59,12 +59,17 @@ def _check(name: str, value: float | None, low: float, high: float | None, hint:
         raise InputError(f"{name} must be {limits}, got {value!r}; {hint}")
 
 
+def is_greedy(sampling: Sampling, config: GenerationConfig) -> bool:
+    """Whether the likeliest token is always taken: by what was asked for or, where nothing was, by the model's own."""
+    asked = sampling.temperature or sampling.top_p is not None or sampling.top_k is not None
+    return sampling.temperature == 0 or not (config.do_sample or asked)
+
+
 class Sampler:
     """Picks one token per sequence from logits ``[B, vocabulary]``."""
 
     def __init__(self, sampling: Sampling, config: GenerationConfig, device: torch.device) -> None:
-        asked = sampling.temperature or sampling.top_p is not None or sampling.top_k is not None
-        self.greedy = sampling.temperature == 0 or not (config.do_sample or asked)
+        self.greedy = is_greedy(sampling, config)
         self._processors = LogitsProcessorList()
         self._generator: torch.Generator | None = None
         penalty = _first(sampling.repetition_penalty, config.repetition_penalty, 1.0)

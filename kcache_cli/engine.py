@@ -85,6 +85,9 @@ class Engine(Protocol):
     def load(self, model: ModelOptions, progress: Progress) -> Any:
         """Load the model."""
 
+    def remarks(self, lm: Any, asked: SamplingOptions, sampling: Sampling) -> list[str]:
+        """What a user should know of a loaded model: what was ``asked`` for in vain, and that nothing is tiered."""
+
     def session(self, lm: Any, policy: Policy, **options: Any) -> Any:
         """Begin a conversation (:class:`kcache.Session`)."""
 
@@ -174,6 +177,21 @@ class KCacheEngine:
         from kcache import Sampling
 
         return Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed)
+
+    def remarks(self, lm: Any, asked: SamplingOptions, sampling: Sampling) -> list[str]:
+        """See :class:`Engine`."""
+        from kcache.probe import probe
+        from kcache.sampling import is_greedy
+
+        remarks, found = [], probe(lm.model)
+        if not found.tiered:
+            why = f": {', '.join(found.reasons)}" if found.reasons else ""
+            remarks.append(f"this model's layers cannot be tiered{why}; it runs exactly, with transformers' own cache")
+        if asked.seed is not None and is_greedy(sampling, lm.model.generation_config):
+            remarks.append(
+                f"--seed {asked.seed} changes nothing: the likeliest token is always taken; --temperature 0.7 draws one"
+            )
+        return remarks
 
     def load(self, model: ModelOptions, progress: Progress) -> Any:
         """See :class:`Engine`."""

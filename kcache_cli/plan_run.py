@@ -157,8 +157,23 @@ def answer(question: Question) -> Answer:
         source=source,
         ctxs=ctxs,
         curves={name: planner.curve(name, ctxs, question.batch) for name in METHODS},
-        notes=[*_notes(question, planner, config, ctx, context), *_warm(planner, methods["kcache"], ctx)],
+        notes=[
+            *_notes(question, planner, config, ctx, context),
+            *_stays(question.policy, methods["kcache"], ctx),
+            *_warm(planner, methods["kcache"], ctx),
+        ],
     )
+
+
+def _stays(policy: Policy, method: Method, ctx: int) -> list[str]:
+    """Why KCache is no faster than full attention where nothing has to leave the device."""
+    if policy.offload != "auto" or ctx < policy.dense_below or method.need.host_bytes or not method.need.layers:
+        return []
+    batch = f" in a batch of {method.batch}" if method.batch > 1 else ""
+    return [
+        f"all of V has room on the device at {ctx:,} tokens{batch}, so it stays there and attention is exact; KCache "
+        "pays with more tokens or sequences, --offload all shows what it does at these"
+    ]
 
 
 def _warm(planner: Planner, method: Method, ctx: int) -> list[str]:
@@ -229,7 +244,8 @@ def _notes(question: Question, planner: Planner, config: Any, ctx: int, context:
     if policy.offload != "none" and ctx < policy.dense_below:
         notes.append(f"below {policy.dense_below:,} tokens V stays on the device and attention is exact")
     if not planner.shape.layers:
-        notes.append("this model's layers cannot be tiered (latent attention): it keeps an exact cache on the device")
+        why = "latent attention" if planner.shape.untiered else "each attends a sliding window, whose rows are few"
+        notes.append(f"this model's layers cannot be tiered ({why}): it keeps an exact cache on the device")
     if getattr(config, "quantization_config", None):
         notes.append("the checkpoint is quantised; weights are counted unquantised, so there is more room than shown")
     if planner.speeds.host_only:

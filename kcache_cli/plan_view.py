@@ -66,6 +66,7 @@ def _method(method: Method) -> dict[str, Any]:
         "scratch_bytes": fit.scratch_bytes,
         "overhead_bytes": need.overhead_bytes + fit.scratch_bytes,
         "activation_bytes": fit.activation_bytes,
+        "unused_bytes": fit.unused_bytes,
         "device_kv_bytes": need.device_bytes,
         "device_bytes": method.device_bytes,
         "host_bytes": method.host_bytes,
@@ -75,7 +76,7 @@ def _method(method: Method) -> dict[str, Any]:
         "max_ctx": method.max_ctx,
         "tok_s_predicted": None if predicted is None else predicted.tok_s,
         "step_ms_predicted": None if predicted is None else predicted.step_ms,
-        "predicted": None if predicted is None else {**asdict(predicted), "bound": predicted.bound},
+        "predicted": None if predicted is None else asdict(predicted),
     }
 
 
@@ -129,11 +130,13 @@ def _table(answer: Answer) -> Table:
     row("policy: tail of V, scratch", [size(m.need.overhead_bytes + m.fit.scratch_bytes) for m in methods])
     row("activations", [size(method.fit.activation_bytes) for method in methods])
     row("device, all", [size(method.device_bytes) for method in methods], "bold")
+    if any(method.fit.unused_bytes for method in methods):
+        row("and kept free, at least", [size(method.fit.unused_bytes) for method in methods])
     row("host: V", [size(method.host_bytes) for method in methods], "bold")
     row("layers whose V stays", [_resident(method) for method in methods])
     row("fits", [f"no: {m.fit.short} memory" if m.fit.short else "yes" for m in methods])
     row(f"largest batch at {ctx:,}", [f"{method.max_batch:,}" for method in methods])
-    row(f"longest context at batch {asked or 1}", [f"{method.max_ctx:,}" for method in methods])
+    row(f"longest context at batch {asked or 1}", [_longest(method) for method in methods])
     row("predicted: a step", [_milliseconds(method) for method in methods])
     row("predicted: link per token", [_link(method) for method in methods])
     row("predicted: tok/s", [_speed(method) for method in methods], "bold")
@@ -142,9 +145,17 @@ def _table(answer: Answer) -> Table:
 
 def _resident(method: Method) -> str:
     need = method.need
+    if not need.layers:
+        return "-"
     if need.resident_layers in (0, need.layers):
         return f"{'all' if need.resident_layers else 'none'} of {need.layers}"
     return f"0-{need.resident_layers - 1} of {need.layers}" if need.resident_layers > 1 else f"0 of {need.layers}"
+
+
+def _longest(method: Method) -> str:
+    from kcache.fitting import MOST_TOKENS
+
+    return f"{method.max_ctx:,}" if method.max_ctx < MOST_TOKENS - 1 else "any"
 
 
 def _milliseconds(method: Method) -> str:

@@ -18,10 +18,10 @@ from kcache.errors import DoesNotFitError, InputError
 from kcache.policy import Policy
 from kcache_cli import exits
 from kcache_cli.engine import KCacheEngine, Plan, Progress
-from kcache_cli.options import ModelOptions
+from kcache_cli.options import ModelOptions, SamplingOptions
 
 if TYPE_CHECKING:
-    from kcache import TokenEvent
+    from kcache import Sampling, TokenEvent
 
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
 _PATIENCE = timedelta(days=30)  # followers wait for rank 0, which may wait for its input
@@ -92,6 +92,10 @@ class Leader(KCacheEngine):
         lm = super().load(model, progress)
         self._busy = False
         return lm
+
+    def remarks(self, lm: Any, asked: SamplingOptions, sampling: Sampling) -> list[str]:
+        """None: to look at the model is to run it, which all ranks would have to."""
+        return []
 
     def generate(self, lm: Any, prompts: list[list[int]], policy: Policy, **options: Any) -> Iterator[TokenEvent]:
         """Decode a batch, all ranks together."""

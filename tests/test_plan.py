@@ -152,6 +152,9 @@ def test_where_both_tiers_are_ram_nothing_is_gained(tmp_path: Path) -> None:
     assert full.step_ms == pytest.approx((15_009_849_344 + 2 * 4 * 32768 * 65536) / 1e8)
     assert (ours.link_ms, ours.bound) == (0.0, "memory")
     assert ours.link_bytes > full.link_bytes == 0
+    slow = predict(config, 4096, 1, Policy(), replace(speeds, layer_ms=100.0))["full"]
+    assert (slow.overhead_ms, slow.bound) == (3200.0, "overhead")
+    assert slow.step_ms == pytest.approx((15_009_849_344 + 2 * 4096 * 65536) / 1e8 + 3200)
 
 
 def test_compute_bounds_a_large_batch(tmp_path: Path) -> None:

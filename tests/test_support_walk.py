@@ -111,7 +111,8 @@ def test_table_is_read_back() -> None:
         Verdict("c", "C", "refused", "no | cache"),
     ]
     assert read("text\n\n" + markdown(verdicts)) == {"a": "exact", "b": "exact, stock layers", "c": "refused"}
-    assert "2 are served exactly, 2 of them with tiered layers" in summary(verdicts)
+    assert "3 entries: " in summary(verdicts) and "2 are served exactly, 2 of them with tiered" in summary(verdicts)
+    assert summary(verdicts[:1]) == "1 entry: 1 exact."
     assert verdicts[2].worse_than("exact")
     assert not verdicts[0].worse_than("exact, stock layers")
     assert not dataclasses.replace(verdicts[0], kind="differs").acceptable

@@ -24,6 +24,8 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     tiered = sum(1 for verdict in exact if verdict.tiered)
     parts = [f"{counts[kind]} {kind}" for kind in KINDS if counts[kind]]
     served = f"{len(exact)} are served exactly, {tiered} of them with tiered layers"
+    if len(verdicts) == 1:
+        return f"1 entry: {parts[0]}."
     return f"{len(verdicts)} entries: {'; '.join(parts)}. {served}."
 
 

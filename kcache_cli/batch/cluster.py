@@ -29,10 +29,10 @@ from kcache_cli.batch.share import Share
 from kcache_cli.batch.worker import Attempts, Planning, Worker, pack, results_of
 from kcache_cli.engine import KCacheEngine, Plan, Progress
 from kcache_cli.exits import note
-from kcache_cli.options import ModelOptions
+from kcache_cli.options import ModelOptions, SamplingOptions
 
 if TYPE_CHECKING:
-    from kcache import TokenEvent
+    from kcache import Sampling, TokenEvent
 
 _MOST_TASKS = 10_000
 
@@ -93,6 +93,10 @@ class RayEngine(KCacheEngine):
             trust_remote_code=model.trust_remote_code,
             progress=progress,
         )
+
+    def remarks(self, lm: Any, asked: SamplingOptions, sampling: Sampling) -> list[str]:
+        """None: the model is where the workers are."""
+        return []
 
     def publish(self, lm: Any, **options: Any) -> None:
         """Nothing runs here that could be watched."""

@@ -162,7 +162,7 @@ def _current(conversation: Conversation, name: str) -> str:
     holder: Any = conversation.session.policy if of_policy else conversation.session.sampling
     value = getattr(holder, name)
     if value is None:
-        return "auto" if of_policy else "the model's own"
+        return "auto" if of_policy else "another each time" if name == "seed" else "the model's own"
     return size(value) if name == "kv_budget" else str(value)
 
 

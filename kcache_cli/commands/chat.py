@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kcache.errors import InputError
+from kcache_cli.exits import note
 from kcache_cli.options import ModelOptions, PolicyOptions, SamplingOptions, with_options
 from kcache_cli.watching import WatchOptions, watching
 
@@ -70,6 +71,8 @@ def chat(
         plan = engine.plan(model, policy, ctx=planned, batch_size=1, allow_overflow=overflow)
     with download_bar(f"loading {model.name}") as progress:
         lm = engine.load(model, progress)
+    for remark in engine.remarks(lm, sampling_options, chosen):
+        note(remark)
     session = engine.session(
         lm,
         policy,

@@ -188,7 +188,7 @@ def _generate(
                 batch_size=batch_size,
                 allow_overflow=overflow,
             )
-        _run(job, inputs, path, journal, plan.batch_size, strict, watch_options)
+        _run(job, inputs, path, journal, plan.batch_size, strict, sampling_options, watch_options)
 
 
 def _run(
@@ -198,6 +198,7 @@ def _run(
     journal: Journal | None,
     batch_size: int,
     strict: bool,
+    sampling_options: SamplingOptions,
     watch_options: WatchOptions,
 ) -> None:
     """Load the model, run what is left, and say what was done."""
@@ -211,6 +212,8 @@ def _run(
 
     with download_bar(f"loading {job.model.name}") as progress:
         lm = job.engine.load(job.model, progress)
+    for remark in job.engine.remarks(lm, sampling_options, job.sampling):
+        note(remark)
     work, bad = prepare(job, lm, inputs.entries)
     _report_bad(bad, strict)
     if not work:

@@ -153,6 +153,7 @@ class FakeEngine:
         self.seeds: list[int | None] = []
         self.sessions: list[FakeSession] = []
         self.stop_after: int | None = None
+        self.remarked: list[str] = []
         self.published: list[dict[str, Any]] = []
 
     def plan(self, model: ModelOptions, policy: Policy, **wanted: Any) -> Plan:
@@ -168,6 +169,9 @@ class FakeEngine:
         if self.light:
             return cast("Sampling", FakeSampling(options.temperature, options.seed))
         return _sampling(options.temperature, options.top_p, options.top_k, seed=options.seed)
+
+    def remarks(self, lm: FakeModel, asked: SamplingOptions, sampling: Sampling) -> list[str]:
+        return list(self.remarked)
 
     def load(self, model: ModelOptions, progress: Progress) -> FakeModel:
         self.calls.append("load")

@@ -98,6 +98,12 @@ def test_options_reach_the_session(run: Run) -> None:
     assert engine.plans == [{"ctx": 64, "batch_size": 1, "allow_overflow": True}]
 
 
+def test_what_is_remarkable_is_told(run: Run) -> None:
+    engine = FakeEngine()
+    engine.remarked.append("no two ways about it")
+    assert "kcache: no two ways about it\n" in run("chat", input="hi", engine=engine).stderr
+
+
 @pytest.mark.parametrize(("message", "say"), [("", "empty"), (" \n ", "empty"), (b"\xff\xfe", "not UTF-8")])
 def test_bad_message_is_told_before_loading(run: Run, message: str | bytes, say: str) -> None:
     engine = FakeEngine()

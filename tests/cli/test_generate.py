@@ -243,6 +243,12 @@ def test_a_job_that_never_began_may_change_its_settings(run: Run, prompts: Path)
     assert job(run, prompts, "--topn", "64").exit_code == 0
 
 
+def test_what_is_remarkable_is_told(run: Run, prompts: Path) -> None:
+    engine = FakeEngine()
+    engine.remarked.append("no two ways about it")
+    assert "kcache: no two ways about it\n" in job(run, prompts, engine=engine).stderr
+
+
 @pytest.mark.parametrize("stop_after", [0, 1, 2, 3])
 def test_stopped_and_continued_gives_the_same_bytes(run: Run, prompts: Path, stop_after: int) -> None:
     out = prompts.with_name("out.jsonl")

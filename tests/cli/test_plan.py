@@ -97,6 +97,33 @@ def test_policy_flags_and_hits(run: Run, config: str) -> None:
     assert single["methods"]["full"]["k_bytes"] == 2 * cold["methods"]["full"]["k_bytes"]
 
 
+def test_where_nothing_has_to_leave_it_is_said(run: Run, config: str) -> None:
+    """Without a remark, a plan that shows no gain reads as if there were none to be had."""
+    args = (config, "--gpu", "h100", "--host", "64GiB", "--ctx", "32k", "--batch", "2")
+    notes = planned(run, *args)["notes"]
+    assert [note for note in notes if "32,768 tokens in a batch of 2" in note and "--offload all" in note]
+    assert not any("room on the device" in note for note in planned(run, *args, "--offload", "all")["notes"])
+    assert not any("room on the device" in note for note in planned(run, *args, "--offload", "none")["notes"])
+
+
+def test_what_is_kept_free_is_a_row(run: Run, config: str) -> None:
+    args = (config, "--gpu", "h100", "--host", "64GiB", "--ctx", "32k", "--batch", "2")
+    method = planned(run, *args)["methods"]["kcache"]
+    left = 80 * GIB - method["weights_bytes"]
+    assert method["unused_bytes"] == left // 20 - method["activation_bytes"] - method["scratch_bytes"] > 0
+    assert f"{method['unused_bytes'] / GIB:.2f} GiB" in run("plan", *args).stdout.split("kept free")[1].splitlines()[0]
+
+
+def test_windows_alone_leave_nothing_to_tier(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**LLAMA_3_8B, "model_type": "mistral", "sliding_window": 4096}))
+    args = ("plan", str(path), "--gpu", "h100", "--host", "64GiB", "--ctx", "32k", "--batch", "1")
+    result = run(*args)
+    assert "each attends a sliding window" in result.stdout
+    assert "none of 0" not in result.stdout
+    assert " any" in result.stdout.split("longest context")[1].splitlines()[0]
+
+
 def test_what_does_not_fit_is_shown_and_refused(run: Run, config: str) -> None:
     args = ("plan", config, "--ctx", "128k", "--batch", "16", "--gpu", "h100", "--host", "512GiB")
     result = run(*args, "--json")

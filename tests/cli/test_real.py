@@ -46,6 +46,18 @@ def test_chat(run: Run, tiny_folder: Path) -> None:
     assert run(*args, input="hello", engine=KCacheEngine()).exit_code == 0
 
 
+def test_a_seed_where_nothing_is_drawn_is_told(run: Run, tiny_folder: Path) -> None:
+    args = ("chat", str(tiny_folder), "-n", "1", "--seed", "5")
+    assert "--seed 5 changes nothing" in run(*args, input="hi", engine=KCacheEngine()).stderr
+    assert "nothing" not in run(*args, "--temperature", "1", input="hi", engine=KCacheEngine()).stderr
+
+
+def test_a_model_of_which_nothing_is_tiered_is_told(run: Run, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "windows", "mistral", sliding_window=8)
+    stderr = run("chat", str(folder), "-n", "1", input="hi", engine=KCacheEngine()).stderr
+    assert "this model's layers cannot be tiered: window" in stderr
+
+
 def test_generate_batched_equals_one_by_one(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text(
