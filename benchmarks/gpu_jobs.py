@@ -13,10 +13,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from benchmarks.pick_trace import FILE, Trace, replayed
+from kcache import dense
 from kcache.attention import attach
 from kcache.bench.cases import Case, Spec
 from kcache.bench.context import LayerShape, layer_shapes
@@ -50,7 +52,8 @@ class Job:
     shape : str
         The model's.
     engine : str
-        Out of :data:`~kcache.bench.engines.ENGINES`, or ``prefill`` for the time of a prompt.
+        Out of :data:`~kcache.bench.engines.ENGINES`, or ``prefill`` for the time of a prompt, of which there are
+        shorter ones, padded, in a batch.
     ctx : int
     batch : int or None
         None for the largest that fits ``budget``.
@@ -60,6 +63,8 @@ class Job:
     traced : bool
         Whether steps fetch the picks of a trace of real text, so that hot rows are found as often as there; without,
         random rows are picked, which are hardly ever hot.
+    kernels : bool
+        Of a padded batch's prompt: whether our kernel attends it, or what torch has.
     seconds : float
         What it takes, roughly; it is not begun with less time left.
     """
@@ -73,6 +78,7 @@ class Job:
     whole_card: bool = False
     policy: Policy = _HOLD
     traced: bool = False
+    kernels: bool = True
     seconds: float = 15.0
 
 
@@ -117,6 +123,8 @@ def all_jobs() -> list[Job]:
         cold[0],
         cold[1],
         cold[2],
+        Job("prefill_padded_16k/kcache", large, "prefill", 16384, 4, seconds=16),
+        Job("prefill_padded_16k/torch", large, "prefill", 16384, 4, kernels=False, seconds=24),
     ]
 
 
@@ -176,7 +184,9 @@ def measure(
 
 def measure_prefill(job: Job, lm: LoadedModel, repeats: int = 2) -> dict[str, Any]:
     """Time a prompt, one run to warm up before, and the device memory it took at its peak beside the weights."""
-    ids = torch.randint(0, lm.vocabulary, (1, job.ctx), device=lm.device)
+    batch = job.batch or 1
+    ids = torch.randint(0, lm.vocabulary, (batch, job.ctx), device=lm.device)
+    mask = None if batch == 1 else _padded(batch, job.ctx).to(lm.device)
     times: list[float] = []
     peak_bytes: int | None = None
     for _ in range(repeats + 1):
@@ -185,8 +195,8 @@ def measure_prefill(job: Job, lm: LoadedModel, repeats: int = 2) -> dict[str, An
         peak = PeakMemory(lm.device)
         _synchronise(lm.device)
         began = time.perf_counter()
-        with attach(lm.model):
-            for _ in prefill(lm.model, cache, ids, None):
+        with attach(lm.model), nullcontext() if job.kernels else patch.object(dense, "_kernels_for", return_value=None):
+            for _ in prefill(lm.model, cache, ids, mask):
                 pass
         _synchronise(lm.device)
         times.append((time.perf_counter() - began) * 1e3)
@@ -195,12 +205,18 @@ def measure_prefill(job: Job, lm: LoadedModel, repeats: int = 2) -> dict[str, An
         del cache
     first, *times = times
     return {
-        "engine": "prefill", "model": lm.name, "ctx": job.ctx, "batch": 1, "status": "ok",
+        "engine": "prefill", "model": lm.name, "ctx": job.ctx, "batch": batch, "status": "ok",
         "prefill_first_ms": first, "prefill_ms_p50": statistics.median(times),
         "prefill_ms_low": min(times), "prefill_ms_high": max(times),
         "peak_memory_bytes": peak_bytes, "device_kv_bytes": held.device_bytes, "host_kv_bytes": held.host_bytes,
         "v_layer_bytes": held.full_kv_bytes // (2 * len(lm.model.model.layers)), "policy": job.policy.to_dict(),
     }  # fmt: skip
+
+
+def _padded(batch: int, ctx: int) -> torch.Tensor:
+    """Which tokens are real ``[B, T]``: of the first sequence all, of each further one so many fewer, evenly."""
+    pads = torch.arange(batch) * ctx // batch
+    return (torch.arange(ctx) >= pads[:, None]).long()
 
 
 def _synchronise(device: torch.device) -> None:

@@ -50,6 +50,8 @@ RATIOS = (
     Ratio("batch8_32k_no_hits_vs_dense", "batch8_32k/no-hits", "batch8_32k/dense", None),
     Ratio("equal_hbm_32k_no_hits_vs_dense", "equal_hbm_32k/no-hits", "equal_hbm_32k/dense", None),
     Ratio("llama2_7b_15k_no_hits_vs_dense", "llama2_7b_15k/no-hits", "llama2_7b_15k/dense", None),
+    Ratio("prefill_padded_time_vs_torch", "prefill_padded_16k/kcache", "prefill_padded_16k/torch", None, "prefill"),
+    Ratio("prefill_padded_peak_vs_torch", "prefill_padded_16k/kcache", "prefill_padded_16k/torch", None, "peak"),
 )
 
 

@@ -91,25 +91,34 @@ def original(
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     count, length = query.shape[2], key.shape[2]
-    if fallback == "eager":
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        if eager is not None:
-            return _eager(eager, module, query, key, value, mask, causal, *args, **kwargs)
     special = any(kwargs.get(name) is not None for name in _HANDLED)
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if kwargs.get("position_bias") is None:
-        out = None
+    given = query, key, value, mask, scaling, kwargs.get("softcap"), kwargs.get("s_aux")
+    out: torch.Tensor | None = None
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if fallback == "eager" and eager is not None:
+        if special and causal and not _is_more_wanted(module, kwargs):  # the only attention that knows these
+            out = dense.compiled(*given)
+        if out is None:
+            return _eager(eager, module, query, key, value, mask, causal, *args, **kwargs)
+    elif kwargs.get("position_bias") is None:
         if causal and (special or (mask is None and 1 < count < length)):
-            out = dense.attend(query, key, value, mask, scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
+            out = dense.attend(*given)
         elif not special and not kwargs.get("dropout") and (causal or mask is not None):
-            out = dense.compiled(query, key, value, mask, scaling)
-        if out is not None:
-            return out.transpose(1, 2).contiguous(), None
+            out = dense.compiled(*given)
+    if out is not None:
+        return out.transpose(1, 2).contiguous(), None
     if causal and mask is None and 1 < count < length:
         mask = _causal(count, length, query.device)
     result: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, *args, **kwargs)
     return result
+
+
+def _is_more_wanted(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether attention is asked for its weights, too, or for what only its author knows."""
+    weights = kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False)
+    return bool(weights or kwargs.get("dropout") or not_understood(kwargs))
 
 
 def _eager(

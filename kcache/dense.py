@@ -11,11 +11,14 @@ attend) or additive float, result ``[B, Hq, Q, Dv]``.
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from kcache.devices import is_too_old
+from kcache.devices import is_too_old, runs_kernels
 
 _SCORE_BYTES = 256 * 2**20
 _REPEATED_BYTES = 256 * 2**20
@@ -31,16 +34,16 @@ def attend(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Exact attention; see the module docstring for shapes."""
-    if softcap is None and (out := compiled(query, keys, values, mask, scaling, sinks)) is not None:
+    if (out := compiled(query, keys, values, mask, scaling, softcap, sinks)) is not None:
         return out
     if softcap is not None or sinks is not None:
-        return _plain(query, keys, values, mask, scaling, softcap, sinks)
+        return plain(query, keys, values, mask, scaling, softcap, sinks)
     if query.shape[2] == 1:
         return _one_token(query, keys, values, mask, scaling)
     past = keys.shape[2] - query.shape[2]
     if query.device.type == "cpu" and mask is None and past > 0:
         if keys.shape[3] != values.shape[3]:
-            return _plain(query, keys, values, mask, scaling, softcap, sinks)
+            return plain(query, keys, values, mask, scaling, softcap, sinks)
         return _past_and_chunk(query, keys, values, past, scaling)
     if query.shape[1] != keys.shape[1] and not _knows_groups(query, values, mask):
         return _some_heads_at_a_time(query, keys, values, mask, scaling)
@@ -53,25 +56,32 @@ def compiled(
     values: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float,
+    softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """Attention of a prompt by our own kernel for CPUs, or None where it does not serve.
+    """Attention of a prompt by a kernel of our own, or None where none serves.
 
-    It is twice as fast as torch's, and leaves out what a mask excludes, as that of a sliding window does most rows.
+    They leave out what a mask excludes, as that of a sliding window does most rows. On some CPUs ours is twice as fast
+    as torch's; on a GPU torch's is taken for plain causal prompts, and ours for all others.
     """
-    if torch.compiler.is_compiling() or query.device.type != "cpu" or query.dtype != torch.bfloat16:
+    if query.shape[2] == 1 or torch.compiler.is_compiling():  # a step, of every layer and token
         return None
-    if query.shape[2] == 1:  # a step, of every layer and token
+    kernels = _kernels_for(query)
+    if kernels is None or not kernels.serves(query, keys, values, mask, scaling, softcap, sinks):
         return None
-    from kcache.backends.cpu import has_numba
+    out: torch.Tensor = kernels.attend_prompt(query, keys, values, mask, scaling, softcap, sinks)
+    return out
 
-    if not has_numba():
-        return None
-    from kcache.backends.jit import prefill
 
-    if not prefill.serves(query, keys, values, mask, scaling, sinks):
-        return None
-    return prefill.attend_prompt(query, keys, values, mask, scaling, sinks)
+def _kernels_for(query: torch.Tensor) -> Any:
+    """The module of kernels for prompts on the query's device, if there is one for numbers of its type."""
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        from kcache.backends.cpu import has_numba
+
+        return importlib.import_module("kcache.backends.jit.prefill") if has_numba() else None
+    if query.device.type == "cuda" and query.dtype.itemsize == 2 and runs_kernels(query.device):
+        return importlib.import_module("kcache.backends.triton.prefill")
+    return None
 
 
 def _fused(
@@ -150,7 +160,7 @@ def _with_lse(
     return out, lse.float()
 
 
-def _plain(
+def plain(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,

@@ -182,15 +182,17 @@ class ModelShape:
         """What the largest forward of a prefill works in, roughly: one layer's activations, and the last logits.
 
         With ``offloads``, a chunk that follows a past also holds V of two layers on their way through; rows in 8 bits
-        are widened for one layer at a time.
+        are widened for one layer at a time. Prompts of a batch are padded, so there is a mask ``[B, 1, Q, L]``, which
+        torch's kernels, those for fp32, take as numbers.
         """
         tokens = min(ctx, policy.prefill_chunk) * batch
+        masks = tokens * ctx * (1 if self.dtype_bytes == 2 else 1 + self.dtype_bytes) if batch > 1 else 0
         kv_width = (self.k_row + self.v_row) // self.dtype_bytes
         widest = 2 * self.hidden + max(3 * self.query_width + 2 * kv_width, 3 * self.inner)
         logits = batch * self.vocabulary * (self.dtype_bytes + _SCORE_BYTES)
         passing = (2 * (self.v_row // self.dtype_bytes) + self.v_row) if policy.v_bits == 8 else 2 * self.v_row
         passing += self.k_row if policy.k_bits == 8 else 0
-        return tokens * widest * self.dtype_bytes + logits + (passing * ctx * batch if offloads else 0)
+        return tokens * widest * self.dtype_bytes + logits + masks + (passing * ctx * batch if offloads else 0)
 
 
 def cache_bytes(

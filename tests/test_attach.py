@@ -18,6 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from kcache import dense
 from kcache.attention import attach, is_attached
 from kcache.cache import KCache
 from kcache.errors import CacheStateError, InputError, KCacheError, UnsupportedModelError
@@ -348,3 +349,18 @@ def test_probe_leaves_differential_attention_alone() -> None:
     pair = Pair(model)
     pair.forward(tokens(1, 2, 20), left_padding([20, 9]))
     pair.decode(5)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
+def test_weights_that_are_asked_for_are_the_model_s_own(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel of ours may attend where only the model's eager attention knows how, unless its weights are wanted."""
+    calls = []
+    monkeypatch.setattr(dense, "compiled", lambda *given: calls.append(given))
+    model, ids = make(kind, attention="eager"), tokens(0, 1, 20)
+    with attach(model), torch.no_grad():
+        calls.clear()  # those of the probe
+        assert model(input_ids=ids, output_attentions=True).attentions[0] is not None
+        assert not calls
+        model(input_ids=ids)
+    assert len(calls) == model.config.num_hidden_layers
+    assert all((given[5] is None) == (kind == "gpt_oss") for given in calls)

@@ -166,6 +166,14 @@ def test_compute_bounds_a_large_batch(tmp_path: Path) -> None:
     assert found.floor_ms < found.step_ms
 
 
+def test_a_padded_batch_s_mask_is_worked_with(tmp_path: Path) -> None:
+    """One byte for each query and row; torch's kernels, which fp32 is left to, take it as numbers."""
+    for dtype_bytes, each in ((2, 1), (4, 5)):
+        shape, policy = ModelShape.of(config_of(LLAMA_3_8B, tmp_path), dtype_bytes), Policy(prefill_chunk=1024)
+        one, two = (shape.activation_bytes(8192, batch, policy, False) for batch in (1, 2))
+        assert two == 2 * one + 2 * 1024 * 8192 * each
+
+
 # -- what fits -----------------------------------------------------------------------------------------------------
 
 

@@ -196,7 +196,7 @@ def test_gradients_are_torchs() -> None:
         dense.attend(query, keys, values, *rest).float().sum().backward()
         assert learns.grad is not None
         learns.requires_grad_(False)
-        assert prefill.serves(query, keys, values, *rest[:2], rest[-1])
+        assert prefill.serves(query, keys, values, *rest)
 
 
 @here

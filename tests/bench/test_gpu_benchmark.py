@@ -193,7 +193,7 @@ def test_everything_for_a_gpu_runs_whatever_fails(tmp_path: Path) -> None:
     done = subprocess.run([ROOT / "benchmarks" / "gpu.sh"], env={**env, "PARTS": "look tests"}, check=False)
     assert done.returncode == 0
     calls = [line for line in (tmp_path / "calls").read_text().splitlines() if not line.startswith("-c")]
-    assert [call.split()[-1].split("/")[-1] for call in calls] == ["first_look.json", "test_triton_dense.py"]
+    assert [call.split()[-1].split("/")[-1] for call in calls] == ["first_look.json", "test_triton_prompt.py"]
 
 
 def test_every_ratio_asked_for_fits_the_budget() -> None:

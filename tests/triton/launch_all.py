@@ -6,6 +6,7 @@ import torch
 
 from kcache.backends.triton import Chip, DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode, triton_decode
 from kcache.backends.triton.pointwise import gated, rms_norm, rotate
+from kcache.backends.triton.prompt import attend_prompt
 from kcache.lowrank import LowRank
 from kcache.sizes import rank_of
 
@@ -69,3 +70,7 @@ def launch_all(
     rms_norm(hidden, hidden[0, 0], 1e-5, "rounded")
     rotate(query, new, query[:, 0], query[:, 0], rounded=True)
     gated(inner, inner, "silu")
+    if dtype.itemsize == 2:
+        allowed = torch.ones(batch, 1, 64, capacity, dtype=torch.bool) if padded else None
+        asked = torch.empty(batch, kv_heads * group, 64, dim, dtype=dtype)
+        attend_prompt(asked, keys, keys, allowed, dim**-0.5, softcap, sink, tuning.chip)

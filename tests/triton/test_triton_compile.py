@@ -36,7 +36,10 @@ def compile_for(capability: int, config: str) -> dict[str, dict[str, Any]]:
 )
 def test_triton_kernels_compile_for_sm90(config: str) -> None:
     kernels = compile_for(90, config)
-    names = ("append", "step", *(["fetch"] if "even" in config else []), "decode", "norm", "rotate", "gated")
+    names = (
+        "append", "step", *(["fetch"] if "even" in config else []), "decode", "norm", "rotate", "gated", "prompt",
+        *(["span"] if "padded" in config else []),
+    )  # fmt: skip
     assert set(kernels) == {f"{name}_kernel" for name in names}
     step = kernels["step_kernel"]
     product = "IGMMA" if "8 bits" in config else "HGMMA"
@@ -46,6 +49,9 @@ def test_triton_kernels_compile_for_sm90(config: str) -> None:
     assert far > 0, "rows come over the link in 16-byte loads"
     assert step["ops"]["LDG.E.128"] > 0, "and those of the tail out of device memory"
     assert step["reg"] * step["warps"] * 32 * 2 <= 65536, "two programs fit a multiprocessor"
+    prompt = kernels["prompt_kernel"]["ops"]
+    assert any(op.startswith("HGMMA") for op in prompt)
+    assert any(op.startswith("LDGSTS.E.BYPASS.128") for op in prompt)
     for name in ("norm", "gated"):
         assert kernels[f"{name}_kernel"]["ops"]["LDG.E.128"] >= 2, name
         assert kernels[f"{name}_kernel"]["ops"]["STG.E.128"] >= 1, name

@@ -6,15 +6,14 @@ Shapes: query ``[B, Hq, Q, D]``, keys ``[B, Hkv, L, D]``, values ``[B, Hkv, L, D
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from kcache.backends.jit.steps import Call, floats
 from kcache.backends.jit.team import find_team
 from kcache.backends.jit.tiles import COLUMNS, LANES, can_assemble, let_assemble
+from kcache.backends.traced import wants_operators
 
 _LEAST = 32
 """Queries for which it is worth packing K and V."""
@@ -41,12 +40,13 @@ def serves(
     values: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float,
+    softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> bool:
     """Whether :func:`attend_prompt` can attend this."""
     given = [tensor for tensor in (query, keys, values, mask, sinks) if tensor is not None]
-    if _is_traced(given) or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
-        return False  # there is neither a graph nor a gradient of it
+    if softcap is not None or wants_operators(given):
+        return False
     if any(tensor.device.type != "cpu" for tensor in given):
         return False
     if not all(rows.dtype == torch.bfloat16 for rows in (query, keys, values)):
@@ -61,22 +61,13 @@ def serves(
     return find_team().parallel is not None or torch.get_num_threads() == 1  # one thread does not beat many of torch's
 
 
-def _is_traced(tensors: list[torch.Tensor]) -> bool:
-    """Whether somebody looks on who wants operators: what has no address cannot be read here."""
-    internals: Any = torch._C
-    if internals._get_tracing_state() is not None or internals._are_functorch_transforms_active():
-        return True
-    if is_in_torch_dispatch_mode():
-        return True
-    return any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
-
-
 def attend_prompt(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float,
+    softcap: None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Exact attention ``[B, Hq, Q, Dv]`` bf16, without a mask causal and aligned to the end.

@@ -1,0 +1,90 @@
+"""What exact attention on a GPU calls for a prompt that torch's flash kernel does not take.
+
+The kernel is tried once for each kind of call, on a small prompt beside attention written out in fp32. Where it does
+not compile, or comes to other numbers, torch goes on as before and a warning says so.
+
+Shapes: query ``[B, Hq, Q, D]``, keys ``[B, Hkv, L, D]``, values ``[B, Hkv, L, Dv]``, mask ``[B or 1, 1, Q, L]`` bool.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+
+import torch
+
+from kcache import dense
+from kcache.backends.traced import wants_operators
+from kcache.backends.triton.prompt import attend_prompt
+
+__all__ = ["attend_prompt", "serves"]
+
+_WIDEST = 256
+_TRIAL = (100, 37)
+"""Queries, and rows before them, of the prompt it is tried on: no multiples of any tile."""
+_NEAR = 0.03
+
+
+def serves(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> bool:
+    """Whether :func:`attend_prompt` attends this, and torch has nothing faster."""
+    if mask is None and softcap is None and sinks is None:
+        return False
+    given = [tensor for tensor in (query, keys, values, mask, sinks) if tensor is not None]
+    if wants_operators(given) or any(tensor.device != query.device for tensor in given):
+        return False
+    if query.dtype.itemsize != 2 or not query.dtype == keys.dtype == values.dtype:
+        return False
+    batch, heads, count, dim = query.shape
+    kv_heads, length, dim_v = keys.shape[1], keys.shape[2], values.shape[3]
+    if keys.shape != (batch, kv_heads, length, dim) or values.shape[:3] != keys.shape[:3] or heads % kv_heads:
+        return False
+    if mask is not None and (mask.dtype != torch.bool or mask.shape[1:] != (1, count, length)):
+        return False
+    if mask is not None and mask.shape[0] not in (1, batch):
+        return False
+    if not 16 <= min(dim, dim_v) <= max(dim, dim_v) <= _WIDEST:
+        return False
+    kind = (query.dtype, heads // kv_heads, dim, dim_v, mask is not None, softcap is not None, sinks is not None)
+    return holds(query.device, *kind)
+
+
+@lru_cache
+def holds(
+    device: torch.device, dtype: torch.dtype, group: int, dim: int, dim_v: int, masked: bool, capped: bool, sunk: bool
+) -> bool:
+    """Whether the kernel comes to what attention written out does, for calls of this kind."""
+    draw, (count, past) = torch.Generator().manual_seed(0), _TRIAL
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw).to(device, dtype)
+
+    query, keys, values = (
+        randn(2, 2 * group, count, dim),
+        randn(2, 2, count + past, dim),
+        randn(2, 2, count + past, dim_v),
+    )
+    softcap, sinks = 3.0 if capped else None, randn(2 * group) if sunk else None
+    mask = None
+    if masked:
+        mask = torch.ones(count, count + past, dtype=torch.bool, device=device).tril(past).expand(2, 1, -1, -1).clone()
+        mask[0, ..., : past + 20] = False
+        mask[1, ..., 80:] &= (torch.rand(count, count + past - 80, generator=draw) < 0.5).to(device)
+    try:
+        ours = attend_prompt(query, keys, values, mask, dim**-0.5, softcap, sinks)
+        written = dense.plain(query, keys, values, mask, dim**-0.5, softcap, sinks)
+        off = float((ours.float() - written.float()).abs().max())
+    except Exception as error:
+        warnings.warn(f"prompts are attended by torch: our kernel fails on {device} ({error})", stacklevel=2)
+        return False
+    if not off < _NEAR:
+        warnings.warn(f"prompts are attended by torch: our kernel is off by {off:.3g} on {device}", stacklevel=2)
+        return False
+    return True
