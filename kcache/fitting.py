@@ -79,10 +79,10 @@ class Pools:
             return replace(self, host_bytes=max(0, self.host_bytes - weights_bytes))
         return replace(self, device_bytes=max(0, self.device_bytes - weights_bytes))
 
-    def half(self) -> Pools:
-        """Half of everything."""
-        device = None if self.device_bytes is None else self.device_bytes // 2
-        return replace(self, device_bytes=device, host_bytes=self.host_bytes // 2)
+    def part(self, device: float, host: float) -> Pools:
+        """Such parts of either; a CPU has but the host's."""
+        device_bytes = None if self.device_bytes is None else int(self.device_bytes * device)
+        return replace(self, device_bytes=device_bytes, host_bytes=int(self.host_bytes * host))
 
 
 @dataclass(frozen=True)

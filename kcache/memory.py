@@ -6,6 +6,7 @@ And the way to get memory back that nobody uses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ from kcache.policy import Policy
 from kcache.tiers.spare import spare_of
 from kcache.weights import Weights
 
-__all__ = ["MemoryNeed", "Split", "auto_batch_size", "cache_bytes", "check_fits", "release", "weight_bytes"]
+__all__ = ["MemoryNeed", "Split", "batch_sizes", "cache_bytes", "check_fits", "release", "weight_bytes"]
+
+_MOST_ON_CPU = 16
+_MOST_ON_GPU = 256
 
 
 def release(model: PreTrainedModel) -> int:
@@ -59,24 +63,36 @@ def check_fits(
     return fit.need
 
 
-def auto_batch_size(
+def batch_sizes(
     config: PreTrainedConfig,
-    ctx: int,
+    ctxs: Sequence[int],
     policy: Policy,
     device: torch.device | str = "cpu",
     *,
-    weights_bytes: int = 0,
+    most: int | None = None,
+    weights_bytes: int | None = 0,
     dtype_bytes: int = 2,
-    limit: int = 16,
     split: Split = WHOLE,
-) -> int:
-    """The largest batch up to ``limit`` (halving from it) whose cache fits in half of what is free; at least 1."""
-    pools = Pools.of(torch.device(device), split).after(weights_bytes // split.ranks).half()
+) -> list[int]:
+    """For each context of ``ctxs`` the largest batch that fits; at least 1.
+
+    Parameters
+    ----------
+    most : int or None
+        Larger batches are not wanted. None for what is sensible: on a GPU up to 256 sequences in what it has free and
+        four fifths of the RAM, on a CPU, where a step computes as long as it reads, up to 16 in half of the RAM.
+    weights_bytes : int or None
+        None where the weights lie on several devices in a way that is not known: half of everything is taken then.
+    """
+    device = torch.device(device)
+    pools = Pools.of(device, split).after((weights_bytes or 0) // split.ranks)
+    if weights_bytes is None or (most is None and device.type == "cpu"):
+        pools = pools.part(0.5, 0.5)
+    elif most is None:
+        pools = pools.part(1.0, 0.8)
+    most = most or (_MOST_ON_CPU if device.type == "cpu" else _MOST_ON_GPU)
     fitter = Fitter(ModelShape.of(config, dtype_bytes).shared(split.ranks), policy, pools)
-    batch = limit
-    while batch > 1 and not fitter.fits(ctx, batch):
-        batch //= 2
-    return batch
+    return [max(1, fitter.largest_batch(ctx, most + 1)) for ctx in ctxs]
 
 
 def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype | None = None, **options: Any) -> int:

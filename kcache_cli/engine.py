@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 
 _UNKNOWN_CONTEXT = 4096
+_LEAST_CONTEXT = 512
 _SOON_S = 3.0
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -48,15 +49,15 @@ class Plan:
         The model's context in tokens.
     ctx : int
         The context memory was planned for.
-    batch_size : int
-        Prompts that can be decoded together.
+    batch_sizes : tuple of (int, int)
+        Contexts in rising order, the last of them ``ctx``, each with how many prompts can be decoded together there.
     host_only : bool
         Whether both tiers are RAM.
     """
 
     context: int | None
     ctx: int
-    batch_size: int
+    batch_sizes: tuple[tuple[int, int], ...]
     host_only: bool
 
 
@@ -76,11 +77,14 @@ class Engine(Protocol):
         """Check that the model exists and its cache fits, before anything is loaded.
 
         ``ctx`` is what the user asked to plan for; ``need`` is the longest that will occur where that is known;
-        ``batch_size`` is found when it is None.
+        ``batch_size`` is the largest that is wanted, None for what is sensible.
         """
 
     def sampling(self, options: SamplingOptions) -> Sampling:
         """Turn flags into kcache's sampling settings."""
+
+    def reader(self, model: ModelOptions, progress: Progress) -> Any:
+        """Load what turns prompts into tokens (:class:`kcache.loading.Reader`), without the weights."""
 
     def load(self, model: ModelOptions, progress: Progress) -> Any:
         """Load the model."""
@@ -164,13 +168,15 @@ class KCacheEngine:
         mapped = model.device_map is not None
         weights = 0 if mapped else memory.weight_bytes(config, dtype, trust_remote_code=model.trust_remote_code)
         sizes: dict[str, Any] = {
-            "weights_bytes": weights,
             "dtype_bytes": 2 if dtype is None else dtype.itemsize,
             "split": split,
         }
-        batch = batch_size or memory.auto_batch_size(config, planned, policy, device, **sizes)
-        memory.check_fits(config, planned, batch, policy, device=device, **sizes)
-        return Plan(context, planned, batch, device.type == "cpu")
+        memory.check_fits(config, planned, 1, policy, device=device, weights_bytes=weights, **sizes)
+        ctxs = _rising(planned)
+        found = memory.batch_sizes(
+            config, ctxs, policy, device, most=batch_size, weights_bytes=None if mapped else weights, **sizes
+        )
+        return Plan(context, planned, tuple(zip(ctxs, found, strict=True)), device.type == "cpu")
 
     def sampling(self, options: SamplingOptions) -> Sampling:
         """See :class:`Engine`."""
@@ -192,6 +198,18 @@ class KCacheEngine:
                 f"--seed {asked.seed} changes nothing: the likeliest token is always taken; --temperature 0.7 draws one"
             )
         return remarks
+
+    def reader(self, model: ModelOptions, progress: Progress) -> Any:
+        """See :class:`Engine`."""
+        from kcache.loading import load_reader
+
+        return load_reader(
+            model.name,
+            revision=model.revision,
+            gguf_file=model.gguf_file,
+            trust_remote_code=model.trust_remote_code,
+            progress=progress,
+        )
 
     def load(self, model: ModelOptions, progress: Progress) -> Any:
         """See :class:`Engine`."""
@@ -259,6 +277,15 @@ class KCacheEngine:
         from kcache.evaluate.sweep import run
 
         return run(lm, spec, places, known, watch)
+
+
+def _rising(ctx: int) -> list[int]:
+    """Contexts up to ``ctx``, each a quarter longer than the one before."""
+    ctxs, length = [], _LEAST_CONTEXT
+    while length < ctx:
+        ctxs.append(length)
+        length += length // 4
+    return [*ctxs, ctx]
 
 
 def engine_of(ctx: typer.Context) -> Engine:

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +143,7 @@ def _follow(split: Any, control: Any) -> int:
 
 
 def _plan_together(engine: KCacheEngine, values: Any, control: Any) -> Plan:
-    """Every rank's plan, and of those the one with the smallest batch; the first refusal is everyone's."""
+    """Every rank's plan, and of those the smallest batches; the first refusal is everyone's."""
     import torch.distributed as dist
 
     model, policy, wanted = values
@@ -155,7 +156,8 @@ def _plan_together(engine: KCacheEngine, values: Any, control: Any) -> Plan:
     dist.all_gather_object(found, mine, group=control)
     problem = next((each for each in found if isinstance(each, Exception)), None)
     if problem is None:
-        return min(found, key=lambda plan: plan.batch_size)
+        sizes = zip(*(plan.batch_sizes for plan in found), strict=True)
+        return replace(found[0], batch_sizes=tuple(min(each) for each in sizes))
     if dist.get_rank() == 0:
         raise problem
     return found[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -11,7 +12,9 @@ import torch
 from kcache.attention import attach
 from kcache.cache import KCache
 from kcache.errors import DoesNotFitError
-from kcache.memory import auto_batch_size, cache_bytes, check_fits
+from kcache.fitting import Fitter, Pools
+from kcache.memory import batch_sizes, cache_bytes, check_fits
+from kcache.need import ModelShape
 from kcache.policy import Policy
 from tests.models import config, make, tokens
 from tests.pair import WHOLE, Pair, forward
@@ -136,14 +139,36 @@ def test_what_is_said_to_fit_fits(policy: Policy, batch: int) -> None:
         check_fits(config("llama"), advised + 100, batch, policy, dtype_bytes=4)
 
 
-def test_auto_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     one = cache_bytes(config("llama"), 1000, 1, WHOLE, 4)
     whole = one.device_bytes + one.host_bytes
-    for fits, want in ((1, 1), (2, 2), (5, 4), (16, 16), (400, 16)):
+    options: dict[str, Any] = {"dtype_bytes": 4}
+    for fits, want in ((1, 1), (2, 2), (5, 5), (16, 16), (400, 16)):
         give_ram(monkeypatch, 2 * whole * fits + 1000)
-        assert auto_batch_size(config("llama"), 1000, WHOLE, "cpu", dtype_bytes=4) == want
+        assert batch_sizes(config("llama"), [1000], WHOLE, **options) == [want], "in half of the RAM"
+        assert batch_sizes(config("llama"), [1000], WHOLE, most=3, **options) == [min(3, 2 * fits)], "in all of it"
+    give_ram(monkeypatch, 16 * whole)
+    short, long = batch_sizes(config("llama"), [500, 1000], WHOLE, **options)
+    assert (short, long) == (15, 8), "of shorter prompts more at a time"
     give_ram(monkeypatch, 0)
-    assert auto_batch_size(config("llama"), 1000, WHOLE, "cpu", dtype_bytes=4) == 1
+    assert batch_sizes(config("llama"), [1000], WHOLE, **options) == [1]
+
+
+def test_batch_sizes_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has free is used up to what is kept for everything else, and large batches are made of short prompts."""
+    model, gib = config("llama", hidden_size=64, head_dim=64, num_attention_heads=8, num_key_value_heads=8), 2**30
+    shape = ModelShape.of(model, 2)
+    pools = Pools(8 * gib, 64 * gib)
+    monkeypatch.setattr(Pools, "of", classmethod(lambda cls, *args: pools))
+    ctxs = [500, 50_000, 100_000]
+    found = batch_sizes(model, ctxs, WHOLE, "cuda", weights_bytes=gib)
+    fitter = Fitter(shape, WHOLE, Pools(8 * gib, int(51.2 * gib)), gib)
+    assert found[0] == 256
+    for ctx, batch in zip(ctxs[1:], found[1:], strict=True):
+        assert 1 < batch < 256
+        assert fitter.fits(ctx, batch) and not fitter.fits(ctx, batch + 1)
+    unknown = batch_sizes(model, ctxs, WHOLE, "cuda", weights_bytes=None)
+    assert unknown[1] < found[1], "half, where weights may lie anywhere"
 
 
 def test_cache_refuses_before_allocating_what_ram_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:

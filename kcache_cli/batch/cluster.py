@@ -80,19 +80,12 @@ class RayEngine(KCacheEngine):
 
     def load(self, model: ModelOptions, progress: Progress) -> Any:
         """Load what reads prompts; fetch the weights too if the workers are on this machine."""
-        from kcache.loading import load_reader
         from kcache.models import find_source
 
         if self._address is None:
             source = find_source(model.name, revision=model.revision, gguf_file=model.gguf_file)
             source.fetch(progress, code=model.trust_remote_code)
-        return load_reader(
-            model.name,
-            revision=model.revision,
-            gguf_file=model.gguf_file,
-            trust_remote_code=model.trust_remote_code,
-            progress=progress,
-        )
+        return self.reader(model, progress)
 
     def remarks(self, lm: Any, asked: SamplingOptions, sampling: Sampling) -> list[str]:
         """None: the model is where the workers are."""

@@ -38,11 +38,12 @@ class BadLine:
 
 @dataclass
 class Inputs:
-    """The prompts of a file in its order, its bad lines, and the file's SHA-256."""
+    """The prompts of a file in its order, its bad lines, the file's SHA-256, and what is worth a word."""
 
     sha256: str
     entries: list[Entry] = field(default_factory=list)
     bad: list[BadLine] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 class _Unusable(ValueError):
@@ -71,10 +72,13 @@ def parse_inputs(data: bytes) -> Inputs:
     Raises
     ------
     InputError
-        If two lines have the same id.
+        If two lines have the same id, or the file is in UTF-16.
     """
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise InputError("the prompts are in UTF-16; convert them to UTF-8 first")
     inputs = Inputs(hashlib.sha256(data).hexdigest())
     seen: dict[str, int] = {}
+    plain: list[int] = []
     for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         try:
             entry = _parse_line(number, raw.removesuffix(b"\r"))
@@ -85,9 +89,15 @@ def parse_inputs(data: bytes) -> Inputs:
             continue
         key = json_line(entry.id)
         if key in seen:
-            raise InputError(f"lines {seen[key]} and {number} have the same id {key}; ids must differ")
+            own = " (of a line without one it is the number)" if entry.id in (seen[key], number) else ""
+            raise InputError(f"lines {seen[key]} and {number} have the same id {key}{own}; ids must differ")
         seen[key] = number
         inputs.entries.append(entry)
+        if entry.prompt == raw.removesuffix(b"\r").decode():
+            plain.append(number)
+    if 0 < len(plain) < len(inputs.entries):
+        which = f"line {plain[0]} is" if len(plain) == 1 else f"lines {plain[0]} and {len(plain) - 1:,} more are"
+        inputs.remarks.append(f"{which} taken for a prompt as it stands, beside lines of JSON")
     return inputs
 
 
@@ -153,7 +163,7 @@ def check_messages(messages: object) -> list[dict[str, str]]:
     for position, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
             raise _Unusable(f"message {position} is not an object")
-        role, content = message.get("role"), message.get("content")
+        role, content = message.get("role"), _joined(message.get("content"))
         if not isinstance(role, str) or not isinstance(content, str):
             raise _Unusable(f'message {position} needs "role" and "content", both text')
         if role not in ("system", "user", "assistant", "tool"):
@@ -165,6 +175,14 @@ def check_messages(messages: object) -> list[dict[str, str]]:
     if not any(message["content"].strip() for message in checked):
         raise _Unusable("all messages are empty")
     return checked
+
+
+def _joined(content: object) -> object:
+    """Content that comes in parts, as the OpenAI API has it, as one text, if that is all they hold."""
+    if not isinstance(content, list) or not content:
+        return content
+    parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    return "".join(part for part in parts if part) if all(isinstance(part, str) for part in parts) else content
 
 
 def _check_text(text: str, what: str) -> None:

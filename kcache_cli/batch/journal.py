@@ -4,18 +4,23 @@
 JSON lines, a header (what input, which settings), then the finished batches, each one line, synced to disk before the
 next begins. A batch is in the journal whole or not at all. When the job is done the journal shrinks to the header and
 a closing line, which is how a later run knows what the output was made from.
+
+A job that goes on with other settings begins again with a header of its own: what is before it is kept.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from kcache.errors import InputError
+from kcache_cli.batch.plan import Sizes
 from kcache_cli.text import json_line
 
 FORMAT = 1
@@ -53,13 +58,17 @@ class Journal:
         What this run is.
     overwrite : bool
         Start anew whatever is there.
+    keep : bool
+        Keep what is finished, though it was made with other settings.
 
     Attributes
     ----------
-    batch_size : int or None
-        The batch size of the job that is continued; None when a new one must begin.
+    sizes : Sizes or None
+        The batch sizes of the job that is continued; None when a new one must begin.
     finished : dict
         Results of finished batches by number.
+    kept : list
+        Results that were made with other settings.
     skipped : list of int or None
         Lines a complete job left out; None while it is not complete.
 
@@ -69,17 +78,18 @@ class Journal:
         If what is there belongs to another job, another process is at work on it, or it cannot be written.
     """
 
-    def __init__(self, output: Path, header: Header, overwrite: bool = False) -> None:
+    def __init__(self, output: Path, header: Header, overwrite: bool = False, keep: bool = False) -> None:
         self.output = output
         self.path = output.with_name(output.name + ".kcache")
         self.header = header
-        self.batch_size: int | None = None
+        self.sizes: Sizes | None = None
         self.finished: dict[int, list[Result]] = {}
+        self.kept: list[Result] = []
         self.skipped: list[int] | None = None
         self._file: BinaryIO | None = _open(self.path, output) if self.path.exists() else None
         try:
             if not overwrite:
-                self._read()
+                self._read(keep)
         except BaseException:
             self.close()
             raise
@@ -97,32 +107,44 @@ class Journal:
         if self._file is not None:
             self._file.close()
 
-    def _read(self) -> None:
+    def _read(self, keep: bool) -> None:
         lines = _whole_lines(self._file) if self._file is not None else []
-        old = _read_header(lines[0][1]) if lines else None
+        begun = _read_header(lines[0][1]) if lines else None
         has_output = self.output.exists() and self.output.stat().st_size > 0
-        if old is None:
+        if begun is None:
             if has_output:
                 raise InputError(
                     f"{self.output} exists and no {self.path.name} beside it says what it was made from; "
                     "use --overwrite or another -o"
                 )
             return
-        header, batch_size = old
-        difference = self.header.difference(header)
-        if difference:
-            if has_output or any("batch" in value for _, value in lines[1:]):
-                raise InputError(
-                    f"{self.output} was made from {difference}; run it as before, or use --overwrite or another -o"
-                )
-            return
-        self.batch_size = batch_size
-        end = lines[0][0]
-        for end_of_line, value in lines[1:]:
-            if not self._take(value):
+        end = 0
+        for end_of_line, value in lines:
+            again = _read_header(value)
+            if again is not None:
+                begun = again
+                self._set_aside()
+            elif not self._take(value):
                 break
             end = end_of_line
+        header, self.sizes = begun
+        difference = self.header.difference(header)
+        if difference:
+            has_results = has_output or self.finished or self.kept
+            if has_results and not (keep and header.input_sha256 == self.header.input_sha256):
+                raise InputError(
+                    f"{self.output} was made from {difference}; run it as before, "
+                    + ("" if header.input_sha256 != self.header.input_sha256 else "--keep what is finished, ")
+                    + "or use --overwrite or another -o"
+                )
+            self._set_aside()
+            self.sizes = None
         self._cut(end)
+
+    def _set_aside(self) -> None:
+        """Keep the results there are, whatever comes now."""
+        self.kept += [result for results in self.finished.values() for result in results]
+        self.finished = {}
 
     def _take(self, value: Any) -> bool:
         if "complete" in value:
@@ -135,24 +157,25 @@ class Journal:
         self.skipped = None
         return True
 
-    def begin(self, batch_size: int) -> None:
-        """Start a new job: what the output and the journal hold is thrown away."""
+    def begin(self, sizes: Sizes) -> None:
+        """Start a new job: what the output and the journal hold is thrown away, but for what is kept."""
         if self._file is None:
             if self.path.exists():
                 raise InputError(f"another kcache generate has begun to write {self.output}; use another -o")
             self._file = _open(self.path, self.output)
-        if self.output.exists():
-            os.truncate(self.output, 0)
-        self._cut(0)
+        if not self.kept:
+            if self.output.exists():
+                os.truncate(self.output, 0)
+            self._cut(0)
         self._append(
             {
                 "kcache": FORMAT,
                 "input_sha256": self.header.input_sha256,
-                "batch_size": batch_size,
+                "batch_sizes": sizes.steps,
                 "settings": self.header.settings,
             }
         )
-        self.batch_size, self.finished, self.skipped = batch_size, {}, None
+        self.sizes, self.finished, self.skipped = sizes, {}, None
 
     def record(self, number: int, results: list[Result]) -> None:
         """Keep the results of a finished batch; they are on the disk when this returns."""
@@ -161,17 +184,19 @@ class Journal:
     def close_job(self, skipped: list[int]) -> None:
         """Say that the output is whole but for the input lines ``skipped``; the batches are no longer needed."""
         assert self._file is not None
-        self._file.seek(0)
-        self._cut(len(self._file.readline()))
+        if not self.kept:
+            self._file.seek(0)
+            self._cut(len(self._file.readline()))
         self._append({"complete": True, "skipped": skipped})
         self.skipped = skipped
 
     def _append(self, value: dict[str, Any]) -> None:
         assert self._file is not None
         self._file.seek(0, os.SEEK_END)
-        self._file.write(json_line(value).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.write(json_line(value).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def _cut(self, end: int) -> None:
         assert self._file is not None
@@ -218,11 +243,26 @@ def parse_whole(raw: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _read_header(value: Any) -> tuple[Header, int] | None:
-    settings, size = value.get("settings"), value.get("batch_size")
-    if value.get("kcache") != FORMAT or not isinstance(settings, dict) or not isinstance(size, int):
+def _read_header(value: Any) -> tuple[Header, Sizes] | None:
+    settings, steps = value.get("settings"), value.get("batch_sizes", value.get("batch_size"))
+    if value.get("kcache") != FORMAT or not isinstance(settings, dict):
         return None
-    return Header(str(value.get("input_sha256")), settings), size
+    if isinstance(steps, int):  # one size for all, as jobs had before
+        steps = [[1, steps]]
+    try:
+        sizes = Sizes(tuple((int(tokens), int(most)) for tokens, most in steps))
+    except (TypeError, ValueError):
+        return None
+    return (Header(str(value.get("input_sha256")), settings), sizes) if sizes.steps else None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the disk say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _lock(file: BinaryIO, output: Path) -> None:

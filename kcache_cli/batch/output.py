@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import BinaryIO
 
 from kcache.errors import InputError
 from kcache_cli.batch.inputs import Id
-from kcache_cli.batch.journal import RESULT_KEYS, Result, parse_whole
+from kcache_cli.batch.journal import RESULT_KEYS, Result, naming, parse_whole
 from kcache_cli.text import json_line
+
+STDOUT = Path("standard output")
 
 
 class OrderedOutput:
@@ -24,14 +27,16 @@ class OrderedOutput:
         The id of every line there will be.
     file : binary file
         Where to write.
+    name : Path
+        What an error calls it.
     written : int
         Lines the file already holds.
     """
 
-    def __init__(self, ids: Sequence[Id], file: BinaryIO, written: int = 0) -> None:
+    def __init__(self, ids: Sequence[Id], file: BinaryIO, written: int = 0, name: Path = STDOUT) -> None:
         self.written = written
         self._ids = ids
-        self._file = file
+        self._file, self._name = file, name
         self._waiting: dict[int, Result] = {}
 
     def add(self, results: Iterable[tuple[int, Result]]) -> None:
@@ -43,12 +48,14 @@ class OrderedOutput:
             lines.append(json_line({key: result[key] for key in RESULT_KEYS}) + "\n")
             self.written += 1
         if lines:
-            self._file.write("".join(lines).encode())
-            self._file.flush()
+            with naming(self._name):
+                self._file.write("".join(lines).encode())
+                self._file.flush()
 
     def sync(self) -> None:
         """Make sure what was written is on the disk."""
-        os.fsync(self._file.fileno())
+        with naming(self._name):
+            os.fsync(self._file.fileno())
 
 
 def check_target(name: str, source: str) -> Path | None:
@@ -78,10 +85,19 @@ def check_target(name: str, source: str) -> Path | None:
     return path
 
 
-def standard_output() -> BinaryIO:
-    """Standard output for bytes: result lines are UTF-8 whatever the locale says."""
-    sys.stdout.flush()
-    return sys.stdout.buffer
+@contextmanager
+def opened(path: Path | None) -> Iterator[BinaryIO]:
+    """The output to add lines to; without a path standard output, for bytes: they are UTF-8 in any locale."""
+    if path is None:
+        sys.stdout.flush()
+        yield sys.stdout.buffer
+        return
+    file = path.open("ab")
+    try:
+        yield file
+    finally:
+        with naming(path):
+            file.close()
 
 
 def mend(path: Path, ids: Sequence[Id]) -> int:

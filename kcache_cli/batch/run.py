@@ -11,10 +11,11 @@ from kcache.policy import Policy
 from kcache_cli.batch.inputs import BadLine, Entry
 from kcache_cli.batch.journal import Journal, Result
 from kcache_cli.batch.output import OrderedOutput
-from kcache_cli.batch.plan import batch_seed, make_batches
+from kcache_cli.batch.plan import Sizes, batch_seed, make_batches
 from kcache_cli.batch.progress import Watch
 from kcache_cli.engine import Engine
 from kcache_cli.options import ModelOptions
+from kcache_cli.text import json_line
 
 if TYPE_CHECKING:
     from kcache import Sampling
@@ -44,6 +45,7 @@ class Job:
     seed: int
     max_tokens: int
     allow_overflow: bool
+    stop: tuple[str, ...] = ()
 
     def decode(self, lm: Any, work: Sequence[Work], number: int, watch: Watch) -> list[Result]:
         """Run one batch."""
@@ -56,6 +58,7 @@ class Job:
             self.policy,
             sampling=replace(self.sampling, seed=batch_seed(self.seed, number)),
             max_new_tokens=self.max_tokens,
+            stop=self.stop,
             allow_overflow=self.allow_overflow,
             read=lambda done, total: watch.read(tokens * done // total, tokens),
         )
@@ -100,31 +103,42 @@ def one_by_one(job: Job, lm: Any, batches: Batches, watch: Watch) -> Iterator[tu
 
 @dataclass
 class Todo:
-    """The batches of a job, the results it already has, and the batches still to run."""
+    """What a job has to do.
+
+    Attributes
+    ----------
+    batches : list of list of int
+        Positions of the prompts of every batch.
+    done : dict of int to result
+        The results there are, by position.
+    remaining : list of int
+        The batches still to run.
+    """
 
     batches: list[list[int]]
-    done: dict[int, list[Result]]
+    done: dict[int, Result]
     remaining: list[int]
 
 
-def plan_work(work: Sequence[Work], batch_size: int, finished: dict[int, list[Result]], written: int) -> Todo:
-    """Say which batches must still run: those that are not in the journal and not wholly written."""
-    batches = make_batches([len(item.ids) for item in work], batch_size)
-    done = {number: results for number, results in finished.items() if _belongs(work, batches, number, results)}
-    remaining = [
-        number
-        for number, batch in enumerate(batches)
-        if number not in done and any(position >= written for position in batch)
-    ]
+def plan_work(work: Sequence[Work], sizes: Sizes, new_tokens: int, journal: Journal | None, written: int) -> Todo:
+    """Form the batches, and say which must still run: those not in the journal and not wholly written."""
+    kept = {} if journal is None else {json_line(result["id"]): result for result in journal.kept}
+    finished = {} if journal is None else journal.finished
+    done = {position: kept[key] for position, item in enumerate(work) if (key := json_line(item.entry.id)) in kept}
+    left = [position for position in range(len(work)) if position not in done]
+    formed = make_batches([len(work[position].ids) for position in left], sizes, new_tokens)
+    batches = [[left[place] for place in batch] for batch in formed]
+    remaining = []
+    for number, batch in enumerate(batches):
+        if number in finished and _belongs(work, batch, finished[number]):
+            done.update(zip(batch, finished[number], strict=True))
+        elif any(position >= written for position in batch):
+            remaining.append(number)
     return Todo(batches, done, remaining)
 
 
-def _belongs(work: Sequence[Work], batches: list[list[int]], number: int, results: list[Result]) -> bool:
-    if not 0 <= number < len(batches) or len(results) != len(batches[number]):
-        return False
-    return all(
-        work[position].entry.id == result.get("id") for position, result in zip(batches[number], results, strict=True)
-    )
+def _belongs(work: Sequence[Work], batch: list[int], results: list[Result]) -> bool:
+    return [work[position].entry.id for position in batch] == [result.get("id") for result in results]
 
 
 def run_batches(
@@ -138,8 +152,7 @@ def run_batches(
     decode: Decoder,
 ) -> None:
     """Run what remains; results reach the journal first and the output when their turn comes."""
-    for number, results in todo.done.items():
-        output.add(zip(todo.batches[number], results, strict=True))
+    output.add(todo.done.items())
     batches = [(number, [work[position] for position in todo.batches[number]]) for number in todo.remaining]
     for number, results in decode(job, lm, batches, watch):
         if journal is not None:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from kcache.policy import Policy
     from kcache_cli.batch.inputs import BadLine, Inputs
     from kcache_cli.batch.journal import Journal
-    from kcache_cli.batch.run import Job
+    from kcache_cli.batch.plan import Sizes
+    from kcache_cli.batch.run import Job, Work
     from kcache_cli.engine import Engine
 
 EngineName = Literal["local", "ray"]
@@ -45,17 +46,24 @@ def generate(
         int | None,
         typer.Option("-n", "--max-tokens", min=1, metavar="INTEGER", help="Longest answer.", show_default="256"),
     ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help="Ends an answer, without being part of it. May be repeated."),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
             "--batch-size",
             min=1,
             metavar="INTEGER",
-            help="Prompts decoded together, at most: those of like length are.",
+            help="Prompts decoded together, at most: those of like length are, and of long ones no more than fit.",
             show_default="what fits",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away an output that is there.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Go on with other settings than before; what is finished stays.")
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a bad line instead of leaving it out.")] = False,
     engine_name: Annotated[
         EngineName,
@@ -123,8 +131,10 @@ def generate(
             source,
             target,
             max_tokens,
+            tuple(stop or ()),
             batch_size,
             overwrite,
+            keep,
             strict,
             sampling_options,
             policy_options,
@@ -138,8 +148,10 @@ def _generate(
     source: str,
     target: str,
     max_tokens: int | None,
+    stop: tuple[str, ...],
     batch_size: int | None,
     overwrite: bool,
+    keep: bool,
     strict: bool,
     sampling_options: SamplingOptions,
     policy_options: PolicyOptions,
@@ -149,8 +161,9 @@ def _generate(
     from kcache_cli.batch.inputs import parse_inputs, read_source
     from kcache_cli.batch.journal import Header, Journal
     from kcache_cli.batch.output import check_target
-    from kcache_cli.batch.run import Job
-    from kcache_cli.console import working
+    from kcache_cli.batch.plan import Sizes
+    from kcache_cli.batch.run import Job, prepare
+    from kcache_cli.console import download_bar, working
     from kcache_cli.policies import build_policy
     from kcache_cli.settings import fill, load_settings
 
@@ -161,51 +174,65 @@ def _generate(
     batch_size = batch_size or settings.batch_size
     if source == "-" and sys.stdin is not None and sys.stdin.isatty():
         raise InputError("no prompts: name a file with -i, or pipe lines into standard input")
+    if not all(stop):
+        raise InputError("--stop: is empty; name the text that ends an answer")
+    if overwrite and keep:
+        raise InputError("--overwrite and --keep contradict each other; use one")
     path = check_target(target, source)
     watch_options.check()
     inputs = parse_inputs(read_source(source))
     _report_bad(inputs.bad, strict)
+    for remark in inputs.remarks:
+        warn(remark)
     if not inputs.entries:
         raise InputError(f"-i {source}: holds no prompts")
 
     overflow = policy_options.allow_overflow
-    header = Header(inputs.sha256, _settings_of(model, sampling, policy, max_tokens, overflow, batch_size))
+    settings_now = _settings_of(model, sampling, policy, max_tokens, stop, overflow, batch_size)
+    header = Header(inputs.sha256, settings_now)
     with contextlib.ExitStack() as stack:
         journal: Journal | None = None
         if path is not None and (path.is_file() or not path.exists()):
-            journal = stack.enter_context(Journal(path, header, overwrite))
+            journal = stack.enter_context(Journal(path, header, overwrite, keep))
             if journal.skipped is not None and _is_whole(path, inputs, journal.skipped):
                 note(f"{path} is complete; nothing to do (--overwrite runs it again)")
                 return
-            batch_size = journal.batch_size or batch_size
+        with download_bar(f"reading prompts for {model.name}") as progress:
+            job = Job(engine, model, policy, engine.sampling(sampling), sampling.seed or 0, max_tokens, overflow, stop)
+            work, bad = prepare(job, engine.reader(model, progress), inputs.entries)
+        _report_bad(bad, strict)
+        if not work:
+            raise InputError("none of the prompts can be used, so there is nothing to do")
         with working(f"loading {model.name}"):
-            job = Job(engine, model, policy, engine.sampling(sampling), sampling.seed or 0, max_tokens, overflow)
             plan = engine.plan(
                 model,
                 policy,
                 ctx=policy_options.ctx or settings.ctx,
-                need=_longest_need(inputs, max_tokens),
+                need=max(len(item.ids) for item in work) + max_tokens,
                 batch_size=batch_size,
                 allow_overflow=overflow,
             )
-        _run(job, inputs, path, journal, plan.batch_size, strict, sampling_options, watch_options)
+        if batch_size is not None and (least := plan.batch_sizes[-1][1]) < batch_size:
+            note(f"of the longest prompts {least:,} are decoded at a time, not {batch_size:,}: that is what fits")
+        left_out = [*inputs.bad, *bad]
+        _run(job, work, left_out, path, journal, Sizes(plan.batch_sizes), sampling_options, watch_options)
 
 
 def _run(
     job: Job,
-    inputs: Inputs,
+    work: list[Work],
+    left_out: list[BadLine],
     path: Path | None,
     journal: Journal | None,
-    batch_size: int,
-    strict: bool,
+    sizes: Sizes,
     sampling_options: SamplingOptions,
     watch_options: WatchOptions,
 ) -> None:
     """Load the model, run what is left, and say what was done."""
     from kcache_cli.batch.cluster import decoder_of
-    from kcache_cli.batch.output import OrderedOutput, mend, standard_output
+    from kcache_cli.batch.output import STDOUT, OrderedOutput, mend, opened
     from kcache_cli.batch.progress import Meter, Told, Watch, progress_bar
-    from kcache_cli.batch.run import plan_work, prepare, run_batches
+    from kcache_cli.batch.run import plan_work, run_batches
     from kcache_cli.console import download_bar
     from kcache_cli.tui.beside import Beside
     from kcache_cli.tui.start import dashboard
@@ -214,15 +241,11 @@ def _run(
         lm = job.engine.load(job.model, progress)
     for remark in job.engine.remarks(lm, sampling_options, job.sampling):
         note(remark)
-    work, bad = prepare(job, lm, inputs.entries)
-    _report_bad(bad, strict)
-    if not work:
-        raise InputError("none of the prompts can be used, so there is nothing to do")
     ids = [item.entry.id for item in work]
-    if journal is not None and journal.batch_size is None:
-        journal.begin(batch_size)
+    if journal is not None and journal.sizes is None:
+        journal.begin(sizes)
     written = mend(path, ids) if path is not None and journal is not None else 0
-    todo = plan_work(work, batch_size, journal.finished if journal is not None else {}, written)
+    todo = plan_work(work, (journal and journal.sizes) or sizes, job.max_tokens, journal, written)
     left = sum(len(todo.batches[number]) for number in todo.remaining)
     if left < len(work):
         note(f"continuing {path}: {len(work) - left:,} of {len(work):,} prompts are done")
@@ -231,8 +254,7 @@ def _run(
     unread = sum(len(work[position].ids) for number in todo.remaining for position in todo.batches[number])
     meter = Meter(len(work), len(work) - left, job.max_tokens, unread)
     with contextlib.ExitStack() as stack:
-        file = standard_output() if path is None else stack.enter_context(path.open("ab"))
-        output = OrderedOutput(ids, file, written)
+        output = OrderedOutput(ids, stack.enter_context(opened(path)), written, path or STDOUT)
         beside = Beside(meter, lambda: progress_bar(meter)) if watch_options.dashboard else None
         told: Watch = stack.enter_context(progress_bar(meter)) if beside is None else beside
         publication = stack.enter_context(watching(job.engine, lm, "generate", watch_options))
@@ -249,16 +271,16 @@ def _run(
                 run()
         except KeyboardInterrupt:
             if journal is not None:
-                note("stopped; the same command goes on from the last finished batch")
+                anew = ", with another --record" if watch_options.record is not None else ""
+                note(f"stopped; the same command goes on from the last finished batch{anew}")
             raise
         if journal is not None:
             output.sync()
-            journal.close_job([line.line for line in bad])
-    left_out = len(inputs.bad) + len(bad)
+            journal.close_job([line.line for line in left_out])
     note(
         f"{left:,} prompts, {meter.tokens:,} new tokens in {meter.elapsed_s:.1f} s ({meter.tok_s:.1f} tok/s)"
         + (f"; {meter.cut:,} cut at {job.max_tokens:,} tokens, -n allows more" if meter.cut else "")
-        + (f"; {left_out:,} bad line{'s' if left_out > 1 else ''} left out" if left_out else "")
+        + (f"; {len(left_out):,} bad line{'s' if len(left_out) > 1 else ''} left out" if left_out else "")
     )
 
 
@@ -267,6 +289,7 @@ def _settings_of(
     sampling: SamplingOptions,
     policy: Policy,
     max_tokens: int,
+    stop: tuple[str, ...],
     overflow: bool,
     batch_size: int | None,
 ) -> dict[str, Any]:
@@ -277,6 +300,7 @@ def _settings_of(
         **asdict(sampling),
         "seed": sampling.seed or 0,
         "max_tokens": max_tokens,
+        **({"stop": list(stop)} if stop else {}),
         "allow_overflow": overflow,
         "batch_size": batch_size or "auto",
         **{f"policy.{name}": value for name, value in policy.to_dict().items()},
@@ -294,17 +318,6 @@ def _report_bad(bad: Sequence[BadLine], strict: bool) -> None:
 
 def _numbers(bad: Sequence[BadLine]) -> str:
     return ", ".join(str(line.line) for line in bad)
-
-
-def _longest_need(inputs: Inputs, max_tokens: int) -> int:
-    """Tokens the longest prompt and its answer can take at most: a token is at least a byte."""
-
-    def most(prompt: str | list[dict[str, str]]) -> int:
-        if isinstance(prompt, str):
-            return len(prompt.encode()) + 16
-        return 256 + sum(len(message["content"].encode()) + 64 for message in prompt)
-
-    return max(most(entry.prompt) for entry in inputs.entries) + max_tokens
 
 
 def _is_whole(path: Path, inputs: Inputs, skipped: list[int]) -> bool:

@@ -154,6 +154,8 @@ class FakeEngine:
         self.sessions: list[FakeSession] = []
         self.stop_after: int | None = None
         self.remarked: list[str] = []
+        self.sizes: tuple[tuple[int, int], ...] | None = None
+        self.stops: list[Sequence[str]] = []
         self.published: list[dict[str, Any]] = []
 
     def plan(self, model: ModelOptions, policy: Policy, **wanted: Any) -> Plan:
@@ -163,7 +165,9 @@ class FakeEngine:
         self.plans.append(wanted)
         if self.fails is not None:
             raise self.fails
-        return Plan(self.lm.context_length, wanted.get("ctx") or 512, wanted.get("batch_size") or self.auto, True)
+        ctx, most = wanted.get("ctx") or 512, wanted.get("batch_size") or self.auto
+        sizes = ((ctx, most),) if self.sizes is None else self.sizes
+        return Plan(self.lm.context_length, ctx, tuple((tokens, min(size, most)) for tokens, size in sizes), True)
 
     def sampling(self, options: SamplingOptions) -> Sampling:
         if self.light:
@@ -172,6 +176,9 @@ class FakeEngine:
 
     def remarks(self, lm: FakeModel, asked: SamplingOptions, sampling: Sampling) -> list[str]:
         return list(self.remarked)
+
+    def reader(self, model: ModelOptions, progress: Progress) -> FakeModel:
+        return self.lm
 
     def load(self, model: ModelOptions, progress: Progress) -> FakeModel:
         self.calls.append("load")
@@ -198,6 +205,7 @@ class FakeEngine:
         seed = options["sampling"].seed
         self.batches.append(prompts)
         self.seeds.append(seed)
+        self.stops.append(options["stop"])
         if self.stop_after is not None and len(self.batches) > self.stop_after:
             raise KeyboardInterrupt
         wanted = [2 + len(ids) % 3 for ids in prompts]

@@ -13,7 +13,7 @@ from typer.testing import Result
 from kcache import TokenEvent
 from kcache.errors import DoesNotFitError
 from kcache_cli.batch.journal import Header, Journal
-from kcache_cli.batch.plan import batch_seed, make_batches
+from kcache_cli.batch.plan import Sizes, batch_seed, make_batches
 from tests.cli.conftest import Run
 from tests.cli.fakes import FakeEngine, FakeEvent
 
@@ -66,7 +66,7 @@ def test_plan_is_made_before_loading_and_knows_the_longest(run: Run, prompts: Pa
     engine = FakeEngine()
     job(run, prompts, "-n", "10", engine=engine)
     assert engine.calls == ["plan", "load"]
-    assert 5 <= engine.plans[0]["need"] - 10 <= 100
+    assert engine.plans[0]["need"] == 5 + 10, "tokens, not bytes"
     assert engine.plans[0]["batch_size"] == 3
 
 
@@ -212,6 +212,78 @@ def test_other_settings_are_refused_without_overwrite(run: Run, prompts: Path, a
     assert len(lines_of(out)) == 11
 
 
+def test_what_is_finished_can_be_kept_with_other_settings(run: Run, prompts: Path) -> None:
+    """As where a job ended for lack of memory, and goes on with smaller batches and a smaller budget."""
+    out = prompts.with_name("out.jsonl")
+    assert job(run, prompts, engine=stopping(2)).exit_code == 130
+    smaller = ("--batch-size", "2", "--kv-budget", "1GiB")
+    refused = job(run, prompts, *smaller)
+    assert refused.exit_code == 2 and "--keep what is finished" in refused.stderr
+    engine = stopping(1)
+    result = job(run, prompts, *smaller, "--keep", engine=engine)
+    assert result.exit_code == 130 and "6 of 11 prompts are done" in result.stderr
+    assert len(engine.batches[0]) == 2
+    assert job(run, prompts, *smaller, engine=stopping(1)).exit_code == 130
+    assert "batch_size" in job(run, prompts).stderr, "the first settings are those of another job now"
+    result = job(run, prompts, *smaller)
+    assert result.exit_code == 0 and "10 of 11 prompts are done" in result.stderr
+    rows = lines_of(out)
+    assert [row["id"] for row in rows] == [f"p{number}" for number in range(11)]
+    assert sorted(row["text"].split(".")[2].split()[0] for row in rows) == ["1"] + ["2"] * 4 + ["3"] * 6
+    for flags in ((), ("--keep",)):
+        assert "complete" in job(run, prompts, *smaller, *flags).stderr
+    assert "complete" in job(run, prompts, "--keep").stderr, "nothing is left to run with these"
+    assert lines_of(out) == rows
+
+
+def test_keep_is_no_way_to_another_input(run: Run, prompts: Path) -> None:
+    job(run, prompts)
+    prompts.write_text(prompts.read_text() + "one more\n")
+    result = job(run, prompts, "--keep")
+    assert result.exit_code == 2
+    assert "another input" in result.stderr and "--keep" not in result.stderr
+    assert job(run, prompts, "--keep", "--overwrite").exit_code == 2
+
+
+def test_jobs_with_one_batch_size_for_all_are_continued(run: Run, prompts: Path) -> None:
+    """Journals had a number before lengths had sizes of their own."""
+    assert job(run, prompts, engine=stopping(2)).exit_code == 130
+    journal = prompts.with_name("out.jsonl.kcache")
+    header, *rest = journal.read_text().splitlines()
+    old = {name: value for name, value in json.loads(header).items() if name != "batch_sizes"} | {"batch_size": 3}
+    journal.write_text("\n".join([json.dumps(old), *rest]) + "\n")
+    result = job(run, prompts)
+    assert result.exit_code == 0
+    assert "6 of 11 prompts are done" in result.stderr
+
+
+def test_long_prompts_are_decoded_fewer_at_a_time(run: Run, tmp_path: Path) -> None:
+    source = tmp_path / "in.txt"
+    source.write_text("\n".join(["word " * 90, "word " * 80, *["word " * 3] * 5]) + "\n")
+    engine = FakeEngine(batch_size=8)
+    engine.sizes = ((50, 4), (100, 1))
+    result = run("generate", "-i", str(source), "-n", "4", "--batch-size", "6", engine=engine)
+    assert [len(batch) for batch in engine.batches] == [1, 1, 4, 1]
+    assert "of the longest prompts 1 are decoded at a time, not 6" in result.stderr
+    assert "at a time" not in run("generate", "-i", str(source), "-n", "4", engine=FakeEngine()).stderr
+
+
+def test_stop_strings(run: Run, prompts: Path) -> None:
+    engine = FakeEngine()
+    assert job(run, prompts, "--stop", "Q:", "--stop", "\n\n", engine=engine).exit_code == 0
+    assert set(engine.stops) == {("Q:", "\n\n")}
+    assert "stop: ['Q:', '\\n\\n'] then, None now" in job(run, prompts).stderr
+    assert job(run, prompts, "--overwrite").exit_code == 0
+    empty = job(run, prompts, "--stop", "", "--overwrite")
+    assert empty.exit_code == 2 and "--stop: is empty" in empty.stderr
+
+
+def test_what_is_stopped_while_recorded_needs_another_name(run: Run, prompts: Path) -> None:
+    record = ("--record", str(prompts.with_name("run.kcr")))
+    assert "with another --record" in job(run, prompts, *record, engine=stopping(1)).stderr
+    assert "--record" not in job(run, prompts, engine=stopping(1)).stderr
+
+
 def test_other_input_and_other_model_are_refused(run: Run, prompts: Path) -> None:
     job(run, prompts)
     result = job(run, prompts, "other/model")
@@ -327,7 +399,7 @@ def test_a_line_that_is_not_ours_is_not_touched(run: Run, prompts: Path) -> None
 
 def test_two_runs_at_once(run: Run, prompts: Path) -> None:
     with Journal(prompts.with_name("out.jsonl"), Header("x", {})) as journal:
-        journal.begin(4)
+        journal.begin(Sizes(((1, 4),)))
         result = job(run, prompts)
     assert result.exit_code == 2
     assert "another kcache generate" in result.stderr
@@ -336,7 +408,7 @@ def test_two_runs_at_once(run: Run, prompts: Path) -> None:
 def test_full_disk_is_one_line(run: Run, prompts: Path) -> None:
     result = run("generate", "-i", str(prompts), "-o", "/dev/full")
     assert result.exit_code == 2
-    assert "No space left" in result.stderr
+    assert "/dev/full: No space left" in result.stderr
     assert "Traceback" not in result.output
 
 
@@ -346,10 +418,20 @@ def test_output_that_is_no_regular_file_has_no_journal(run: Run, prompts: Path) 
 
 
 def test_make_batches() -> None:
-    assert make_batches([1, 3, 2, 3], 2) == [[1, 3], [2, 0]]
-    assert make_batches([], 2) == []
-    assert make_batches([4006, 1011, 300, 2003, 5, 500], 8) == [[0, 3], [1, 5, 2, 4]], "padding is no more than half"
-    assert make_batches([900, 3], 8) == [[0, 1]], "unless prompts are short"
+    two, eight = Sizes(((10, 2),)), Sizes(((1, 8),))
+    assert make_batches([1, 3, 2, 3], two) == [[1, 3], [2, 0]]
+    assert make_batches([], two) == []
+    assert make_batches([4006, 1011, 300, 2003, 5, 500], eight) == [[0, 3], [1, 5, 2, 4]], (
+        "padding is no more than half"
+    )
+    assert make_batches([900, 3], eight) == [[0, 1]], "unless prompts are short"
+
+
+def test_short_prompts_go_more_at_a_time_than_long_ones() -> None:
+    sizes = Sizes(((100, 4), (200, 2), (400, 1)))
+    assert [sizes.of(tokens) for tokens in (1, 100, 101, 200, 201, 400, 500)] == [4, 4, 2, 2, 1, 1, 1]
+    assert make_batches([150, 40, 90, 150, 300, 60, 50, 30], sizes) == [[4], [0, 3], [2, 5, 6, 1], [7]]
+    assert make_batches([150, 40, 90, 150], sizes, new_tokens=60) == [[0], [3], [2, 1]]
 
 
 def test_the_fake_event_is_like_the_real_one() -> None:

@@ -19,6 +19,11 @@ def test_json_lines_and_plain_text() -> None:
     )
     inputs = parse_inputs(text.encode())
     assert inputs.bad == []
+    assert inputs.remarks == ["lines 2 and 1 more are taken for a prompt as it stands, beside lines of JSON"]
+    assert parse_inputs(b'{"prompt": "x"}\n[1, 2]').remarks == [
+        "line 2 is taken for a prompt as it stands, beside lines of JSON"
+    ]
+    assert parse_inputs(b"[1, 2]\n3").remarks == parse_inputs(b'{"prompt": "x"}').remarks == []
     assert inputs.entries == [
         Entry(1, "a", "one"),
         Entry(2, 2, "plain text "),
@@ -26,6 +31,22 @@ def test_json_lines_and_plain_text() -> None:
         Entry(5, 5, "three"),
         Entry(6, 6, "last"),
     ]
+
+
+def test_content_in_parts_is_one_text() -> None:
+    """As clients of the OpenAI API write it."""
+    parts = '[{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]'
+    inputs = parse_inputs(f'{{"messages": [{{"role": "user", "content": {parts}}}]}}'.encode())
+    assert inputs.entries == [Entry(1, 1, [{"role": "user", "content": "one two"}])]
+    for other in ('[{"type": "image_url", "image_url": "x"}]', "[]", '["x"]', '[{"type": "text", "text": 3}]'):
+        bad = parse_inputs(f'{{"messages": [{{"role": "user", "content": {other}}}]}}'.encode()).bad
+        assert "both text" in str(bad[0])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_refused_by_its_name(encoding: str) -> None:
+    with pytest.raises(InputError, match="UTF-16"):
+        parse_inputs(("" if encoding == "utf-16" else "\ufeff").encode(encoding) + "hi\nyou".encode(encoding))
 
 
 def test_byte_order_mark_and_letters() -> None:

@@ -32,6 +32,9 @@ class LoadedEngine(KCacheEngine):
     def __init__(self, lm: LoadedModel) -> None:
         self.lm = lm
 
+    def reader(self, model: ModelOptions, progress: Progress) -> LoadedModel:
+        return self.lm
+
     def load(self, model: ModelOptions, progress: Progress) -> LoadedModel:
         return self.lm
 
@@ -114,7 +117,7 @@ def test_plan(tiny_folder: Path) -> None:
     assert plan.host_only
     assert plan.ctx == plan.context
     assert engine.plan(model, Policy(), ctx=64, need=20).ctx == 20
-    assert engine.plan(model, Policy(), batch_size=3).batch_size == 3
+    assert {most for _, most in engine.plan(model, Policy(), batch_size=3).batch_sizes} == {3}
     assert plan.context is not None
     beyond = 2 * plan.context
     with pytest.raises(InputError, match="--ctx"):

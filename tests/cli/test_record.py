@@ -35,7 +35,7 @@ class Tiny(LoadedEngine):
     """A tiny model under any name, for which everything fits."""
 
     def plan(self, model: ModelOptions, policy: Policy, **options: Any) -> Plan:
-        return Plan(context=8192, ctx=8192, batch_size=1, host_only=True)
+        return Plan(context=8192, ctx=8192, batch_sizes=((8192, 1),), host_only=True)
 
 
 @pytest.fixture(scope="module")
