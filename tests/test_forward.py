@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kcache.attention import attach
 from kcache.cache import KCache
 from kcache.forward import prefill, step_logits
+from kcache.pieces import takes_pieces
 from kcache.policy import Policy
+from kcache.verify.shrink import shrink
+from kcache.verify.unusual import DEFAULTS
 from tests.models import make, tokens
 from tests.pair import WHOLE
 
@@ -68,3 +73,31 @@ def test_host_memory_is_prepared_for_the_layers_that_leave() -> None:
                 pass
         (sizes,) = cache.shared.residency.host_bytes.values()
         assert sizes == [layer.stats().host_bytes for layer in cache.tiered_layers if layer.offloaded]
+
+
+def recurrent(model_type: str) -> PreTrainedModel:
+    """A tiny model with recurrent states beside attention."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        small = shrink(CONFIG_MAPPING[model_type](**DEFAULTS.get(model_type, {})))
+        return AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "whether"), [("jamba", False), ("zamba", False), ("falcon_h1", True), ("bamba", True)]
+)
+def test_a_prompt_in_pieces_and_a_later_one_are_answered_with_all_of_the_past(model_type: str, whether: bool) -> None:
+    """Where a model begins anew with several tokens, they do not come; without positions, Bamba counts from 0."""
+    model, ids = recurrent(model_type), tokens(1, 1, 60)
+    with torch.no_grad():
+        want = model(input_ids=ids).logits[0]
+    atol = 1e-4 * float(want.abs().max())
+    cache = KCache(model, WHOLE.replace(prefill_chunk=16))
+    with attach(model):
+        for start, end in ((0, 40), (40, 59)):
+            logits = [newest for newest, _ in prefill(model, cache, ids[:, start:end], None)]
+            torch.testing.assert_close(logits[-1][0], want[end - 1], rtol=0, atol=atol)
+        step = step_logits(model, cache, ids[:, 59:])
+    torch.testing.assert_close(step[0], want[59], rtol=0, atol=atol)
+    assert takes_pieces(model) is whether
+    assert takes_pieces(make("llama"))

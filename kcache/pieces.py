@@ -1,0 +1,52 @@
+"""Whether a model goes on with a prompt where it left off, several tokens at a time.
+
+Attention layers do, and most recurrent ones. Some in transformers (Jamba's, Zamba's) look at their state only when a
+single token comes, and begin anew with several: a prompt in pieces would be answered by its last piece.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+
+from kcache.arguments import with_cache
+from kcache.devices import input_device
+from kcache.probe import stock_layers
+
+_KEY = "_kcache_takes_pieces"
+_PIECE = 8
+"""Tokens of a piece in the trial: more than a convolution looks back."""
+_STATES = ("conv_states", "recurrent_states")
+
+
+def takes_pieces(model: PreTrainedModel) -> bool:
+    """Whether several tokens that follow a past are answered with all of it; tried once per model.
+
+    What is tried is whether each kind of recurrent state reaches the logits of a second piece: NaN in its place must.
+    """
+    known = vars(model).get(_KEY)
+    if not isinstance(known, bool):
+        recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in stock_layers(model))
+        known = vars(model)[_KEY] = not recurrent or all(_reads(model, kind) for kind in _STATES)
+    return known
+
+
+@torch.no_grad()
+def _reads(model: PreTrainedModel, kind: str) -> bool:
+    """Whether a second piece reads the states of a kind that a first one left, if there are any."""
+    cache = Cache(layers=stock_layers(model))
+    ids = torch.arange(1, 1 + _PIECE, device=input_device(model))[None]
+    model(input_ids=ids, **with_cache(model, cache))
+    states = [state for layer in cache.layers for state in _states_of(layer, kind)]
+    for state in states:
+        state.fill_(float("nan"))
+    logits: torch.Tensor = model(input_ids=ids, **with_cache(model, cache)).logits
+    return not states or bool(logits.isnan().any())
+
+
+def _states_of(layer: Any, kind: str) -> list[torch.Tensor]:
+    held = getattr(layer, kind, None) or {}
+    return [state for state in held.values() if isinstance(state, torch.Tensor)]
