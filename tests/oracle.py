@@ -54,7 +54,7 @@ def topn_attention(
     weights = probs * picked
     mass = weights.sum(1)
     if policy.tail == "renormalise":
-        weights = weights / mass[:, None].clamp(min=1e-300)
+        weights = weights * probs.sum(1, keepdim=True) / mass[:, None].clamp(min=1e-300)
     elif policy.tail == "lowrank":
         assert directions is not None
         base, basis = (part.double() for part in directions)

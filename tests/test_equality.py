@@ -49,6 +49,15 @@ def generated(model: PreTrainedModel, policy: Policy | None, ids: torch.Tensor, 
 # -- forwards ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("tail", ["renormalise", "none", "lowrank"])
+def test_what_a_sink_takes_stays_with_it(tail: str, backend: str) -> None:
+    """However the picked rows' weights are made to stand for all, they do not get the sink's share."""
+    pair = Pair(family("gpt_oss"), WHOLE.replace(tail=tail, backend=backend))
+    pair.forward(tokens(1, 2, 30))
+    pair.decode(5)
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_prefill_decode_and_two_turns(kind: str) -> None:
     pair = Pair(family(kind))

@@ -82,7 +82,9 @@ class ReferenceBackend:
         each = weights if picks.dim() == 4 else weights.mean(2)
         tail = None
         if step.policy.tail == "renormalise":
-            weights = weights / mass.unsqueeze(-1).clamp(min=torch.finfo(torch.float32).tiny)
+            # What a sink takes stays with it.
+            whole = 1 if step.sinks is None else probs[..., : step.length].sum(-1, keepdim=True)
+            weights = weights * (whole / mass.unsqueeze(-1).clamp(min=torch.finfo(torch.float32).tiny))
         elif step.policy.tail == "lowrank":
             tail = self.lowrank(probs.scatter_add_(3, per_head, -weights), step)
         if picks.dim() == 4:

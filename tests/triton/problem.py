@@ -195,7 +195,7 @@ def expected(problem: Problem, picks: torch.Tensor) -> tuple[torch.Tensor, torch
     weights = torch.where(chosen, probs, 0.0)
     mass = weights.sum(-1)
     if problem.tail == "renormalise":
-        weights = weights / mass.unsqueeze(-1).clamp(min=1e-30)
+        weights = weights * probs.sum(-1, keepdim=True) / mass.unsqueeze(-1).clamp(min=1e-30)
     out = torch.einsum("bhgl,bhld->bhgd", weights, values)
     if problem.tail == "lowrank":
         tail = problem.lowrank

@@ -161,6 +161,10 @@ def combine_all(at: Any, thread: Any, words: Any, single: Any) -> None:
     along = np.empty((group, rank + 1), np.float32)
     halves = np.empty((group, 2, half_v), np.float32)
     scale = np.empty(group, np.float32)
+    kv_heads = at[_KV_HEADS]
+    sinks = carray(pointer(at[_SINKS]), (kv_heads, group), np.float32)
+    peaks = carray(pointer(at[_PEAKS]), (items, pieces, group), np.float32)
+    totals = carray(pointer(at[_TOTALS]), (items, pieces, group), np.float32)
     for item in range(thread, items, at[_THREADS]):
         if at[_THRESHOLD] != 0:
             found[item] = gather_picks(at, item)
@@ -174,8 +178,13 @@ def combine_all(at: Any, thread: Any, words: Any, single: Any) -> None:
                 total += weight
             each[item, nth] = total / np.float32(group)
         for g in range(group):
-            held = mass[item, g]
-            scale[g] = np.float32(1.0) / held if at[_RENORMALISES] != 0 and held > 0 else np.float32(1.0)
+            held, scale[g] = mass[item, g], np.float32(1.0)
+            if at[_RENORMALISES] != 0 and held > 0:
+                whole = np.float32(1.0)
+                if at[_SINKS] != 0:  # what a sink takes stays with it
+                    sink = sinks[item % kv_heads, g]
+                    whole -= share_of(sink, normaliser(peaks[item], totals[item], g, sink))
+                scale[g] = whole / held
         halves[:] = np.float32(0.0)
         add_picked(scores[item], values[item], picks[item], count, scale, halves)
         join(halves, values[item], out[item])

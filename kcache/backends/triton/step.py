@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from kcache.backends.triton.above import pick_above
-from kcache.backends.triton.common import on_device, power_of_two, reduction_step
+from kcache.backends.triton.common import LOG2E, on_device, power_of_two, reduction_step
 from kcache.backends.triton.hot import HotRows
 from kcache.backends.triton.inputs import Results, StepInputs
 from kcache.backends.triton.select import pick_most
@@ -247,6 +247,9 @@ def triton_decode(
     )
     with on_device(query.device):
         Step(ws, inputs, results, hot).run()
+        if sinks is not None and ws.tail == "renormalise":  # what a sink takes stays with it
+            rows_share = 1.0 - torch.exp2(sinks.float() * LOG2E.value - ws.lse.view(ws.batch, -1))
+            out.mul_(rows_share.unsqueeze(2))
     per_head = (ws.batch, ws.kv_heads, ws.query_group, ws.width)
     picks = results.picks.view((ws.batch, ws.kv_heads, ws.width) if ws.select == "group" else per_head)
     return out, picks, results.mass.view(ws.batch, ws.kv_heads, ws.query_group)
