@@ -159,7 +159,7 @@ class Residency:
         return found
 
     def _aim(self, needed: int) -> int:
-        """Rows to plan for: the known final length, or twice what there was, but no more than the model's context."""
+        """Rows to plan for: the known final length, or a quarter more than there was, up to the model's context."""
         if needed in (self.planned, self.max_length):
             return needed
         if needed < self.planned:

@@ -243,7 +243,7 @@ def test_layers_leave_from_the_last_as_the_cache_outgrows_its_budget(max_length:
 
 
 def test_a_cache_is_refused_only_when_it_no_longer_fits() -> None:
-    """Growth by doubling must not refuse the rows between half the budget and all of it."""
+    """Growth ahead must not refuse the rows between half the budget and all of it."""
     policy = WHOLE.replace(kv_budget=budget_for(200, 1, 0, WHOLE), tail="none")
     pair = Pair(make("llama"), policy)
     pair.forward(tokens(1, 1, 70))

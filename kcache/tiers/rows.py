@@ -16,6 +16,7 @@ import torch
 from kcache.tiers.arena import Arena
 from kcache.tiers.pinned import pinned_empty
 
+_LEAST_GROWTH = 64
 
 class RowBuffer:
     """Rows of one layer in one memory.
@@ -25,7 +26,7 @@ class RowBuffer:
     device : torch.device
         Where the rows live; ``cpu`` for the host tier.
     room : callable, optional
-        Tells how many rows to make room for when the buffer has to grow; by default they double.
+        Tells how many rows to make room for when the buffer has to grow; by default by a quarter.
     reader : torch.device, optional
         A CUDA device whose kernels and copies reach this host memory directly: it is registered with the driver.
     axis : int
@@ -148,6 +149,9 @@ class RowBuffer:
 
 
 def grown_length(length: int, capacity: int) -> int:
-    """Double, in whole multiples of 64 rows; the first allocation is exact up to that rounding."""
-    wanted = length if capacity == 0 else max(length, 2 * capacity)
+    """A quarter more than there was, in whole multiples of 64 rows; the first allocation is exact up to that rounding.
+
+    Memory is what is short, and no row is copied more than some four times on the way.
+    """
+    wanted = length if capacity == 0 else max(length, capacity + max(_LEAST_GROWTH, capacity // 4))
     return -(-wanted // 64) * 64
