@@ -12,7 +12,7 @@ from kcache.devices import runs_kernels
 from kcache.need import MemoryNeed, ModelShape
 from kcache.policy import Policy
 from kcache.ram import read_ram
-from kcache.sizes import in_units, reserve
+from kcache.sizes import LEAST_RESERVE, in_units, reserve
 
 MOST_TOKENS = 2**27
 MOST_SEQUENCES = 2**16
@@ -153,7 +153,7 @@ class Fitter:
         room, unused = None, 0
         if self.pools.device_bytes is not None:
             left = self.pools.after(self.weights_bytes).device_bytes or 0
-            unused = max(0, reserve(left) - working)
+            unused = max(reserve(left) - working, LEAST_RESERVE)  # working memory is an estimate
             room = max(0, left - working - unused)
         need = self.shape.need(ctx, batch, self.policy, room, hot=self._keeps_hot)
         limits = [limit for limit in (self.policy.kv_budget, room) if isinstance(limit, int)]

@@ -27,7 +27,7 @@ def prefill(
     by token.
     """
     past, taken = cache.get_seq_length(), iter(ids[0].tolist())  # asked for now: later the host would wait for chunks
-    longest = cache.policy.prefill_chunk
+    longest = cache.policy.piece(ids.shape[0])
     if (past or ids.shape[1] > longest) and not takes_pieces(model):
         longest = 1 if past else ids.shape[1]
     pieces = -(-ids.shape[1] // longest)

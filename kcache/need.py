@@ -185,7 +185,7 @@ class ModelShape:
         are widened for one layer at a time. Prompts of a batch are padded, so there is a mask ``[B, 1, Q, L]``, which
         torch's kernels, those for fp32, take as numbers.
         """
-        tokens = min(ctx, policy.prefill_chunk) * batch
+        tokens = min(ctx, policy.piece(batch)) * batch
         masks = tokens * ctx * (1 if self.dtype_bytes == 2 else 1 + self.dtype_bytes) if batch > 1 else 0
         kv_width = (self.k_row + self.v_row) // self.dtype_bytes
         widest = 2 * self.hidden + max(3 * self.query_width + 2 * kv_width, 3 * self.inner)

@@ -62,6 +62,10 @@ def parse_tokens(count: int | str) -> int:
     return tokens
 
 
+_PIECE = 32768
+_LEAST_PIECE = 256
+
+
 @dataclass(frozen=True)
 class Policy:
     """How a :class:`~kcache.KCache` splits memory between device and host, and what a decode step reads.
@@ -114,7 +118,8 @@ class Policy:
         Keep V of exactly this many leading layers on the device, whatever the budget. ``None`` leaves it to
         ``offload`` and ``kv_budget``. ``dense_layers`` are resident in any case.
     prefill_chunk : int
-        Longest piece of a prompt run through the model in one forward by kcache's own generation loops.
+        Longest piece of a prompt run through the model in one forward by kcache's own generation loops; of the prompts
+        of a large batch pieces are shorter (:meth:`piece`).
     backend : {"auto", "reference", "cpu", "triton"}
         Who computes a decode step; ``"auto"`` takes the fastest that the layer's device can run.
     graph : {"auto", "off"}
@@ -169,6 +174,14 @@ class Policy:
         """The scheme of He & Wu (2024) as told: TopN per query head, no renormalisation, no tail, nothing dense."""
         told = {"spread": "even", "dense_layers": 0, "dense_below": 0, "select": "head", "tail": "none", "hot_rows": 0}
         return cls(topn=topn, **{**told, **changes})
+
+    def piece(self, batch: int) -> int:
+        """Tokens of each of ``batch`` prompts that go through the model at a time.
+
+        No more than 32,768 in all, which keep a card busy: activations and masks take memory from K. But 256 of each,
+        since with every piece what V has left comes back once.
+        """
+        return min(self.prefill_chunk, max(_PIECE // max(1, batch), _LEAST_PIECE))
 
     def replace(self, **changes: Any) -> Policy:
         """Return a copy with some fields changed; it is validated like a new one."""

@@ -18,7 +18,7 @@ from kcache.need import ModelShape
 from kcache.parallel import ALONE, Ranks
 from kcache.policy import Policy
 from kcache.ram import read_ram
-from kcache.sizes import TierSizes, in_units, least_resident, reserve, resident_layers
+from kcache.sizes import LEAST_RESERVE, TierSizes, in_units, least_resident, reserve, resident_layers
 from kcache.tiers.rows import grown_length
 from kcache.tiers.spare import Spare
 
@@ -182,12 +182,12 @@ class Residency:
     def _working(self, place: Place, rows: int, batch: int) -> int:
         """Bytes of the budget that no V should take which might as well leave: the model works in them.
 
-        Its activations, which the reserve may have room for, and unless all of V stays, V on its way through and the
-        scratch memory of decode steps. Only an estimate, so nothing is refused for it.
+        Its activations, which most of the reserve may have room for, and unless all of V stays, V on its way through
+        and the scratch memory of decode steps. Only an estimate, so nothing is refused for it.
         """
         if self._shape is None or place.budget is None:
             return 0
-        kept = reserve(torch.cuda.mem_get_info(place.device)[0])
+        kept = reserve(torch.cuda.mem_get_info(place.device)[0]) - LEAST_RESERVE
         alone = max(0, self._shape.working_bytes(rows, batch, self.policy, False) - kept)
         if place.sizes.device(rows, len(place.layers)) <= place.budget - alone:
             return alone

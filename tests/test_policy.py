@@ -122,3 +122,8 @@ def test_round_trip(policy: Policy) -> None:
 )
 def test_sizes(text: int | str, size: int) -> None:
     assert parse_bytes(text) == size
+
+
+def test_pieces_of_large_batches_are_shorter() -> None:
+    assert [Policy().piece(batch) for batch in (1, 8, 9, 16, 128, 1000)] == [4096, 4096, 3640, 2048, 256, 256]
+    assert [Policy(prefill_chunk=100).piece(batch) for batch in (1, 1000)] == [100, 100]

@@ -18,6 +18,7 @@ from kcache.tiers.pinned import pinned_empty
 
 _LEAST_GROWTH = 64
 
+
 class RowBuffer:
     """Rows of one layer in one memory.
 
