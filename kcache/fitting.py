@@ -211,10 +211,10 @@ class Fitter:
             ways.append(f"it would fit with V in 8 bits (--v-bits 8: close to exact, not exact{slow})")
         if batch > 1:
             smaller = self.largest_batch(ctx, batch)
-            ways.append("use a smaller batch" + (f" ({smaller} would fit)" if smaller else ""))
-        longest = self.largest_ctx(batch, ctx)
-        ways.append(f"about {longest:,} tokens would fit (--ctx {longest})" if longest else "no context would fit")
-        return ", or ".join(ways)
+            ways.append("use a smaller batch" + (f" ({smaller:,} would fit)" if smaller else ""))
+        if longest := self.largest_ctx(batch, ctx):
+            ways.append(f"about {longest:,} tokens would fit (--ctx {longest})")
+        return ", or ".join(ways) if ways else "no context would fit"
 
     def _under(self, **changes: Any) -> Fitter:
         """The same under another policy."""

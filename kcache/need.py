@@ -141,7 +141,7 @@ class ModelShape:
         v_row = self.v_row * batch
         sizes = TierSizes.of(policy, self.layers, self.k_row * batch, v_row, self.dim, self.dtype_bytes, hot)
         other_rows = (self.untiered * ctx + sum(min(ctx, window) for window in self.windows)) * batch
-        allowed = policy.kv_budget if isinstance(policy.kv_budget, int) else budget
+        allowed = min((limit for limit in (policy.kv_budget, budget) if isinstance(limit, int)), default=None)
         if policy.offload == "none" or ctx < policy.dense_below:
             resident = self.layers
         else:
@@ -206,7 +206,7 @@ def cache_bytes(
 ) -> MemoryNeed:
     """Bytes of a cache of ``batch`` sequences of ``ctx`` tokens.
 
-    ``budget`` is the device memory the cache may take; ``policy.kv_budget`` goes before it. On a host-only machine
+    ``budget`` is the device memory the cache may take, if ``policy.kv_budget`` is not less. On a host-only machine
     ``offload="auto"`` offloads every layer but the dense ones.
     """
     return ModelShape.of(config, dtype_bytes).need(ctx, batch, policy, budget)

@@ -165,7 +165,10 @@ class Policy:
         _check_choice("backend", self.backend, get_args(BackendName))
         _check_choice("graph", self.graph, get_args(Graph))
         if self.kv_budget is not None:
-            object.__setattr__(self, "kv_budget", parse_bytes(self.kv_budget))
+            try:
+                object.__setattr__(self, "kv_budget", parse_bytes(self.kv_budget))
+            except PolicyError as error:
+                raise PolicyError(f"kv_budget: {error}") from None
         if self.offload == "none" and self.resident_layers is not None:
             raise PolicyError("offload='none' keeps every layer resident; leave resident_layers out, or offload='all'")
 

@@ -88,7 +88,7 @@ def check_length(lm: LoadedModel, tokens: int, max_new_tokens: int, allow_overfl
     if tokens >= context:
         raise ContextLengthError(
             f"the prompt is {tokens:,} tokens and the context of {lm.name} is {context:,}; "
-            "shorten it, or allow overflow (--allow-overflow) and expect the answer to degrade"
+            "shorten it, or allow overflow (allow_overflow=True, --allow-overflow) and expect the answer to degrade"
         )
     return min(max_new_tokens, context - tokens)
 

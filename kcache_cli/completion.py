@@ -17,6 +17,13 @@ def complete_model(incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
+def complete_gpu(incomplete: str) -> list[str]:
+    """Cards that plans know."""
+    from kcache.gpus import CARDS
+
+    return [card.name for card in CARDS if card.name.startswith(incomplete.lower())]
+
+
 def complete_policy(incomplete: str) -> list[str]:
     """Policy names, profiles, and TOML files in the folder that is being typed."""
     from kcache_cli.policies import NAMES, profiles

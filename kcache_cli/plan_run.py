@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _UNKNOWN_CONTEXT = 4096
 _FIRST_CTX = 1024
+_LEAST_MEMORY = 2**20
 _HITS_OF_TEXT = 0.8
 """Part of the picks that hot rows spare the link at least; of a trace of prose it was 0.89 (docs/benchmarks.md)."""
 _SEEN = 0.05
@@ -114,6 +115,8 @@ def read_size(flag: str, text: str | None) -> int | None:
         raise InputError(f"{flag} {text}: {error}") from None
     if size == 0:
         raise InputError(f"{flag} {text}: there must be some; write it as 80GiB")
+    if size < _LEAST_MEMORY:
+        raise InputError(f"{flag} {text}: that is {size:,} bytes; with a unit it is read as meant: {text}GiB")
     return size
 
 

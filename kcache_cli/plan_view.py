@@ -86,6 +86,8 @@ def show(answer: Answer) -> None:
 
     console = Console(markup=False, emoji=False, highlight=False)
     batch = "the fastest batch that fits" if answer.question.batch is None else f"batch {answer.question.batch}"
+    if answer.question.batch is None and not any(method.max_batch for method in answer.methods.values()):
+        batch = "no batch fits"
     console.print(f"{one_line(answer.question.model.name)} · {answer.ctx:,} tokens · {batch}", style="bold")
     console.print(_machine_line(answer), style="dim")
     console.print()

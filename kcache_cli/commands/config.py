@@ -62,7 +62,10 @@ def config(
         return
     values = settings.load_settings()
     _, in_file = settings.read_file(file)
-    rows = [(name, getattr(values, name), settings.source_of(name, in_file)) for name in settings.Settings.model_fields]
+    rows = []
+    for name in settings.Settings.model_fields:
+        given = getattr(values, name)
+        rows.append((name, _built_in(name) if given is None else given, settings.source_of(name, in_file)))
     if as_json:
         found = {name: {"value": value, "source": source} for name, value, source in rows}
         print(json.dumps({"file": str(file), "settings": found}, indent=2))
@@ -80,7 +83,7 @@ def _print_table(file: Any, rows: list[tuple[str, Any, str]]) -> None:
     for heading in ("setting", "value", "from", "what it is"):
         table.add_column(heading, overflow="fold")
     for name, value, source in rows:
-        shown = _built_in(name) if value is None else str(value)
+        shown = "-" if value is None else str(value)
         style = "dim" if source == "built-in" else None
         table.add_row(name, shown, source, Settings.model_fields[name].description or "", style=style)
     console = Console(markup=False, emoji=False, highlight=False)
@@ -89,12 +92,11 @@ def _print_table(file: Any, rows: list[tuple[str, Any, str]]) -> None:
     console.print(table)
 
 
-def _built_in(name: str) -> str:
-    """What applies when nothing is set: the policy's default, or the choice of kcache or the model."""
+def _built_in(name: str) -> Any:
+    """What applies when nothing is set: the policy's default; None where kcache or the model choose."""
     from kcache.policy import Policy
 
-    default = getattr(Policy, name, None)
-    return "-" if default is None else str(default)
+    return getattr(Policy, name, None)
 
 
 def _write_template(file: Any) -> None:

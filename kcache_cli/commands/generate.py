@@ -278,7 +278,8 @@ def _run(
             output.sync()
             journal.close_job([line.line for line in left_out])
     note(
-        f"{left:,} prompts, {meter.tokens:,} new tokens in {meter.elapsed_s:.1f} s ({meter.tok_s:.1f} tok/s)"
+        f"{left:,} prompt{'' if left == 1 else 's'}, {meter.tokens:,} new tokens in {meter.elapsed_s:.1f} s "
+        f"({meter.tok_s:.1f} tok/s)"
         + (f"; {meter.cut:,} cut at {job.max_tokens:,} tokens, -n allows more" if meter.cut else "")
         + (f"; {len(left_out):,} bad line{'s' if len(left_out) > 1 else ''} left out" if left_out else "")
     )

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kcache_cli.completion import complete_gpu
 from kcache_cli.options import ModelOptions, PolicyOptions, Without, with_options
 
 
@@ -29,6 +30,7 @@ def plan(
             metavar="NAME",
             help="Plan for this card: h100, h200, a100, rtx4090, ...",
             show_default="this machine, measured",
+            autocompletion=complete_gpu,
         ),
     ] = None,
     hbm: Annotated[

@@ -117,6 +117,18 @@ def test_what_is_kept_free_is_a_row(run: Run, config: str) -> None:
     assert f"{method['unused_bytes'] / GIB:.2f} GiB" in run("plan", *args).stdout.split("kept free")[1].splitlines()[0]
 
 
+def test_a_budget_beyond_the_card_is_the_card_s(run: Run, config: str) -> None:
+    args = (config, "--gpu", "rtx4090", "--host", "64GiB", "--ctx", "32k")
+    plain, generous = planned(run, *args), planned(run, *args, "--kv-budget", "100TiB")
+    assert generous["methods"] == plain["methods"]
+
+
+def test_what_fits_in_no_batch_is_not_called_the_fastest(run: Run, config: str) -> None:
+    result = run("plan", config, "--gpu", "rtx4090", "--host", "64GiB", "--ctx", "128k")
+    assert result.exit_code == 3
+    assert "no batch fits" in result.stdout and "fastest" not in result.stdout.splitlines()[0]
+
+
 def test_windows_alone_leave_nothing_to_tier(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**LLAMA_3_8B, "model_type": "mistral", "sliding_window": 4096}))
@@ -143,6 +155,8 @@ def test_what_does_not_fit_is_shown_and_refused(run: Run, config: str) -> None:
         (("--batch", "0"), "--batch 0"),
         (("--batch", "many"), "--batch many"),
         (("--hbm", "much"), "--hbm much"),
+        (("--hbm", "24"), "24GiB"),
+        (("--kv-budget", "zz"), "kv_budget: not a size"),
         (("--host", "0"), "--host 0"),
         (("--gpu", "tpu"), "known are b200, h200, h100"),
         (("--hit-rate", "1.5"), "--hit-rate"),
