@@ -65,6 +65,8 @@ def _in_our_words(error: typer.TyperException) -> str:
         what = _NOT_A.get(problem["type"])
         said = problem["msg"] if what is None else f"{problem['input']!r} is not {what}"
         message = message.replace(problem["msg"], said.removeprefix("Value error, "))
+    if "'--format'" in message and "." in message.partition(": ")[2].partition(" is not")[0]:
+        message = f"{message.rstrip('.')}; a file is named with --output"
     return message
 
 

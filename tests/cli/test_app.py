@@ -242,6 +242,8 @@ def test_completion(words: str, offered: str) -> None:
         (["chat", "--topn", "32K"], "'--topn': '32K' is not a whole number\n"),
         (["chat", "--temperature", "hot"], "'--temperature': 'hot' is not a number\n"),
         (["chat", "--dtype", "float64"], "'--dtype': 'float64' is not one of"),
+        (["bench", "-o", "rows.json"], "'json', 'jsonl'; a file is named with --output\n"),
+        (["bench", "-o", "xml"], "'json', 'jsonl'.\n"),
     ],
 )
 def test_a_value_that_is_none_is_named(run: Run, args: list[str], words: str) -> None:
