@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from kcache import __version__
 from kcache_cli import exits
+from kcache_cli.ending import SIGNALS, heard
 from kcache_cli.ranks import check_command, speaks
 from kcache_cli.register import Commands
 from kcache_cli.variables import warn_of_misspelled
@@ -44,20 +45,29 @@ class Program(TyperGroup):
         """Run, report, exit."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
-        try:
-            result = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
-            sys.stdout.flush()
-            code = result if isinstance(result, int) else 0
-        except BrokenPipeError:
-            _silence_output()
-            code = exits.FAILED
-        except KeyboardInterrupt:
-            code = exits.INTERRUPTED
-        except Exception as error:
-            if exits.debugging() and not isinstance(error, typer.TyperException):
-                raise
-            code = _report(error)
+        with heard(SIGNALS if speaks() else ()) as came:  # processes that follow rank 0 end with it
+            try:
+                result = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+                sys.stdout.flush()
+                code = result if isinstance(result, int) else 0
+            except BaseException as error:
+                code = exits.FAILED if came else _code_of(error)
+            if came and code:  # whatever went wrong since, with a terminal that is gone for example
+                _silence_output()
+                code = exits.SIGNALLED + came[0]
         raise SystemExit(code)
+
+
+def _code_of(error: BaseException) -> int:
+    """Report what ended a command, as far as that is to be told; returns the exit code."""
+    if isinstance(error, BrokenPipeError):
+        _silence_output()
+        return exits.FAILED
+    if isinstance(error, KeyboardInterrupt):
+        return exits.INTERRUPTED
+    if not isinstance(error, Exception) or (exits.debugging() and not isinstance(error, typer.TyperException)):
+        raise error
+    return _report(error)
 
 
 def _report(error: Exception) -> int:

@@ -6,6 +6,7 @@
 2    wrong usage: a bad value, unreadable input, unwritable output
 3    does not fit in memory; the message says what would
 130  stopped with Ctrl-C
+143  stopped by SIGTERM, and 129 by SIGHUP: 128 and the number of the signal (:mod:`kcache_cli.ending`)
 ==== ==========================================================================
 """
 
@@ -24,6 +25,7 @@ FAILED = 1
 USAGE = 2
 DOES_NOT_FIT = 3
 INTERRUPTED = 130
+SIGNALLED = 128
 _NOT_A = {"int_parsing": "a whole number", "float_parsing": "a number", "bool_parsing": "true or false"}
 
 

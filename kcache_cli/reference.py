@@ -18,8 +18,8 @@ A flag that is not given takes its value from a `KCACHE_*` variable, then from t
 the default shown here.
 
 Exit codes: 0 done, 1 unknown or unsupported model (and any other failure), 2 wrong usage (a bad value, unreadable
-input, unwritable output), 3 does not fit in memory, 130 stopped with Ctrl-C. Messages go to standard error, one line
-each; `KCACHE_DEBUG=1` adds tracebacks.
+input, unwritable output), 3 does not fit in memory, 130 stopped with Ctrl-C, 143 by SIGTERM, 129 by SIGHUP (a terminal
+that is closed). Messages go to standard error, one line each; `KCACHE_DEBUG=1` adds tracebacks.
 """
 
 

@@ -27,6 +27,7 @@ from kcache_cli.batch.progress import Watch
 from kcache_cli.batch.run import Batches, Decoder, Job, one_by_one
 from kcache_cli.batch.share import Share
 from kcache_cli.batch.worker import Attempts, Planning, Worker, pack, results_of
+from kcache_cli.ending import kept
 from kcache_cli.engine import KCacheEngine, Plan, Progress
 from kcache_cli.exits import note
 from kcache_cli.options import ModelOptions, SamplingOptions
@@ -151,7 +152,10 @@ class RayEngine(KCacheEngine):
             raise InputError(f"--device {device}: Ray gives each worker GPUs of its own; use auto or cpu")
         if self._address is None:
             _keep_to_this_machine()
-        ray = _import_ray()
+        with kept():  # Ray has its own ideas of SIGTERM
+            return self._join(_import_ray(), on_cpu=device == "cpu")
+
+    def _join(self, ray: Any, on_cpu: bool) -> Share:
         options: dict[str, Any] = {"address": self._address}
         if self._address is None:
             options = {"address": "local", "include_dashboard": False}
@@ -165,7 +169,7 @@ class RayEngine(KCacheEngine):
             raise InputError(f"--address {self._address}: no Ray cluster there ({_reason(error)})") from None
         self._until_closed.callback(ray.shutdown)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        self._share = Share.of(nodes, self._workers, on_cpu=device == "cpu")
+        self._share = Share.of(nodes, self._workers, on_cpu=on_cpu)
         return self._share
 
 

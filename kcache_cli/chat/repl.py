@@ -11,6 +11,7 @@ from kcache_cli.chat.conversation import Conversation, stop_on_ctrl_c
 from kcache_cli.chat.figures import between_figures
 from kcache_cli.chat.writer import answer_writer
 from kcache_cli.console import console, terminal_width
+from kcache_cli.ending import Ended
 from kcache_cli.exits import debugging, describe
 from kcache_cli.text import json_line, printable
 
@@ -41,6 +42,8 @@ class Repl:
         while True:
             try:
                 self._turn(self._next())
+            except Ended:
+                raise
             except KeyboardInterrupt:
                 self.say("Ctrl-D or /bye leaves")
             except (EOFError, slash.Leave):
@@ -99,6 +102,8 @@ class Repl:
             with stop_on_ctrl_c(self.conversation):
                 reply = self.conversation.ask(message, write)
                 ending = reply.ending
+        except Ended:
+            raise
         except KeyboardInterrupt:
             ending = "stopped"
         finally:

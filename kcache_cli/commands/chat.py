@@ -88,10 +88,11 @@ def chat(
     conversation.check_document()
     with watching(engine, lm, "chat", watch_options) as publication:
         if shown and publication is not None:
+            from kcache_cli.ending import show
             from kcache_cli.tui.conversation import Conversing
             from kcache_cli.tui.start import dashboard
 
-            dashboard(publication.source(), talk=Conversing(conversation)).run()
+            show(dashboard(publication.source(), talk=Conversing(conversation)))
             return
         if not at_terminal:
             answer_once(conversation, message, as_json)

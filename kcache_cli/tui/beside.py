@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
+
+from kcache_cli.ending import show
 
 if TYPE_CHECKING:
     from kcache import TokenEvent
@@ -17,6 +19,9 @@ _LOOK_S = 0.2
 
 class Watch(Protocol):
     """Is told of the job; see :class:`kcache_cli.batch.progress.Watch`."""
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Take in that a batch begins, of the prompts with these ids."""
 
     def count(self, event: TokenEvent, tokens: int = 1) -> None:
         """Take in the latest token of a prompt, or its latest ``tokens``."""
@@ -43,8 +48,13 @@ class Beside:
         self._progress = progress
         self._stopping = False
         self._failed: BaseException | None = None
+        self._interrupted: KeyboardInterrupt | None = None
         self._ended = threading.Event()
         self._ended.set()
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Take in that a batch begins, in the job's thread."""
+        self._watch.begin(names)
 
     def count(self, event: TokenEvent, tokens: int = 1) -> None:
         """Take in tokens, in the job's thread.
@@ -54,16 +64,20 @@ class Beside:
         KeyboardInterrupt
             If the user has stopped the job.
         """
-        if self._stopping:
-            raise KeyboardInterrupt
+        self._check()
         self._watch.count(event, tokens)
 
     def read(self, done: int, total: int) -> None:
-        """Take in how far the prompts have been read, in the job's thread."""
+        """Take in how far the prompts have been read, in the job's thread; stops like :meth:`count`."""
+        self._check()
         self._watch.read(done, total)
 
+    def _check(self) -> None:
+        if self._stopping:
+            raise KeyboardInterrupt
+
     def stop(self) -> bool:
-        """Stop the job at its next token; whether it is running."""
+        """Stop the job at its next token, or after a piece of a prompt; whether it is running."""
         self._stopping = True
         return not self._ended.is_set()
 
@@ -80,11 +94,17 @@ class Beside:
         self._ended.clear()
         thread = threading.Thread(target=self._work, args=(work, dashboard), name="kcache-engine", daemon=True)
         thread.start()
-        dashboard.run()
+        try:
+            show(dashboard)
+        except KeyboardInterrupt as error:  # the whole process shall end
+            self._interrupted, self._stopping = error, True
+            self._wait()
         if not self._ended.is_set():
             with self._progress() as self._watch:
                 self._wait()
         thread.join()
+        if isinstance(self._failed, KeyboardInterrupt) and self._interrupted is not None:
+            raise self._interrupted
         if self._failed is not None:
             raise self._failed
 
@@ -101,5 +121,5 @@ class Beside:
         while not self._ended.is_set():
             try:
                 self._ended.wait(_LOOK_S)
-            except KeyboardInterrupt:
-                self._stopping = True
+            except KeyboardInterrupt as error:
+                self._interrupted, self._stopping = error, True

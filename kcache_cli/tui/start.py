@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kcache.errors import InputError
+from kcache_cli.ending import show
 from kcache_cli.settings import load_settings
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def watch(source: Source) -> None:
         If this is no terminal.
     """
     check_terminal()
-    dashboard(source).run()
+    show(dashboard(source))
 
 
 def pick() -> int | None:
@@ -83,7 +84,7 @@ def pick() -> int | None:
     found = candidates(places)
     if len(found) < 2:  # the others did not answer
         return found[0].place.pid if found else None
-    chosen = Menu(found).run()
+    chosen = show(Menu(found))
     if chosen is None:
         raise KeyboardInterrupt
     return chosen.place.pid

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -22,7 +24,8 @@ def start(source: Path, out: Path) -> subprocess.Popen[bytes]:
 
 def hear_interrupts() -> None:
     """A job in the background of a shell is started deaf to them, and so would be what these tests start."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for_growth(path: Path, beyond: int, process: subprocess.Popen[bytes]) -> None:
@@ -57,14 +60,37 @@ def test_killed_four_times_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
     assert out.read_bytes() == undisturbed.read_bytes()
 
 
-def test_ctrl_c_leaves_with_130(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("numbers", "code"),
+    [
+        ([signal.SIGINT], 130),
+        ([signal.SIGTERM], 143),
+        ([signal.SIGTERM, signal.SIGTERM], 143),  # as ``timeout`` does: once to us, once to our group
+        ([signal.SIGHUP], 129),
+    ],
+)
+def test_a_signal_ends_the_job_between_batches(tmp_path: Path, numbers: list[int], code: int) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("word\n" * 2000)  # a minute of work
     process = start(source, out)
     wait_for_growth(tmp_path / "out.jsonl.kcache", 1000, process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    for number in numbers:
+        process.send_signal(number)
+    assert process.wait(60) == code
     assert process.stderr is not None
     said = process.stderr.read().decode()
     assert "Traceback" not in said
-    assert "goes on" in said
+    assert said.count("goes on") == 1
+
+
+def test_nohup_is_left_alone(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("word\n" * 20)
+    command = [sys.executable, "-m", "tests.cli.killable", "generate", "-i", str(source), "-o", str(out)]
+    process = subprocess.Popen(
+        [*command, "--batch-size", "2"], cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    )
+    wait_for_growth(tmp_path / "out.jsonl.kcache", 300, process)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0
+    assert len(out.read_text().splitlines()) == 20

@@ -103,6 +103,34 @@ def shell() -> Iterator[Terminal]:
     terminal.close()
 
 
+@pytest.mark.parametrize("busy", [False, True], ids=["waiting", "answering"])
+def test_a_signal_ends_a_chat_and_not_only_its_reply(busy: bool, tmp_path: Path) -> None:
+    terminal = Terminal(sys.executable, "-m", "tests.cli.killable", "chat")
+    terminal.wait_for(b">>>")
+    if busy:
+        terminal.press(b"go on\r")
+        terminal.wait_for(b"word word")
+    os.kill(terminal.pid, signal.SIGTERM)
+    assert terminal.exit_code() == 143
+    assert b"Traceback" not in terminal.seen
+    terminal.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_closes_the_dashboard_and_gives_the_terminal_back(number: int) -> None:
+    recording = str(ROOT / "tests" / "watch" / "earlier.kcr")
+    terminal = Terminal(sys.executable, "-m", "kcache_cli", "inspect", recording)
+    terminal.wait_for(b"\x1b[?1049h")
+    terminal.wait_for(b"memory")
+    os.kill(terminal.pid, number)
+    assert terminal.exit_code() == 128 + number
+    assert b"\x1b[?1049l" in terminal.shown, "the screen it was drawn on is left"
+    assert b"\x1b[?1000l" in terminal.shown, "and the mouse let go"
+    assert b"\x1b[?25h" in terminal.shown, "and the cursor seen"
+    assert b"Traceback" not in terminal.seen
+    terminal.close()
+
+
 @pytest.mark.parametrize("leave", [b"\x04", b"/quit\r"], ids=["ctrl-d", "quit"])
 def test_leaving_after_a_stopped_reply_is_no_failure(chat: Terminal, leave: bytes) -> None:
     chat.wait_for(b">>>")

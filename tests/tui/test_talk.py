@@ -5,7 +5,7 @@ from __future__ import annotations
 import _thread
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -247,6 +247,9 @@ class Window:
 class Meter:
     def __init__(self) -> None:
         self.tokens = 0
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Nothing here is named."""
 
     def count(self, event: Any, tokens: int = 1) -> None:
         self.tokens += tokens
