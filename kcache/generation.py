@@ -24,6 +24,7 @@ from kcache.policy import Policy
 from kcache.prompts import Prompt, check_length, encode
 from kcache.sampling import Sampler, Sampling
 from kcache.text import Detokenizer
+from kcache.watch.capture import watchers_of
 
 FinishReason = Literal["stop", "length"]
 
@@ -187,10 +188,17 @@ def stream(
             latest = values[0]
             elapsed_ms = (time.perf_counter() - began) * 1e3
             ttft_ms = ttft_ms or elapsed_ms
+            made: dict[int, int] = {}
             for index, (sequence, token) in enumerate(zip(sequences, values, strict=True)):
                 if not sequence.done:
                     last = step == max_new_tokens - 1
                     yield _event(index, sequence, token, token in ends, last, elapsed_ms, ttft_ms)
+                    if sequence.done:
+                        made[index] = sequence.completion_tokens
+            if made:
+                last_one = all(sequence.done for sequence in sequences)
+                for watcher in watchers_of(lm.model):
+                    watcher.finish(cache, made, last_one)
             if keep:
                 ended[:] = [sequence.done for sequence in sequences]
             if step == max_new_tokens - 1 or all(sequence.done for sequence in sequences) or not keep_going():

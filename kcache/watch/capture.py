@@ -12,7 +12,7 @@ import math
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from kcache.arguments import cache_in
 from kcache.arriving import Arriving
 from kcache.cache import KCache
+from kcache.watch.frame import Phase
 from kcache.watch.moment import Captured, Picks, moment_of, picks_of
 
 QUEUE = 256
@@ -49,6 +50,21 @@ class Forward:
     mask: Arriving | None
 
 
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Sequences that have had their last token, which nobody feeds: how many tokens each got, by its index."""
+
+    run: int
+    made: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What the sequences of the next run are called."""
+
+    names: tuple[str, ...]
+
+
 class Capture:
     """Watches the forwards of one model.
 
@@ -66,7 +82,8 @@ class Capture:
         When the next frame is wanted, by the monotonic clock: 0 for every step, :data:`NEVER` while nobody watches.
         Set by the publisher, and moved on by ``interval_s`` when a frame was taken.
     forwards, ready : deque
-        Forwards that began and frames that were taken, for the publisher to remove.
+        Forwards that began, and what else was said of sequences, and frames that were taken, for the publisher to
+        remove.
     probe : bool
         Whether layers that attend exactly shall say what they would pick, in steps whose frame is taken.
     running : bool
@@ -81,12 +98,12 @@ class Capture:
 
     def __init__(self, model: PreTrainedModel, wake: Callable[[], None], only: KCache | None = None) -> None:
         self.due_s, self.interval_s = NEVER, 0.0
-        self.forwards: deque[Forward] = deque(maxlen=_FORWARDS)
+        self.forwards: deque[Forward | Finish | Names] = deque(maxlen=_FORWARDS)
         self.ready: deque[Captured] = deque()
         self.running, self.ended_s, self.lost = False, -math.inf, 0
         self.took_s, self._began_s, self._prompt = 0.0, 0.0, False
         self.probe, self._taking = False, False
-        self.run = 0
+        self.run = self._told = 0
         self._wake = wake
         self._on_cuda = model.device.type == "cuda"
         self._only = None if only is None else weakref.ref(only)
@@ -119,7 +136,7 @@ class Capture:
             return None
         try:
             picks = self._latest if self.running or self._latest is not None else picks_of(cache, self.run)
-            return moment_of(cache, self.run, picks, self._earlier)
+            return moment_of(cache, self.run, picks, self._earlier, self._told)
         except AttributeError:  # the engine has just moved V of a layer; the frame at the end of its step will do
             return None
 
@@ -145,6 +162,27 @@ class Capture:
         if self._ours(cache) is not None:
             self._ends(cache)
 
+    def name(self, names: Sequence[str]) -> None:
+        """Say what the sequences of the next run are called."""
+        self._tell(Names(tuple(names)))
+
+    def finish(self, cache: Any, made: Mapping[int, int], last: bool) -> None:
+        """Note that sequences have had their last token, and how many that made; after the ``last`` of them a frame.
+
+        That token is not fed, so no forward would tell.
+        """
+        ours = self._ours(cache)
+        if ours is None or ours is not self.cache:
+            return
+        self._tell(Finish(self.run, dict(made)))
+        if not last or self.due_s == NEVER:
+            return
+        if not self._on_cuda:  # where a step that nobody will take may be writing its own already
+            latest = picks_of(ours, self.run)
+            if latest is not None and (self._latest is None or latest.step != self._latest.step):
+                self._earlier, self._latest = self._latest, latest
+        self._take(ours, self._earlier, time.perf_counter(), "idle")
+
     def _begins(self, cache: KCache, ids: torch.Tensor | None, given: torch.Tensor, mask: torch.Tensor | None) -> None:
         past, (batch, count) = cache.get_seq_length(), given.shape[:2]
         if self.cache is not cache or past == 0:
@@ -155,7 +193,7 @@ class Capture:
         now = time.perf_counter()
         self.running, self._began_s, self._prompt, self._taking = True, now, prompt, now >= self.due_s
         cache.shared.probing = self.probe and self._taking
-        self.forwards.append(
+        self._tell(
             Forward(
                 self.run,
                 now,
@@ -184,14 +222,22 @@ class Capture:
         self._earlier = before
         if not self._taking and (self.probe or now < self.due_s):
             return
+        self._take(cache, before, now, "prefill" if self._prompt else "decode")
+
+    def _take(self, cache: KCache, before: Picks | None, now: float, phase: Phase) -> None:
+        """Hand over a frame of the present state."""
         if self.interval_s:
             self.due_s = now + self.interval_s
         if len(self.ready) >= QUEUE:
             self.ready.popleft()
             self.lost += 1
-        self.ready.append(moment_of(cache, self.run, self._latest, before, self._prompt))
+        self.ready.append(moment_of(cache, self.run, self._latest, before, self._told, phase))
         self.took_s = time.perf_counter() - now
         self._wake()
+
+    def _tell(self, told: Forward | Finish | Names) -> None:
+        self.forwards.append(told)
+        self._told += 1
 
     def _ours(self, cache: Any) -> KCache | None:
         """The cache of a forward, if we watch it."""

@@ -108,6 +108,12 @@ class History:
                 max(0, end - start) - max(0, min(end, frame.tokens) - start)
             )
 
+    def names(self, index: int | None = None) -> tuple[str, ...]:
+        """See :class:`~kcache.watch.source.Source`; kept, like text, for the newest run only."""
+        frame = self.latest() if index is None else self.frame(index)
+        with self._lock:
+            return () if frame is None else self._text.names(frame.run)
+
 
 def without_picks(frame: Frame) -> Frame:
     """The same frame without its exact picks."""

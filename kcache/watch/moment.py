@@ -19,6 +19,7 @@ from kcache.counted import Picked
 from kcache.layer import TieredLayer
 from kcache.snapshots import layer_snapshot
 from kcache.watch.columns import KINDS, MODES, STATS
+from kcache.watch.frame import Phase
 
 MOST_PICKS = 65_536
 """Picks looked at per step; of a larger batch only the first sequences are observed."""
@@ -47,7 +48,9 @@ class Picks:
 class Captured:
     """A moment as the engine hands it over: counters of each layer (the fields of Stats), and picks under way.
 
-    ``prompt`` says of the end of a forward whether that read a prompt; None for a moment in between.
+    ``phase`` is that of the forward that has ended, or idle after the last token; None for a moment in between, which
+    the publisher's thread knows better. ``told`` is how
+    much had been said of forwards by then; None where all that has been said goes with it.
     """
 
     run: int
@@ -62,7 +65,8 @@ class Captured:
     weights: tuple[Arriving, ...] = ()
     before: tuple[Arriving, ...] = ()
     shapes_before: tuple[tuple[int, ...], ...] = ()
-    prompt: bool | None = None
+    phase: Phase | None = None
+    told: int | None = None
 
 
 def picks_of(cache: KCache, run: int) -> Picks | None:
@@ -102,9 +106,9 @@ def _together(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 
 def moment_of(
-    cache: KCache, run: int, picks: Picks | None, before: Picks | None, prompt: bool | None = None
+    cache: KCache, run: int, picks: Picks | None, before: Picks | None, told: int, phase: Phase | None = None
 ) -> Captured:
-    """Read the counters, and send the picks on their way."""
+    """Read the counters, and send the picks on their way; see :class:`Captured` for ``told`` and ``phase``."""
     counts: list[tuple[int, ...]] = []
     kinds, modes = bytearray(), bytearray()
     for index, layer in enumerate(cache.layers):
@@ -136,7 +140,8 @@ def moment_of(
         () if picks is None else _sent(picks.weights, torch.float32),
         _sent(before.positions, torch.int32) if follows and before is not None else (),
         before.shapes if follows and before is not None else (),
-        prompt,
+        phase,
+        told,
     )
 
 

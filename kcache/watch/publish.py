@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 
 from kcache.cache import KCache
 from kcache.watch.build import build
-from kcache.watch.capture import NEVER, Capture
+from kcache.watch.capture import NEVER, Capture, Finish, Names
 from kcache.watch.codec import Message
 from kcache.watch.columns import PHASES
 from kcache.watch.frame import Info, Phase
@@ -74,7 +75,7 @@ class Publication:
         self._local: list[LocalViewer] = []
         self._coming: deque[LocalViewer] = deque()
         self._job: tuple[int, int] | None = None
-        self._number = 0
+        self._number = self._taken = 0
         self._phase: Phase = "idle"
         self._prompt = False
         self._shown_s = 0.0
@@ -132,6 +133,10 @@ class Publication:
         """Say how many prompts of a batch job are done; viewers show it."""
         self._job = done, total
 
+    def name(self, names: Sequence[str]) -> None:
+        """Say what the sequences are called that are decoded next, by the thread that will; viewers show it."""
+        self._capture.name(names)
+
     def __enter__(self) -> Publication:
         return self
 
@@ -160,6 +165,7 @@ class Publication:
                 self._turn()
             self._capture.running = False
             self._turn()
+            self._serve_out()
         except Exception as error:  # whatever it is, the engine goes on, unwatched
             self._capture.due_s = NEVER
             self._failed = reason = f"publishing failed: {type(error).__name__}: {error}"
@@ -181,10 +187,11 @@ class Publication:
         self._say_when()
         # In this order: the forward of a frame was there before the frame.
         ready = [self._capture.ready.popleft() for _ in range(len(self._capture.ready))]
-        self._take_forwards()
         began_s = time.thread_time()
         for captured in ready if self._recorder is not None else ready[-1:]:
+            self._take_forwards(captured.told)
             self._show(captured)
+        self._take_forwards()
         self._look_around(bool(ready))
         for viewer in self._viewers:
             viewer.serve(self._board)
@@ -204,10 +211,18 @@ class Publication:
         else:
             capture.due_s = NEVER
 
-    def _take_forwards(self) -> None:
+    def _take_forwards(self, told: int | None = None) -> None:
+        """Take note of what was said of forwards: of all, or what had been ``told`` in all by some moment."""
         forwards = self._capture.forwards
-        for _ in range(len(forwards)):
+        for _ in range(len(forwards) if told is None else min(len(forwards), max(0, told - self._taken))):
             forward = forwards.popleft()
+            self._taken += 1
+            if isinstance(forward, Names):
+                self._tokens.name(forward.names)
+                continue
+            if isinstance(forward, Finish):
+                self._tokens.finish(forward)
+                continue
             self._prompt = forward.prompt
             length = self._tokens.take(forward)
             for viewer in self._viewers:
@@ -238,9 +253,7 @@ class Publication:
         return "idle"
 
     def _show(self, captured: Captured) -> None:
-        phase = self._phase_now()
-        if captured.prompt is not None:  # it may have waited here, while the engine went on
-            phase = "prefill" if captured.prompt else "decode"
+        phase = captured.phase or self._phase_now()  # it may have waited here, while the engine went on
         self._put(build(captured, self._tokens, self._gauges.read(), phase, 0, self._job))
 
     def _put(self, frame: Message) -> None:
@@ -261,6 +274,16 @@ class Publication:
     def _present_info(self) -> Info:
         cache = self._capture.cache
         return self._info if cache is None else replace(self._info, policy=cache.policy.to_dict())
+
+    def _serve_out(self) -> None:
+        """Give everybody the last frame, though none is due; who takes nothing for a moment goes without."""
+        until = time.monotonic() + _FAREWELL_S
+        while True:
+            for viewer in self._viewers:
+                viewer.serve(self._board, at_once=True)
+            if time.monotonic() >= until or not any(guest.waiting for guest in self._server.viewers):
+                return
+            self._server.wait(0.05)
 
     def _farewell(self, reason: str) -> None:
         """Tell viewers, wait a moment for them to take it, end the recording."""

@@ -167,7 +167,20 @@ class Recording:
         if not self._frames:
             return nothing
         frame = self.frame(len(self._frames) - 1 if index is None else index)
-        texts = self._frames[len(self._frames) - 1 if index is None else index].texts
+        text = self._text_at(len(self._frames) - 1 if index is None else index)
+        return (text.pieces(frame.run, start, min(end, frame.tokens), sequence) + nothing)[: len(nothing)]
+
+    def names(self, index: int | None = None) -> tuple[str, ...]:
+        """See :class:`~kcache.watch.source.Source`."""
+        if not self._frames:
+            return ()
+        at = len(self._frames) - 1 if index is None else index
+        run = self.frame(at).run
+        return self._text_at(at).names(run)
+
+    def _text_at(self, index: int) -> Transcript:
+        """The text as it was at a frame."""
+        texts = self._frames[index].texts
         if texts < self._told:
             self._transcript, self._told = Transcript(), 0
         for message in self._texts[self._told : texts]:
@@ -176,7 +189,7 @@ class Recording:
             except FormatError as error:
                 self._say(f"text: {error}")
         self._told = texts
-        return (self._transcript.pieces(frame.run, start, min(end, frame.tokens), sequence) + nothing)[: len(nothing)]
+        return self._transcript
 
     def ask(self, *, rate_hz: float | None = None, picks: bool | None = None, probe: bool | None = None) -> None:
         """See :class:`~kcache.watch.source.Source`: nobody is there to ask."""

@@ -68,6 +68,13 @@ class Source(Protocol):
         """
         ...
 
+    def names(self, index: int | None = None) -> tuple[str, ...]:
+        """What the sequences are called at a frame, the newest by default; empty where they have no names.
+
+        Untrusted text: names come from the input of a job.
+        """
+        ...
+
     def ask(self, *, rate_hz: float | None = None, picks: bool | None = None, probe: bool | None = None) -> None:
         """Tell the publisher what this viewer needs; what is ``None`` stays. A recording takes no notice.
 

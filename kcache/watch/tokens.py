@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from kcache.watch.capture import Forward
+from kcache.watch.capture import Finish, Forward
 from kcache.watch.frame import Mark, SequenceFrame, Speed
 
 UNKNOWN = -1
@@ -112,10 +112,12 @@ class Tokens:
 
     def __init__(self, pieces: Pieces, ends: frozenset[int] = frozenset()) -> None:
         self.run = 0
+        self.names: tuple[str, ...] = ()
         self.rows: list[Row] = []
         self.marks: list[Mark] = []
         self.pieces = pieces
         self._ends = ends
+        self._next_names: tuple[str, ...] = ()
         self._in_prompt = False
         self._end = 0
         self._prompt_began: float | None = None
@@ -140,12 +142,29 @@ class Tokens:
         self._add_ids(forward)
         return forward.past
 
+    def name(self, names: tuple[str, ...]) -> None:
+        """What the sequences of the next run are called."""
+        self._next_names = names
+
+    def finish(self, finish: Finish) -> None:
+        """Take note of sequences that have had their last token."""
+        if finish.run != self.run:
+            return
+        for index, made in finish.made.items():
+            if index < len(self.rows):
+                self.rows[index].completion, self.rows[index].done = made, True
+
     def _begin(self, forward: Forward) -> None:
+        names, self._next_names = self._next_names, ()
+        self.names = names if len(names) == forward.batch else ()
         self.run, self.rows, self.marks = forward.run, [Row() for _ in range(forward.batch)], []
         self._in_prompt, self._latest_step = False, None
 
     def _take_prompt(self, forward: Forward) -> None:
         if not self._in_prompt or forward.past != self._end:
+            self._ttft_ms = self._itl_ms = None  # those of the prompt before say nothing of this one
+            self._intervals.clear()
+            self._fresh = []
             self.marks.append(Mark(forward.past, "prompt"))
             self._prompt_began, self._in_prompt = forward.at_s, True
             for row in self.rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kcache.errors import FormatError
@@ -27,6 +28,7 @@ class Transcript:
     def __init__(self) -> None:
         self._run = 0
         self._rows: dict[int, list[str]] = {}
+        self._names: tuple[str, ...] = ()
 
     def apply(self, message: Message) -> None:
         """Take in a text message; see :func:`text_message`.
@@ -40,7 +42,12 @@ class Transcript:
         if not isinstance(parts, list):
             raise FormatError("parts: a list was expected")
         if run != self._run:
-            self._run, self._rows = run, {}
+            self._run, self._rows, self._names = run, {}, ()
+        names = message.get("names")  # which older writers do not send
+        if isinstance(names, list):
+            if len(names) > _MOST_SEQUENCES or not all(isinstance(name, str) for name in names):
+                raise FormatError("names: a list of texts was expected")
+            self._names = tuple(names)
         for part in parts:
             if not isinstance(part, list) or len(part) != 3:
                 raise FormatError("parts: a sequence, a position and pieces were expected")
@@ -63,6 +70,10 @@ class Transcript:
         found = row[start:end]
         return found + [""] * (max(0, end - start) - len(found))
 
+    def names(self, run: int) -> tuple[str, ...]:
+        """What the sequences of a run are called; empty where they have no names. Untrusted text."""
+        return self._names if run == self._run else ()
+
 
 class TextCursor:
     """How much of the text one reader has been told."""
@@ -77,8 +88,9 @@ class TextCursor:
 
     def next(self, tokens: Tokens) -> Message | None:
         """The next message for this reader: at most :data:`MOST_PIECES` tokens; None when it knows all."""
+        names: tuple[str, ...] = ()
         if tokens.run != self._run or len(tokens.rows) != len(self._told):
-            self._run, self._told = tokens.run, [0] * len(tokens.rows)
+            self._run, self._told, names = tokens.run, [0] * len(tokens.rows), tokens.names
         parts: list[Part] = []
         room = MOST_PIECES
         for sequence, row in enumerate(tokens.rows):
@@ -92,9 +104,13 @@ class TextCursor:
                 room -= len(pieces)
             if room <= 0:
                 break
-        return text_message(self._run, parts) if parts else None
+        return text_message(self._run, parts, names) if parts or names else None
 
 
-def text_message(run: int, parts: list[Part]) -> Message:
-    """What :meth:`Transcript.apply` takes in: for each sequence the text of its tokens from a position on."""
-    return {"kind": "text", "run": run, "parts": [list(part) for part in parts]}
+def text_message(run: int, parts: list[Part], names: Sequence[str] = ()) -> Message:
+    """What :meth:`Transcript.apply` takes in: for each sequence the text of its tokens from a position on.
+
+    And, with the first one of a run, what its sequences are called, where they have names.
+    """
+    named = {"names": list(names)} if names else {}
+    return {"kind": "text", "run": run, "parts": [list(part) for part in parts], **named}

@@ -83,15 +83,15 @@ class Viewer(ABC):
                     raise FormatError(f"{name}: true or false was expected")
                 setattr(self, name, message[name])
 
-    def serve(self, board: Board) -> None:
-        """Give the viewer what it can take now."""
+    def serve(self, board: Board, at_once: bool = False) -> None:
+        """Give the viewer what it can take now; a frame when it is due, or ``at_once``."""
         while self.ready:
             now = time.monotonic()
             if board.info is not None and board.info is not self._told:
                 self._told = board.info
                 self.give({"kind": "info", "info": board.info})
                 continue
-            if board.number > self._seen and now >= self._next_s:
+            if board.number > self._seen and (at_once or now >= self._next_s):
                 self._seen = board.number
                 self._next_s = now + 0.9 / self.rate_hz  # frames come at that rate already, give or take
                 self.give_frame(board)

@@ -71,6 +71,14 @@ class Shelf:
             except IndexError:
                 return [""] * max(0, end - start)
 
+    def names(self, index: int | None = None) -> tuple[str, ...]:
+        """See :class:`~kcache.watch.source.Source`; empty where the frame is gone."""
+        with self._lock:
+            try:
+                return self._source.names(index)
+            except IndexError:
+                return ()
+
     def ask(self, *, rate_hz: float | None = None, picks: bool | None = None, probe: bool | None = None) -> None:
         """See :class:`~kcache.watch.source.Source`."""
         self._source.ask(rate_hz=rate_hz, picks=picks, probe=probe)

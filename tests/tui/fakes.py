@@ -173,6 +173,7 @@ class FakeSource:
     def __init__(self, frames: list[Frame], live: bool = True, info: Info = INFO) -> None:
         self.frames, self.live, self.info = list(frames), live, info
         self.closed: str | None = None
+        self.called: tuple[str, ...] = ()
         self.asked: list[dict[str, Any]] = []
 
     def add(self, *frames: Frame) -> None:
@@ -204,6 +205,9 @@ class FakeSource:
             return "<|im_start|>"
         words = ("the", "sea", "was", "calm", "and", "grey", "as", "slate", "under", "a", "low", "sky")
         return ("\n\n" if at % 120 == 7 else " ") + words[(at * 7) % len(words)]
+
+    def names(self, index: int | None = None) -> tuple[str, ...]:
+        return self.called
 
     def ask(self, **wanted: Any) -> None:
         self.asked.append({name: value for name, value in wanted.items() if value is not None})

@@ -201,7 +201,7 @@ def test_the_engine_hands_over_without_waiting_for_anybody(lm: LoadedModel) -> N
     for _ in range(30):
         answer(lm, cache=cache)
     assert len(capture.ready) == 256
-    assert capture.lost == 30 * 12 - 256
+    assert capture.lost == 30 * 13 - 256  # a prompt, 11 steps, and what there is when the last token is out
     assert capture.ready[-1].counts[1] == cache.layers[1].counts()
     publication.close()
 
@@ -248,8 +248,53 @@ def test_a_padded_batch(lm: LoadedModel, tmp_path: Path) -> None:
     frame = recording.latest()
     assert frame is not None
     assert (frame.batch, frame.observed, frame.job) == (2, 2, (3, 8))
-    assert [(row.padding, row.tokens, row.completion_tokens) for row in frame.sequences] == [(0, 9, 3), (4, 5, 3)]
+    assert [(row.padding, row.tokens, row.completion_tokens) for row in frame.sequences] == [(0, 9, 4), (4, 5, 4)]
+    assert all(row.done for row in frame.sequences)
     assert recording.pieces(0, 6, 1) == ["", "", "", "", "x", "y"]
+
+
+@pytest.mark.parametrize("stop", [(), ("\n",)])
+def test_each_sequence_is_told_to_its_last_token(lm: LoadedModel, stop: tuple[str, ...], tmp_path: Path) -> None:
+    """That token is not fed, so no forward tells of it; one batch follows another without a pause."""
+    made: list[list[int]] = []
+    with publish(lm, record=tmp_path / "run.kcr") as publication:
+        here = publication.source()
+        here.ask(rate_hz=0.2)  # which would look when all is over
+        for batch, names in ((["abcdef", "xy", "q"], ["a", "b", "c"]), (["one", "two"], ["d", "e"]), (["more"], ())):
+            publication.name(names)
+            counts = [0] * len(batch)
+            for event in kcache.generate(lm, batch, TOPN, sampling=GREEDY, max_new_tokens=9, stop=stop):
+                counts[event.index] = event.completion_tokens
+            made.append(counts)
+    recording = open_recording(tmp_path / "run.kcr")
+    ends = {recording.frame(index).run: index for index in recording.span() if recording.frame(index).run}
+    assert list(ends) == [1, 2, 3]
+    for (run, index), counts in zip(ends.items(), made, strict=True):
+        frame = recording.frame(index)
+        assert [row.completion_tokens for row in frame.sequences] == counts, run
+        assert all(row.done for row in frame.sequences) and frame.phase == "idle"
+        assert frame.totals.steps == max(counts) - 1
+    assert [recording.names(index) for index in ends.values()] == [("a", "b", "c"), ("d", "e"), ()]
+    assert recording.names(ends[1]) == ("a", "b", "c")
+    latest = here.latest()
+    assert latest is not None and [row.completion_tokens for row in latest.sequences] == made[-1]
+    assert latest.run == 3 and here.names() == ()
+
+
+def test_a_frame_says_what_was_known_in_its_step(lm: LoadedModel, tmp_path: Path) -> None:
+    """A publisher that comes late makes of each step what it would have made of it at once."""
+    publication = publish(lm, record=tmp_path / "run.kcr")
+    turn, publication._turn = publication._turn, lambda: None  # type: ignore[method-assign]
+    publication._capture.due_s = 0.0
+    for _ in range(2):
+        answer(lm, cache=KCache(lm.model, TOPN))
+    publication._turn = turn  # type: ignore[method-assign]
+    publication.close()
+    recording = open_recording(tmp_path / "run.kcr")
+    frames = [frame for frame in frames_of(recording) if frame.phase == "decode"]
+    assert [(frame.run, frame.sequences[0].completion_tokens) for frame in frames] == [
+        (run, step) for run in (1, 2) for step in range(1, 12)
+    ]
 
 
 def test_a_large_batch_is_observed_in_part(lm: LoadedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
