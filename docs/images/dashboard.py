@@ -52,7 +52,7 @@ def picture(recording: Path, name: str, *flags: str) -> None:
     """Take a picture of a recording."""
     target = HERE / name
     command = [sys.executable, "-m", "kcache_cli", "inspect", str(recording), "--export-png", str(target)]
-    subprocess.run([*command, *flags], check=True)
+    subprocess.run([*command, "--overwrite", *flags], check=True)
     if target.stat().st_size > MOST_BYTES:
         raise SystemExit(f"{target} is {target.stat().st_size:,} bytes; at most {MOST_BYTES:,} are wanted")
 

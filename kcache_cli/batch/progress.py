@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +16,7 @@ from kcache_cli.exits import note
 
 if TYPE_CHECKING:
     from kcache import TokenEvent
+    from kcache.watch.publish import Publication
 
 _LINE_S = 10.0
 """Seconds between two lines of a log."""
@@ -23,6 +24,9 @@ _LINE_S = 10.0
 
 class Watch(Protocol):
     """Takes in what a job has read and written, as it comes."""
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Take in that a batch begins, of the prompts with these ids."""
 
     def count(self, event: TokenEvent, tokens: int = 1) -> None:
         """Take in the latest token of a prompt, or its latest ``tokens``."""
@@ -53,6 +57,9 @@ class Meter:
         self._clock, self._began = clock, clock()
         self._read, self._reading_s, self._latest = 0, 0.0, self._began
 
+    def begin(self, names: Sequence[str]) -> None:
+        """See :class:`Watch`: nothing is counted yet."""
+
     def count(self, event: TokenEvent, tokens: int = 1) -> None:
         """Take in the latest token of a prompt, or its latest ``tokens``."""
         if self.reading is not None:
@@ -73,12 +80,12 @@ class Meter:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since counting began."""
-        return self._clock() - self._began
+        """Seconds from when counting began to the last token of the last prompt, or until now."""
+        return (self._latest if 0 < self.total <= self.done else self._clock()) - self._began
 
     @property
     def tok_s(self) -> float:
-        """Tokens per second over all prompts."""
+        """Tokens per second since counting began, the time in which prompts were read with it."""
         return self.tokens / self.elapsed_s if self.elapsed_s > 0 else 0.0
 
     @property
@@ -116,7 +123,7 @@ def progress_bar(meter: Meter) -> Iterator[Watch]:
 
 def _state(meter: Meter) -> str:
     """How far the job is, what it is doing, and how long it may take."""
-    doing = f"{meter.tok_s:.1f} tok/s"
+    doing = f"job average {meter.tok_s:.1f} tok/s"
     if meter.reading is not None:
         done, total = meter.reading
         doing = f"read {done:,} of {total:,} tokens"
@@ -130,6 +137,10 @@ class Told:
     def __init__(self, watch: Watch, show: Callable[[], None]) -> None:
         self._watch, self._show = watch, show
 
+    def begin(self, names: Sequence[str]) -> None:
+        """See :class:`Watch`."""
+        self._watch.begin(names)
+
     def count(self, event: TokenEvent, tokens: int = 1) -> None:
         """See :class:`Watch`."""
         self._watch.count(event, tokens)
@@ -139,6 +150,19 @@ class Told:
         """See :class:`Watch`."""
         self._watch.read(done, total)
         self._show()
+
+
+class Published(Told):
+    """Passes on what it is told, and has viewers see how far the job is and whose sequences they look at."""
+
+    def __init__(self, watch: Watch, publication: Publication, meter: Meter) -> None:
+        super().__init__(watch, lambda: publication.job(meter.done, meter.total))
+        self._publication = publication
+
+    def begin(self, names: Sequence[str]) -> None:
+        """See :class:`Watch`."""
+        self._publication.name(names)
+        super().begin(names)
 
 
 class _Lines:

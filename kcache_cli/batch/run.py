@@ -52,6 +52,7 @@ class Job:
         texts: list[list[str]] = [[] for _ in work]
         results: list[Result] = [{} for _ in work]
         tokens = sum(len(item.ids) for item in work)
+        watch.begin([str(item.entry.id) for item in work])
         events = self.engine.generate(
             lm,
             [item.ids for item in work],

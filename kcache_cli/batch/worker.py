@@ -158,6 +158,9 @@ def _no_progress(done_bytes: int, total_bytes: int, label: str) -> None:
 class _NoWatch:
     """Results are counted when they come back."""
 
+    def begin(self, names: Any) -> None:
+        """Nobody looks."""
+
     def count(self, event: Any, tokens: int = 1) -> None:
         """Nobody looks."""
 

@@ -231,7 +231,7 @@ def _run(
     """Load the model, run what is left, and say what was done."""
     from kcache_cli.batch.cluster import decoder_of
     from kcache_cli.batch.output import STDOUT, OrderedOutput, mend, opened
-    from kcache_cli.batch.progress import Meter, Told, Watch, progress_bar
+    from kcache_cli.batch.progress import Meter, Published, Watch, progress_bar
     from kcache_cli.batch.run import plan_work, run_batches
     from kcache_cli.console import download_bar
     from kcache_cli.tui.beside import Beside
@@ -259,10 +259,11 @@ def _run(
         told: Watch = stack.enter_context(progress_bar(meter)) if beside is None else beside
         publication = stack.enter_context(watching(job.engine, lm, "generate", watch_options))
 
-        watch = told if publication is None else Told(told, lambda: publication.job(meter.done, meter.total))
+        watch = told if publication is None else Published(told, publication, meter)
 
         def run() -> None:
-            run_batches(job, lm, work, todo, output, journal, watch, decoder_of(job.engine))
+            with publication or contextlib.nullcontext():  # for those who watch the job ends here, whoever still looks
+                run_batches(job, lm, work, todo, output, journal, watch, decoder_of(job.engine))
 
         try:
             if beside is not None and publication is not None:
@@ -279,7 +280,7 @@ def _run(
             journal.close_job([line.line for line in left_out])
     note(
         f"{left:,} prompt{'' if left == 1 else 's'}, {meter.tokens:,} new tokens in {meter.elapsed_s:.1f} s "
-        f"({meter.tok_s:.1f} tok/s)"
+        f"(job average {meter.tok_s:.1f} tok/s)"
         + (f"; {meter.cut:,} cut at {job.max_tokens:,} tokens, -n allows more" if meter.cut else "")
         + (f"; {len(left_out):,} bad line{'s' if len(left_out) > 1 else ''} left out" if left_out else "")
     )

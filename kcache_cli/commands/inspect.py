@@ -60,6 +60,16 @@ def inspect(
         int | None,
         _picture("--at", metavar="STEP", min=0, help="Which decode step; with --once, too.", show_default="the newest"),
     ] = None,
+    run: Annotated[
+        int | None,
+        _picture(
+            "--run",
+            metavar="NUMBER",
+            min=1,
+            help="Of which cache: a batch job makes one for every batch. With --once and --report, too.",
+            show_default="the newest",
+        ),
+    ] = None,
     view: Annotated[
         View, _picture("--view", help="What the heat map shows: the last step, its history, one layer by head, age.")
     ] = "last",
@@ -67,6 +77,9 @@ def inspect(
         str | None,
         typer.Option("--report", metavar="FILE", help="Write the run as one page of HTML, to keep or send, and exit."),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Let what is written take the place of a file that is there.")
+    ] = False,
 ) -> None:
     """Look at a run: what is in which memory, what crosses the link, where attention looks.
 
@@ -82,6 +95,7 @@ def inspect(
       kcache inspect --once
       kcache inspect --once --json
       kcache inspect run.kcr --once --at 12
+      kcache inspect job.kcr --once --run 3 --at 12
       kcache inspect run.kcr --export-csv run.csv
       kcache inspect run.kcr --export-png step.png --at 12 --view history
       kcache inspect run.kcr --report run.html
@@ -92,12 +106,14 @@ def inspect(
 
     if as_json and not once:
         raise InputError("--json goes with --once")
-    files = Files.check(export_csv, export_svg, export_png, report)
+    files = Files.check(export_csv, export_svg, export_png, report, overwrite)
     if once + web + bool(files) > 1:
         raise InputError("--once prints, --web serves until Ctrl-C, --export-* and --report write: choose one of them")
     if at is not None and not (once or files.pictures):
         raise InputError("--at goes with --once, --export-svg and --export-png")
-    wish = Wish(*parse_size(size), at, view)
+    if run is not None and not (once or files.pictures or files.report):
+        raise InputError("--run goes with --once, --export-svg, --export-png and --report")
+    wish = Wish(*parse_size(size), at, view, run)
     if not once and not files and file is None and pid is None and address is None:
         pid = _ask()
     with contextlib.closing(choose(file, pid, address)) as source:
@@ -106,7 +122,7 @@ def inspect(
         elif web:
             _serve(source, file, pid, address, port)
         elif once:
-            _print(source, at, as_json)
+            _print(source, at, run, as_json)
         else:
             from kcache_cli.tui.start import watch
 
@@ -130,15 +146,15 @@ def _serve(source: Source, file: Path | None, pid: int | None, address: str | No
     serve(Order.of(file, pid, address), port, lambda where: note(f"the dashboard is at {where}; Ctrl-C ends it"))
 
 
-def _print(source: Source, at: int | None, as_json: bool) -> None:
+def _print(source: Source, at: int | None, run: int | None, as_json: bool) -> None:
     from kcache_cli.inspect.choose import index_of
     from kcache_cli.inspect.values import state
     from kcache_cli.inspect.view import show
     from kcache_cli.text import json_line
 
-    index = index_of(source, at)
+    index = index_of(source, at, run)
     frame = source.latest() if index is None else source.frame(index)
     if as_json:
-        print(json_line(state(source, frame)))
+        print(json_line(state(source, frame, index)))
     else:
-        show(source, frame)
+        show(source, frame, index)

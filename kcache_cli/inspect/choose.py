@@ -43,28 +43,37 @@ def choose(file: Path | None, pid: int | None, address: str | None) -> Source:
     return source
 
 
-def index_of(source: Source, step: int | None) -> int | None:
-    """The last frame of a step, of the latest run that has it; None for the newest of a live run.
+def index_of(source: Source, step: int | None, run: int | None = None) -> int | None:
+    """The last frame of a step, or of what there is, of a run, or of the latest that has it.
+
+    None for the newest of a live source.
 
     Raises
     ------
     InputError
-        If the step is not there.
+        If the run or the step is not there.
     """
     span = source.span()
-    if step is None:
+    if step is None and run is None:
         return None if source.live or not span else span[-1]
-    steps = set()
+    runs, steps = set(), set()
     for index in reversed(span):
         try:
-            found = source.frame(index).step
+            frame = source.frame(index)
         except IndexError:
             continue
-        if found == step:
-            return index
-        steps.add(found)
-    there = f"there are steps {min(steps)} to {max(steps)}" if steps else "there are none"
-    raise InputError(f"--at {step}: no such step; {there}")
+        runs.add(frame.run)
+        if run in (None, frame.run):
+            if step in (None, frame.step):
+                return index
+            steps.add(frame.step)
+    if run is not None and run not in runs:
+        raise InputError(f"--run {run}: no such run; {_there('runs', runs)}")
+    raise InputError(f"--at {step}: no such step; {_there('steps', steps)}")
+
+
+def _there(what: str, found: set[int]) -> str:
+    return f"there are {what} {min(found)} to {max(found)}" if found else "there are none"
 
 
 def _place(pid: int | None, address: str | None) -> Place:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kcache.errors import InputError
 from kcache_cli.exits import note, warn
 
 if TYPE_CHECKING:
@@ -25,8 +26,10 @@ class Files:
     report: Path | None
 
     @classmethod
-    def check(cls, csv: str | None, svg: str | None, png: str | None, report: str | None) -> Files:
-        """Refuse a file that could not be written, before anything is opened.
+    def check(
+        cls, csv: str | None, svg: str | None, png: str | None, report: str | None, overwrite: bool = False
+    ) -> Files:
+        """Refuse a file that could not be written, or is there, before anything is opened.
 
         Raises
         ------
@@ -34,12 +37,12 @@ class Files:
         """
         from kcache_cli.rows.store import check_file
 
-        return cls(
-            check_file("--export-csv", csv),
-            check_file("--export-svg", svg),
-            check_file("--export-png", png),
-            check_file("--report", report),
-        )
+        given = (("--export-csv", csv), ("--export-svg", svg), ("--export-png", png), ("--report", report))
+        found = [(flag, check_file(flag, file)) for flag, file in given]
+        for flag, path in found:
+            if path is not None and path.is_file() and not overwrite:
+                raise InputError(f"{flag} {path}: exists; give another name, or add --overwrite")
+        return cls(*(path for _, path in found))
 
     def __bool__(self) -> bool:
         return any(path is not None for path in (self.csv, self.svg, self.png, self.report))
@@ -58,7 +61,7 @@ class Files:
         if self.report is not None:
             from kcache_cli.report.page import write
 
-            write(source, self.report, name or "live")
+            write(source, self.report, name or "live", wish.run)
             note(f"the run as a page: {self.report}")
         if source.closed is not None:
             warn(source.closed)

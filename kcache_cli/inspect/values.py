@@ -10,9 +10,10 @@ from kcache.watch.frame import Frame, LayerFrame
 from kcache.watch.source import Source
 
 
-def state(source: Source, frame: Frame | None) -> dict[str, Any]:
-    """The state of a source at a frame; counters are 0 before its first."""
+def state(source: Source, frame: Frame | None, index: int | None = None) -> dict[str, Any]:
+    """The state of a source at a frame, which has that index or is the newest; counters are 0 before its first."""
     info = source.info
+    names = source.names(index)
     totals = asdict(Stats() if frame is None else frame.totals)
     return {
         "pid": info.pid,
@@ -22,7 +23,7 @@ def state(source: Source, frame: Frame | None) -> dict[str, Any]:
         "host_only": info.host_only,
         "live": source.live,
         "problem": source.closed,
-        **(_moment(frame) if frame is not None else {}),
+        **(_moment(frame, names) if frame is not None else {}),
         **totals,
         "weights_bytes": info.weights_bytes,
         "policy": info.policy,
@@ -34,7 +35,7 @@ def rows(frame: Frame) -> list[dict[str, Any]]:
     """A row for each layer, without histograms and mass of single heads."""
     return [
         {
-            **{name: value for name, value in _moment(frame).items() if name not in ("memory", "sequences")},
+            **{name: value for name, value in _moment(frame).items() if name not in ("memory", "job", "sequences")},
             **{name: value for name, value in _layer(layer).items() if name not in ("histogram", "held", "mass")},
             "mean_mass": None if layer.mass is None else round(float(layer.mass.mean()), 4),
         }
@@ -42,7 +43,8 @@ def rows(frame: Frame) -> list[dict[str, Any]]:
     ]
 
 
-def _moment(frame: Frame) -> dict[str, Any]:
+def _moment(frame: Frame, names: tuple[str, ...] = ()) -> dict[str, Any]:
+    named = names if len(names) == len(frame.sequences) else (None,) * len(frame.sequences)
     return {
         "time_s": round(frame.time_s, 3),
         "run": frame.run,
@@ -51,7 +53,10 @@ def _moment(frame: Frame) -> dict[str, Any]:
         "bucket_tokens": frame.bucket_tokens,
         **asdict(frame.speed),
         "memory": asdict(frame.memory),
-        "sequences": [asdict(sequence) for sequence in frame.sequences],
+        "job": frame.job,
+        "sequences": [
+            {"name": name, **asdict(sequence)} for name, sequence in zip(named, frame.sequences, strict=True)
+        ],
     }
 
 

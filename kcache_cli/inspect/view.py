@@ -6,15 +6,17 @@ from kcache.watch.frame import Frame, LayerFrame
 from kcache.watch.source import Source
 from kcache_cli.text import one_line, size
 
+_SHOWN_SEQUENCES = 16
+_LONGEST_NAME = 32
 _LEGEND = (
-    "rows: V rows that decode steps have fetched · link in: their bytes, and those of V that prompts read back · "
-    "attn: share of attention that the picks of the last step hold · reuse: share of them that the step before had "
-    "picked, too"
+    "rows in all: V rows that decode steps have fetched · link in all: their bytes, and those of V that prompts read "
+    "back · attn: share of attention that the picks of the last step hold · reuse: share of them that the step before "
+    "had picked, too"
 )
 
 
-def show(source: Source, frame: Frame | None) -> None:
-    """Print the state of a source at a frame; there is none before its first."""
+def show(source: Source, frame: Frame | None, index: int | None = None) -> None:
+    """Print the state of a source at a frame, which has that index or is the newest; there is none before its first."""
     from rich.console import Console
 
     console = Console(markup=False, emoji=False, highlight=False)
@@ -26,8 +28,11 @@ def show(source: Source, frame: Frame | None) -> None:
     if frame is None:
         console.print("no step yet")
         return
-    for line in _summary(frame, info.host_only):
+    for line in _summary(frame, info.host_only, info.weights_bytes):
         console.print(line)
+    names = source.names(index)
+    if frame.batch > 1 or names:
+        console.print(_sequences(frame, names))
     if frame.layers:
         console.print()
         console.print(_table(frame.layers))
@@ -35,32 +40,44 @@ def show(source: Source, frame: Frame | None) -> None:
         console.print(_LEGEND, style="dim")
 
 
-def _summary(frame: Frame, host_only: bool) -> list[str]:
+def _summary(frame: Frame, host_only: bool, weights: int) -> list[str]:
     totals, speed = frame.totals, frame.speed
     tier = "device tier (RAM)" if host_only else "device"
-    figures = [f"{frame.phase} · {frame.tokens:,} tokens · step {frame.step:,}"]
-    if frame.batch > 1:
-        figures[0] += f" · {frame.batch} sequences"
+    figures = [f"{frame.phase} · run {frame.run} · {frame.tokens:,} tokens · step {frame.step:,}"]
+    if frame.job is not None:
+        figures[0] += f" · {frame.job[0]:,} of {frame.job[1]:,} prompts"
     if speed.tok_s is not None:
-        figures[0] += f" · {speed.tok_s:.1f} tok/s"
+        figures[0] += f" · decode {speed.tok_s:.1f} tok/s"
     if speed.ttft_ms is not None:
         figures[0] += f" · TTFT {speed.ttft_ms / 1e3:.1f} s"
     figures.append(
-        f"{tier} {size(totals.device_bytes)} · host tier {size(totals.host_bytes)} · "
-        f"full KV cache {size(totals.full_kv_bytes)}"
+        f"cache: {tier} {size(totals.device_bytes)} · host tier {size(totals.host_bytes)} · "
+        f"a full one {size(totals.full_kv_bytes)} · beside it the weights, {size(weights)}"
     )
     hits = f" · {totals.hot_hits / totals.rows_fetched:.0%} hot" if totals.hot_hits else ""
     figures.append(
-        f"link: {size(totals.bytes_h2d)} in, {size(totals.bytes_d2h)} out · {totals.rows_fetched:,} rows{hits}"
+        f"link in all: {size(totals.bytes_h2d)} in, {size(totals.bytes_d2h)} out · {totals.rows_fetched:,} rows{hits}"
     )
     return figures
+
+
+def _sequences(frame: Frame, names: tuple[str, ...]) -> str:
+    """How far the sequences are, by their names or numbers, and of a large batch how many of them are not told."""
+    told = []
+    for at, sequence in enumerate(frame.sequences[:_SHOWN_SEQUENCES]):
+        name = one_line(names[at]) if at < len(names) else f"sequence {at}"
+        name = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+        told.append(f"{name} {sequence.completion_tokens:,}{' done' if sequence.done else ''}")
+    left = len(frame.sequences) - len(told)
+    return "new tokens: " + " · ".join([*told, *([f"and of {left:,} more"] if left else [])])
 
 
 def _table(layers: tuple[LayerFrame, ...]) -> object:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, heading in enumerate(("layer", "kind", "mode", "device", "host", "link in", "rows", "attn", "reuse")):
+    headings = ("layer", "kind", "mode", "device", "host", "link in all", "rows in all", "attn", "reuse")
+    for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number in (1, 2) else "right")
     for layer in layers:
         stats = layer.stats

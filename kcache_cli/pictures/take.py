@@ -38,12 +38,15 @@ class Wish:
         The decode step; the newest if None.
     view : str
         What the heat map shows, one of :data:`VIEWS`.
+    run : int or None
+        Which run the step is of; the latest that has it if None.
     """
 
     columns: int = 120
     lines: int = 40
     at: int | None = None
     view: str = "last"
+    run: int | None = None
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -76,7 +79,7 @@ def take(source: Source, wish: Wish, title: str) -> str:
     """
     from kcache_cli.tui.start import dashboard
 
-    index = index_of(source, wish.at)
+    index = index_of(source, wish.at, wish.run)
     app = dashboard(source)
     return asyncio.run(_pictured(app, source, wish, index, title))
 

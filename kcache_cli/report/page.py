@@ -17,7 +17,7 @@ from kcache_cli.report.charts import Axis
 from kcache_cli.report.colours import picture, ramp
 from kcache_cli.report.heat import HALF_LIFE_STEPS, Heat, Maps
 from kcache_cli.report.samples import Samples, frames
-from kcache_cli.report.tables import figures, layer_table, memory_bars, run_rows, turn_rows
+from kcache_cli.report.tables import figures, job_figures, layer_table, memory_bars, run_rows, turn_rows
 from kcache_cli.report.text import turns
 from kcache_cli.report.timeline import charts, clock, readout, x_ticks
 from kcache_cli.text import one_line, printable, size
@@ -36,8 +36,8 @@ class Read:
     ends: list[tuple[int, Frame]]
 
 
-def read(source: Source) -> Read:
-    """Read all frames of a source.
+def read(source: Source, run: int | None = None) -> Read:
+    """Read all frames of a source, and the heat maps of one run or the latest that has any.
 
     Raises
     ------
@@ -51,7 +51,8 @@ def read(source: Source) -> Read:
     for index, frame in frames(source):
         began_s = frame.time_s if before is None else began_s
         samples.add(frame, before, began_s)
-        heat.add(frame)
+        if run in (None, frame.run):
+            heat.add(frame)
         if ends and ends[-1][1].run == frame.run:
             ends.pop()
         ends.append((index, frame))
@@ -61,30 +62,36 @@ def read(source: Source) -> Read:
     return Read(samples, heat.maps(), before, ends)
 
 
-def write(source: Source, target: Path, name: str) -> None:
+def write(source: Source, target: Path, name: str, run: int | None = None) -> None:
     """Write the page of a source through a temporary file; ``name`` says what it is of."""
     from kcache_cli.replace import replace
 
-    replace(target, page(source, name).encode("utf-8", "replace"))
+    replace(target, page(source, name, run).encode("utf-8", "replace"))
 
 
-def page(source: Source, name: str) -> str:
-    """The page of a source, as HTML."""
+def page(source: Source, name: str, run: int | None = None) -> str:
+    """The page of a source, as HTML; what is of one cache is of that ``run``, or of the latest.
+
+    Raises
+    ------
+    InputError
+        If there is nothing to show, or no such run.
+    """
     environment = _environment()
     script, style = (_asset(environment, asset) for asset in ("page.js", "page.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     html: str = environment.get_template("page.html").render(
-        **_shown(source, read(source), name), script=script, style=style, script_digest=digest
+        **_shown(source, read(source, run), name, run), script=script, style=style, script_digest=digest
     )
     return html
 
 
-def _shown(source: Source, found: Read, name: str) -> dict[str, Any]:
+def _shown(source: Source, found: Read, name: str, run: int | None) -> dict[str, Any]:
     """Everything the template names."""
     info, samples, maps = source.info, found.samples, found.maps
     axis = Axis(len(samples))
-    shown_run = maps.run if maps is not None else found.last.run
-    index, frame = next(end for end in reversed(found.ends) if end[1].run == shown_run)
+    index, frame = _end_of(found, run if run is not None else maps.run if maps is not None else found.last.run)
+    names = [source.names(at) for at, _ in found.ends]
     heat = None if maps is None else maps.history.mean(0)
     headings, layers = layer_table(frame)
     drawn = charts(samples, axis, info.host_only)
@@ -98,6 +105,7 @@ def _shown(source: Source, found: Read, name: str) -> dict[str, Any]:
         "problem": source.closed,
         "several_runs": len(found.ends) > 1,
         "frame": frame,
+        "job": job_figures(samples, found.ends),
         "figures": figures(samples, frame, maps),
         "bars": memory_bars(frame, info.weights_bytes),
         "charts": drawn,
@@ -119,12 +127,22 @@ def _shown(source: Source, found: Read, name: str) -> dict[str, Any]:
         "headings": headings,
         "layers": layers,
         "turns": turn_rows(frame),
-        "runs": run_rows(samples, found.ends),
+        "runs": run_rows(samples, found.ends, names),
+        "names": source.names(index),
         "text": turns(source, index, frame, heat),
         "policy": {str(key): "" if value is None else str(value) for key, value in info.policy.items()},
         "environment": {**info.environment, "device": info.device, "weights": size(info.weights_bytes)},
         "memory": {key: size(value) for key, value in asdict(frame.memory).items() if value},
     }
+
+
+def _end_of(found: Read, run: int) -> tuple[int, Frame]:
+    """The last frame of a run, with its index."""
+    for index, frame in reversed(found.ends):
+        if frame.run == run:
+            return index, frame
+    runs = [frame.run for _, frame in found.ends]
+    raise InputError(f"--run {run}: no such run; there are runs {min(runs)} to {max(runs)}")
 
 
 def _date(seconds: float) -> str:

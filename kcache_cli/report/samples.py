@@ -108,7 +108,7 @@ def frames(source: Source) -> Iterator[tuple[int, Frame]]:
             if held is not None:
                 yield held
             held = index, frame
-        elif frame.phase != "idle" or held[1].totals != frame.totals:
+        elif frame.phase != "idle" or (held[1].totals, held[1].sequences) != (frame.totals, frame.sequences):
             held = index, frame
     if held is not None:
         yield held
@@ -118,10 +118,13 @@ def _readable(source: Source) -> Iterator[tuple[int, Frame]]:
     span = source.span()
     for index in range(span.start, span.stop, max(1, -(-len(span) // MOST_FRAMES))):
         try:
-            yield index, source.frame(index)
+            frame = source.frame(index)
         except IndexError:  # forgotten meanwhile, or unreadable: the source says what is wrong
             if not source.live:
                 return
+            continue
+        if frame.run:  # else there was no cache yet
+            yield index, frame
 
 
 def _same_step(one: Frame, other: Frame) -> bool:

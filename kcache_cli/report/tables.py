@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -12,7 +13,9 @@ from kcache.watch.frame import Frame
 from kcache_cli.report.heat import Maps
 from kcache_cli.report.samples import Samples
 from kcache_cli.report.timeline import clock
-from kcache_cli.text import size
+from kcache_cli.text import one_line, size
+
+_LONGEST_NAMES = 80
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,17 @@ def figures(samples: Samples, frame: Frame, maps: Maps | None) -> list[Figure]:
         verb = "would hold" if maps.would else "hold"
         found.append(Figure(f"{np.nanmean(mass):.0%}", f"of attention the picks {verb}", "mean of layers and steps"))
     return found
+
+
+def job_figures(samples: Samples, ends: list[tuple[int, Frame]]) -> list[Figure]:
+    """The figures of a job of several runs, of which the others on the page know one."""
+    if len(ends) < 2:
+        return []
+    made = sum(each.completion_tokens for _, frame in ends for each in frame.sequences)
+    job = ends[-1][1].job
+    runs = f"{len(ends):,} runs, {clock(samples.seconds[-1])}"
+    found = [] if job is None else [Figure(f"{job[0]:,} of {job[1]:,}", "prompts are done", runs)]
+    return [*found, Figure(f"{made:,}", "new tokens", "of the runs that were recorded" if found else runs)]
 
 
 def memory_bars(frame: Frame, weights_bytes: int) -> dict[str, Any]:
@@ -135,18 +149,22 @@ def turn_rows(frame: Frame) -> list[dict[str, Any]]:
     ]
 
 
-def run_rows(samples: Samples, ends: list[tuple[int, Frame]]) -> list[dict[str, Any]]:
-    """What each cache of the process did; a batch job makes one for every batch."""
+def run_rows(
+    samples: Samples, ends: list[tuple[int, Frame]], names: Sequence[Sequence[str]] = ()
+) -> list[dict[str, Any]]:
+    """What each cache of the process did; a batch job makes one for every batch, and its prompts have ``names``."""
     runs = np.asarray(samples.run)
     edges = [0, *(np.flatnonzero(np.diff(runs)) + 1).tolist(), len(runs)]
     rows = []
-    for (start, end), (_, frame) in zip(pairwise(edges), ends, strict=True):
+    named = names if len(names) == len(ends) else [()] * len(ends)
+    for (start, end), (_, frame), called in zip(pairwise(edges), ends, named, strict=True):
         latency = samples.column("itl_ms")[start:end]
         latency = latency[np.isfinite(latency)]
         rows.append(
             {
                 "run": frame.run,
-                "sequences": frame.batch,
+                "sequences": f"{frame.batch}: {_joined(called)}" if called else frame.batch,
+                "new": f"{sum(each.completion_tokens for each in frame.sequences):,}",
                 "tokens": f"{frame.tokens:,}",
                 "steps": f"{frame.step:,}",
                 "device": size(frame.totals.device_bytes),
@@ -157,3 +175,9 @@ def run_rows(samples: Samples, ends: list[tuple[int, Frame]]) -> list[dict[str, 
             }
         )
     return rows
+
+
+def _joined(names: Sequence[str]) -> str:
+    """Names in a cell, of many the first."""
+    told = ", ".join(one_line(name) for name in names)
+    return told if len(told) <= _LONGEST_NAMES else f"{told[: _LONGEST_NAMES - 1]}…"

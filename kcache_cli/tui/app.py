@@ -155,8 +155,8 @@ class Dashboard(Actions):
 
     @on(Ended)
     def _ended(self, event: Ended) -> None:
-        said = "the job is done" if event.failed is None else "the job has ended"
-        self.notify(f"{said}; q leaves the dashboard", timeout=10)
+        stopped = isinstance(event.failed, KeyboardInterrupt)
+        self.query_one(Headline).over = "done" if event.failed is None else "stopped" if stopped else "failed"
 
     # -- the way of the data ---------------------------------------------------------------------------------------
 
@@ -259,6 +259,7 @@ class Dashboard(Actions):
         if title != panel.border_title:  # setting it draws the panel once more
             panel.border_title = title
         texts = self.shelf.pieces(start, end, 0, moment.place.index)
+        panel.names = self.shelf.names(moment.place.index)
         panel.pieces = tuple(
             pieces_of(frame, texts, start, None if positions is None else weights(frame, layer, start, end))
         )

@@ -24,9 +24,9 @@ def test_a_line_every_ten_seconds_not_per_prompt(capsys: pytest.CaptureFixture[s
                 clock.now_s += 0.25
                 watch.count(event(prompt, "", "length" if token == 16 else None, 3, token))
     assert capsys.readouterr().err.splitlines() == [
-        "kcache: 6/12 prompts · 4.0 tok/s · about 22 s left",
-        "kcache: 9/12 prompts · 4.0 tok/s · about 12 s left",
-        "kcache: 11/12 prompts · 4.0 tok/s · about 2 s left",
+        "kcache: 6/12 prompts · job average 4.0 tok/s · about 22 s left",
+        "kcache: 9/12 prompts · job average 4.0 tok/s · about 12 s left",
+        "kcache: 11/12 prompts · job average 4.0 tok/s · about 2 s left",
     ]
 
 
@@ -41,7 +41,7 @@ def test_a_long_prompt_says_how_far_it_has_been_read(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.splitlines() == [
         "kcache: 0/2 prompts · read 2,000 of 4,000 tokens",
         "kcache: 0/2 prompts · read 4,000 of 4,000 tokens",
-        "kcache: 1/2 prompts · 0.0 tok/s · about 36 s left",
+        "kcache: 1/2 prompts · job average 0.0 tok/s · about 36 s left",
     ]
 
 
@@ -69,3 +69,15 @@ def test_time_left_after_a_long_read_is_that_of_reading_and_decoding_apart() -> 
     clock.now_s += 10.0
     meter.read(1000, 4000)
     assert meter.left_s == pytest.approx(0.5 * 396 / 4 + 110.5 * 5000 / 5000)
+
+
+def test_time_stands_still_when_all_is_done() -> None:
+    """Somebody may look at the dashboard for long afterwards."""
+    clock = Clock()
+    meter = Meter(total=2, done=0, max_tokens=4, clock=clock)
+    for prompt in range(2):
+        for token in range(1, 5):
+            clock.now_s += 0.5
+            meter.count(event(prompt, "", "length" if token == 4 else None, 3, token))
+    clock.now_s += 1000
+    assert (meter.elapsed_s, meter.tok_s) == (4.0, 2.0)

@@ -133,6 +133,77 @@ def test_a_row_for_each_frame_and_layer(run: Run, recording: Path, tmp_path: Pat
     assert all(float(row["mean_mass"]) > 0 for row in rows)
 
 
+def test_what_is_there_is_not_written_over_unasked(run: Run, recording: Path, tmp_path: Path) -> None:
+    for flag in ("--export-csv", "--export-svg", "--export-png", "--report"):
+        target = tmp_path / "there"
+        target.write_text("mine")
+        refused = run("inspect", str(recording), flag, str(target))
+        assert refused.exit_code == 2 and f"{flag} {target}: exists" in refused.stderr
+        assert target.read_text() == "mine"
+        assert run("inspect", str(recording), flag, str(target), "--overwrite").exit_code == 0
+        assert target.read_bytes() != b"mine"
+
+
+ATTACK = "third\x1b[31m[red]\n<script>x</script>"
+
+
+@pytest.fixture
+def job(run: Run, tiny_folder: Path, tmp_path: Path) -> Path:
+    """A job of three prompts in two batches, recorded."""
+    path, source = tmp_path / "job.kcr", tmp_path / "in.jsonl"
+    prompts = [("first", "a"), ("second", "bc"), (ATTACK, "a prompt that is a good deal longer than the others")]
+    source.write_text("".join(json.dumps({"id": name, "prompt": text}) + "\n" for name, text in prompts))
+    args = ["generate", str(tiny_folder), "-n", "6", "--batch-size", "2", "--temperature", "0", "--no-publish"]
+    args += ["--topn", "4", "-i", str(source), "-o", str(tmp_path / "out.jsonl")]
+    result = run(*args, "--record", str(path), engine=KCacheEngine())
+    assert result.exit_code == 0, result.stderr
+    assert "18 new tokens" in result.stderr and "job average" in result.stderr
+    return path
+
+
+def test_a_job_has_the_names_and_counts_of_its_prompts(run: Run, job: Path) -> None:
+    found = {}
+    for number in (1, 2):
+        result = run("inspect", str(job), "--once", "--json", "--run", str(number))
+        assert result.exit_code == 0, result.stderr
+        state = json.loads(result.stdout)
+        assert state["run"] == number
+        for sequence in state["sequences"]:
+            found[sequence["name"]] = sequence["completion_tokens"], sequence["done"]
+    assert found == dict.fromkeys(("first", "second", ATTACK), (6, True))
+    assert state["job"] == [3, 3]
+    people = run("inspect", str(job), "--once").stdout
+    assert "run 2" in people and "3 of 3 prompts" in people
+    both = people + run("inspect", str(job), "--once", "--run", "1").stdout
+    for name in ("first", "second", "third[31m[red] <script>x</scrip…"):
+        assert f"{name} 6 done" in " ".join(both.split())
+    assert "\x1b[31m" not in both
+
+
+def test_a_step_of_a_run_can_be_named(run: Run, job: Path) -> None:
+    for number in (1, 2):
+        state = json.loads(run("inspect", str(job), "--once", "--json", "--run", str(number), "--at", "3").stdout)
+        assert (state["run"], state["steps"]) == (number, 3)
+    nowhere = run("inspect", str(job), "--once", "--run", "7")
+    assert nowhere.exit_code == 2 and "--run 7: no such run; there are runs 1 to 2" in nowhere.stderr
+    beyond = run("inspect", str(job), "--once", "--run", "1", "--at", "99")
+    assert beyond.exit_code == 2 and "--at 99: no such step" in beyond.stderr
+
+
+def test_the_page_of_a_job_is_of_the_job_first(run: Run, job: Path, tmp_path: Path) -> None:
+    for number, wanted in ((None, "run 2"), (1, "run 1")):
+        page = tmp_path / f"{number}.html"
+        flags = [] if number is None else ["--run", str(number)]
+        assert run("inspect", str(job), "--report", str(page), *flags).exit_code == 0
+        html = page.read_text()
+        assert f"what follows is of the cache of {wanted}" in html
+        first = html[html.index('<div class="figures">') :][:400]
+        assert "3 of 3" in first and "prompts are done" in first and ">18<" in first
+        assert "second" in html and "third[31m[red]" in html and "<script>x" not in html
+    nowhere = run("inspect", str(job), "--report", str(tmp_path / "x.html"), "--run", "9")
+    assert nowhere.exit_code == 2 and not (tmp_path / "x.html").exists()
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -146,6 +217,7 @@ def test_a_row_for_each_frame_and_layer(run: Run, recording: Path, tmp_path: Pat
         (["no.kcr", "--once", "--export-csv", "x.csv"], "choose one"),
         (["no.kcr", "--web", "--report", "x.html"], "choose one"),
         (["no.kcr", "--at", "3"], "--at goes with --once"),
+        (["no.kcr", "--run", "3"], "--run goes with --once"),
         (["no.kcr", "--at", "3", "--report", "x.html"], "--at goes with --once"),
     ],
 )

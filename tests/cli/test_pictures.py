@@ -60,10 +60,11 @@ def test_both_pictures_of_a_recording(run: RunCommand, recording: Path, tmp_path
 def test_the_step_that_is_asked_for(run: RunCommand, recording: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.svg"
     for step in (2, 5):
-        result = run("inspect", str(recording), "--export-svg", str(target), "--at", str(step), "--view", "history")
+        picture = ["inspect", str(recording), "--export-svg", str(target), "--overwrite"]
+        result = run(*picture, "--at", str(step), "--view", "history")
         assert result.exit_code == 0, result.stderr
         assert f"{500 + step} tokens" in " ".join(words(target.read_text()).split())
-    result = run("inspect", str(recording), "--export-svg", str(target), "--at", "99")
+    result = run(*picture, "--at", "99")
     assert result.exit_code == 2
     assert "--at 99: no such step; there are steps 1 to 6" in result.stderr
 

@@ -103,6 +103,9 @@ class Repeated:
     def pieces(self, start: int, end: int, sequence: int = 0, index: int | None = None) -> list[str]:
         return [f" word{token}" for token in range(start, end)]
 
+    def names(self, index: int | None = None) -> tuple[str, ...]:
+        return ()
+
     def ask(self, **wishes: object) -> None: ...
 
     def close(self) -> None: ...

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from textual.widgets import Input
 
 from kcache_cli.tui.app import Dashboard
@@ -428,6 +429,40 @@ def test_ctrl_c_stops_the_work() -> None:
         assert stopped == [True] and driver.app.is_running
 
     run(body, stop=stop)
+
+
+@pytest.mark.parametrize(
+    ("failed", "said"), [(None, "done"), (KeyboardInterrupt(), "stopped"), (RuntimeError("no"), "failed")]
+)
+@pytest.mark.parametrize("size", [(120, 40), (80, 24)])
+def test_a_job_that_is_over_is_no_longer_live(failed: BaseException | None, said: str, size: tuple[int, int]) -> None:
+    async def body(driver: Driver) -> None:
+        assert "live" in driver.text()
+        driver.app.work_ended(failed)
+        await driver.settle()
+        assert f"{said}; q leaves" in driver.text() and "live" not in driver.text()
+
+    run(body, size=size)
+
+
+def test_sequences_are_called_by_their_names() -> None:
+    source = FakeSource(conversation(9, batch=4))
+    source.called = (
+        "short",
+        "a-name-that-is-much-longer-than-there-is-room",
+        "\x1b[31m[red]x[/red]",
+        "日本語日本語日本語日本語",
+    )
+
+    async def body(driver: Driver) -> None:
+        lines = [line for line in driver.text().splitlines() if "go" not in line]
+        text = "\n".join(lines)
+        assert " short " in text and "a-name-that" in text and "longer-than" not in text
+        assert "[31m[red]x" in text and "\x1b" not in text and "日本語" in text
+        bars = [line for line in lines if "short" in line or "a-name" in line]
+        assert len({line.rstrip().rstrip("│ ").rfind(" ") for line in bars}) == 1, "figures stand below each other"
+
+    run(body, source=source)
 
 
 def test_the_command_palette_has_every_key() -> None:

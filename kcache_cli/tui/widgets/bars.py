@@ -41,6 +41,9 @@ class Line(Widget):
 class Headline(Line):
     """Name, model, process, phase, and whether it is live."""
 
+    over: reactive[str] = reactive("")
+    """What became of the work of this process, once it is over."""
+
     def draw(self, width: int) -> Text:
         """See :class:`Line`."""
         look = look_of(self.app)
@@ -53,7 +56,9 @@ class Headline(Line):
         left.append(f" {signs.dot} {one_line(info.command)} {info.pid}", palette.muted)
         state = self._state(moment, width)
         tok_s = None if moment.frame is None else moment.frame.speed.tok_s
-        fast = Text() if tok_s is None else Text.assemble((figure(tok_s), "bold"), (" tok/s  ", palette.muted))
+        fast = Text("decode ", palette.muted) if tok_s is not None else Text()
+        if tok_s is not None:
+            fast.append(figure(tok_s), "bold").append(" tok/s  ", palette.muted)
         room = width - left.cell_len - state.cell_len
         if self.app.has_class("small") and fast.cell_len < room:  # there the speed has no panel of its own
             state = Text.assemble(fast, state)
@@ -78,6 +83,9 @@ class Headline(Line):
             text.append(f"{signs.pause} paused", f"bold {palette.warn}")
         elif place.replay:
             text.append(f"{signs.play} {place.speed:g}×", f"bold {palette.accent}")
+        elif self.over:
+            text.append(self.over, f"bold {palette.good if self.over == 'done' else palette.bad}")
+            text.append("; q leaves", palette.muted)
         elif place.live:
             text.append(f"{signs.live} live", f"bold {palette.good}")
             text.append(f" {self.rate_hz:g} Hz", palette.muted)

@@ -36,7 +36,7 @@ class LayersPanel(Panel):
     """Rows of layers under a head that says what they are sorted by."""
 
     NUMBER = 4
-    TITLE = "layers"
+    TITLE = "layers; rows and link of a step"
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "move(-1)", "up", show=False, id="layers.up"),

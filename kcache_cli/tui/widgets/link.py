@@ -79,7 +79,7 @@ class LinkPanel(Panel):
     def _totals(self, view: LinkView, width: int) -> Text:
         palette, signs = self.look.palette, self.look.signs
         left = Text.assemble(
-            ("total ", palette.muted),
+            ("with prompts ", palette.muted),
             (f"{signs.up} ", palette.h2d),
             size(view.total_h2d),
             (f"  {signs.down} ", palette.d2h),

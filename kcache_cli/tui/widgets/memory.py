@@ -35,7 +35,7 @@ class MemoryPanel(Panel):
     """Device, host and the ghost, to one scale."""
 
     NUMBER = 1
-    TITLE = "memory"
+    TITLE = "memory, weights and cache"
 
     def draw(self, moment: Moment, width: int, height: int) -> list[Text]:
         """See :class:`~kcache_cli.tui.widgets.panel.Panel`."""
@@ -72,7 +72,7 @@ class MemoryPanel(Panel):
 
     def _ghost_head(self, view: MemoryView, width: int) -> Text:
         palette = self.look.palette
-        left = Text.assemble(("with a full KV cache", palette.text), "  ", (size(view.ghost.used), "bold"))
+        left = Text.assemble(("weights and a full KV cache", palette.text), "  ", (size(view.ghost.used), "bold"))
         if not view.host.used:
             right = Text("nothing offloaded yet", palette.muted)
         elif view.saved > 0:

@@ -16,7 +16,7 @@ class SpeedPanel(Panel):
     """Figures and a sparkline of the inter-token latency."""
 
     NUMBER = 5
-    TITLE = "speed"
+    TITLE = "speed of decoding"
 
     def draw(self, moment: Moment, width: int, height: int) -> list[Text]:
         """See :class:`~kcache_cli.tui.widgets.panel.Panel`."""

@@ -7,6 +7,7 @@ from rich.text import Text
 from textual.reactive import reactive
 
 from kcache.watch.frame import Frame, SequenceFrame
+from kcache_cli.text import one_line
 from kcache_cli.tui.model.moment import Moment
 from kcache_cli.tui.model.passage import Piece
 from kcache_cli.tui.model.words import count
@@ -27,6 +28,8 @@ class WordsPanel(Panel):
     """The tokens that are shown."""
     passage: reactive[bool] = reactive(False)
     """Whether they are a passage from the middle, shown from its beginning."""
+    names: reactive[tuple[str, ...]] = reactive((), repaint=False)
+    """What the sequences are called, where they have names: text of the job's input."""
     said: reactive[Text | None] = reactive(None, always_update=True, repaint=False)
     """A conversation of this process, shown instead."""
 
@@ -49,6 +52,8 @@ class WordsPanel(Panel):
         head: list[Text] = []
         if frame.job is not None and not self.passage:
             head = [self._job(frame.job, width)]
+            if self.names:
+                head.append(cut(Text(one_line(self.names[0]), self.look.palette.muted), width))
         lines = wrapped(words(self.pieces, self.look), width)
         if not any(line.plain.strip() for line in lines):
             why = "no text: the publisher has no tokenizer" if frame.tokens else "no text yet"
@@ -80,7 +85,11 @@ class WordsPanel(Panel):
         room = height - len(lines)
         longest = max([1, *(each.completion_tokens for each in frame.sequences)])
         each_width = width if len(frame.sequences) <= room else (width - 2) // 2
-        cells = [self._sequence(at, each, longest, each_width) for at, each in enumerate(frame.sequences)]
+        labels = self._labels(len(frame.sequences), each_width)
+        cells = [
+            self._sequence(label, each, longest, each_width)
+            for label, each in zip(labels, frame.sequences, strict=True)
+        ]
         if each_width == width:
             return [*lines, *cells]
         half = min(room, -(-len(cells) // 2))
@@ -89,9 +98,20 @@ class WordsPanel(Panel):
             lines.append(Text.assemble(cells[at], "  ", right))
         return lines
 
-    def _sequence(self, index: int, sequence: SequenceFrame, longest: int, width: int) -> Text:
+    def _labels(self, count: int, width: int) -> list[Text]:
+        """Names of sequences, of one width and a third of the line at most; numbers where there are no names."""
+        muted = self.look.palette.muted
+        if len(self.names) != count:
+            return [Text(f"{index:>3} ", muted) for index in range(count)]
+        names = [Text(one_line(name), muted) for name in self.names]
+        room = min(width // 3, max(3, *(name.cell_len for name in names)))
+        labels = [cut(name, room) for name in names]
+        for label in labels:
+            label.append(" " * (room + 1 - label.cell_len))
+        return labels
+
+    def _sequence(self, label: Text, sequence: SequenceFrame, longest: int, width: int) -> Text:
         palette = self.look.palette
-        label = Text(f"{index:>3} ", palette.muted)
         tail = Text.assemble((f" {sequence.completion_tokens:>5,}", palette.good if sequence.done else palette.text))
         tail.append(" done" if sequence.done else "     ", palette.good)
         tone = palette.good if sequence.done else palette.accent
