@@ -239,7 +239,9 @@ class Publication:
         if self._watched and not shown and (is_new or phase != self._phase or stale):
             captured = self._capture.take_now()
             if captured is not None:
-                self._show(captured)
+                self._take_forwards(captured.told)
+                if captured.run == self._tokens.run:  # else its first forward begins just now
+                    self._show(captured)
             elif self._board.frame is not None:  # the cache is gone; its last state stays
                 job = None if self._job is None else list(self._job)
                 self._put({**self._board.frame, "time": time.time(), "phase": PHASES.index(phase), "job": job})

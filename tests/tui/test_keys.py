@@ -465,6 +465,16 @@ def test_sequences_are_called_by_their_names() -> None:
     run(body, source=source)
 
 
+def test_sequences_of_which_nothing_is_known_yet() -> None:
+    source = FakeSource([replace(frame(1, batch=4), sequences=())])
+    source.called = ("a", "b", "c", "d")
+
+    async def body(driver: Driver) -> None:
+        assert "0 of 4 going" in driver.text()
+
+    run(body, source=source)
+
+
 def test_the_command_palette_has_every_key() -> None:
     async def body(driver: Driver) -> None:
         found = {command.title: command.help for command in driver.app.get_system_commands(driver.app.screen)}

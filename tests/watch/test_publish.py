@@ -91,6 +91,28 @@ def test_a_recording_has_every_step_and_the_caches_own_figures(lm: LoadedModel, 
     assert last.memory.host_total > last.memory.process > 0
 
 
+def test_the_link_per_token_leaves_out_what_a_prompt_reads_back(lm: LoadedModel, tmp_path: Path) -> None:
+    from kcache_cli.tui.model.layers import layer_rows
+    from kcache_cli.tui.model.link import link_view
+    from kcache_cli.tui.model.moment import Moment
+    from kcache_cli.tui.model.trace import Trace
+
+    cache = KCache(lm.model, TOPN.replace(prefill_chunk=4))
+    with publish(lm, record=tmp_path / "run.kcr"):
+        answer(lm, cache=cache)
+    stats = cache.stats
+    row_bytes = 8 * 4
+    fetched = stats.rows_fetched * row_bytes
+    assert stats.bytes_h2d > fetched, "later pieces of the prompt have read V back"
+    recording, trace = open_recording(tmp_path / "run.kcr"), Trace()
+    for frame in frames_of(recording):
+        trace.add(frame)
+    moment = Moment(recording.info, frame, trace.past())
+    view = link_view(moment)
+    assert view.per_token == pytest.approx(fetched / stats.steps) and view.total_h2d == stats.bytes_h2d
+    assert sum(row.link or 0 for row in layer_rows(moment)) == pytest.approx(fetched / stats.steps)
+
+
 def test_heads_that_pick_as_many_rows_as_they_need(lm: LoadedModel, tmp_path: Path) -> None:
     cache = KCache(lm.model, TOPN.replace(spread="need"))
     with publish(lm, record=tmp_path / "run.kcr"):

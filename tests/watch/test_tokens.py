@@ -7,8 +7,8 @@ import torch
 
 from kcache.arriving import Arriving
 from kcache.errors import FormatError
-from kcache.watch.capture import Forward
-from kcache.watch.frame import Mark, SequenceFrame
+from kcache.watch.capture import Finish, Forward
+from kcache.watch.frame import Mark, SequenceFrame, Speed
 from kcache.watch.tokens import Pieces, Tokens
 from kcache.watch.transcript import TextCursor, Transcript, text_message
 from tests.saved import byte_tokenizer
@@ -123,10 +123,37 @@ def test_times_are_of_forwards_that_follow_each_other(tokens: Tokens) -> None:
     tokens.take(forward(7, [[8]], at_s=13.9, prompt=False))
     assert tokens.speed().itl_ms == pytest.approx(500)
     tokens.take(forward(8, [[7, 7]], at_s=90.0))
+    assert tokens.speed() == Speed(), "while a prompt is read, those of the answer before are of something else"
     tokens.take(forward(10, [[8]], at_s=91.0, prompt=False))
     tokens.take(forward(11, [[8]], at_s=91.2, prompt=False))
     speed = tokens.speed()
     assert (speed.ttft_ms, speed.itl_ms) == (pytest.approx(1000), pytest.approx(200))
+
+
+def test_names_are_those_of_one_run(tokens: Tokens) -> None:
+    cursor, transcript = TextCursor(), Transcript()
+    for run, names in ((1, ("a", "b")), (2, ()), (3, ("too", "many", "names")), (4, ("c", "d"))):
+        if names:
+            tokens.name(names)
+        tokens.take(forward(0, [[7, 7], [7, 7]], run=run))
+        told(tokens, cursor, transcript)
+        assert transcript.names(run) == (names if len(names) == 2 else ())
+        assert transcript.names(run + 1) == ()
+    with pytest.raises(FormatError, match="names"):
+        transcript.apply({**text_message(4, []), "names": [7]})
+
+
+def test_what_ended_without_an_end_token_is_told_from_outside(tokens: Tokens) -> None:
+    tokens.take(forward(0, [[7, 7], [7, 7]]))
+    tokens.finish(Finish(1, {0: 1}))
+    for step in range(3):
+        tokens.take(forward(2 + step, [[8], [8]], prompt=False))
+    tokens.finish(Finish(0, {1: 99}))  # of a run that is over
+    assert tokens.sequences() == [SequenceFrame(0, 5, 1, True), SequenceFrame(0, 5, 3, False)]
+    tokens.finish(Finish(1, {1: 4}))
+    assert [row.completion_tokens for row in tokens.sequences()] == [1, 4]
+    tokens.take(forward(5, [[7, 7], [7, 7]]))
+    assert [row.done for row in tokens.sequences()] == [False, False]
 
 
 def test_a_gap_in_the_text_is_refused() -> None:

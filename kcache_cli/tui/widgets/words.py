@@ -101,7 +101,7 @@ class WordsPanel(Panel):
     def _labels(self, count: int, width: int) -> list[Text]:
         """Names of sequences, of one width and a third of the line at most; numbers where there are no names."""
         muted = self.look.palette.muted
-        if len(self.names) != count:
+        if not count or len(self.names) != count:
             return [Text(f"{index:>3} ", muted) for index in range(count)]
         names = [Text(one_line(name), muted) for name in self.names]
         room = min(width // 3, max(3, *(name.cell_len for name in names)))
