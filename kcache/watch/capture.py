@@ -92,6 +92,8 @@ class Capture:
         When the last one ended.
     lost : int
         Frames that gave way to newer ones.
+    told : int
+        How much was said of forwards in all.
     took_s : float
         What the latest frame cost the engine's thread.
     """
@@ -103,7 +105,7 @@ class Capture:
         self.running, self.ended_s, self.lost = False, -math.inf, 0
         self.took_s, self._began_s, self._prompt = 0.0, 0.0, False
         self.probe, self._taking = False, False
-        self.run = self._told = 0
+        self.run = self.told = 0
         self._wake = wake
         self._on_cuda = model.device.type == "cuda"
         self._only = None if only is None else weakref.ref(only)
@@ -136,7 +138,7 @@ class Capture:
             return None
         try:
             picks = self._latest if self.running or self._latest is not None else picks_of(cache, self.run)
-            return moment_of(cache, self.run, picks, self._earlier, self._told)
+            return moment_of(cache, self.run, picks, self._earlier, self.told)
         except AttributeError:  # the engine has just moved V of a layer; the frame at the end of its step will do
             return None
 
@@ -231,13 +233,13 @@ class Capture:
         if len(self.ready) >= QUEUE:
             self.ready.popleft()
             self.lost += 1
-        self.ready.append(moment_of(cache, self.run, self._latest, before, self._told, phase))
+        self.ready.append(moment_of(cache, self.run, self._latest, before, self.told, phase))
         self.took_s = time.perf_counter() - now
         self._wake()
 
     def _tell(self, told: Forward | Finish | Names) -> None:
         self.forwards.append(told)
-        self._told += 1
+        self.told += 1
 
     def _ours(self, cache: Any) -> KCache | None:
         """The cache of a forward, if we watch it."""

@@ -49,8 +49,7 @@ class Captured:
     """A moment as the engine hands it over: counters of each layer (the fields of Stats), and picks under way.
 
     ``phase`` is that of the forward that has ended, or idle after the last token; None for a moment in between, which
-    the publisher's thread knows better. ``told`` is how
-    much had been said of forwards by then; None where all that has been said goes with it.
+    the publisher's thread knows better. ``told`` is how much had been said of forwards by then.
     """
 
     run: int
@@ -66,7 +65,7 @@ class Captured:
     before: tuple[Arriving, ...] = ()
     shapes_before: tuple[tuple[int, ...], ...] = ()
     phase: Phase | None = None
-    told: int | None = None
+    told: int = 0
 
 
 def picks_of(cache: KCache, run: int) -> Picks | None:

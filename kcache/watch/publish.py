@@ -185,13 +185,13 @@ class Publication:
         coming = [self._coming.popleft() for _ in range(len(self._coming))]
         self._local = [viewer for viewer in [*self._local, *coming] if viewer.history.live]
         self._say_when()
-        # In this order: the forward of a frame was there before the frame.
+        told = self._capture.told  # before frames are taken: those that come later know of more
         ready = [self._capture.ready.popleft() for _ in range(len(self._capture.ready))]
         began_s = time.thread_time()
         for captured in ready if self._recorder is not None else ready[-1:]:
             self._take_forwards(captured.told)
             self._show(captured)
-        self._take_forwards()
+        self._take_forwards(told)
         self._look_around(bool(ready))
         for viewer in self._viewers:
             viewer.serve(self._board)
@@ -211,10 +211,10 @@ class Publication:
         else:
             capture.due_s = NEVER
 
-    def _take_forwards(self, told: int | None = None) -> None:
-        """Take note of what was said of forwards: of all, or what had been ``told`` in all by some moment."""
+    def _take_forwards(self, told: int) -> None:
+        """Take note of what was said of forwards, up to what had been ``told`` in all by some moment."""
         forwards = self._capture.forwards
-        for _ in range(len(forwards) if told is None else min(len(forwards), max(0, told - self._taken))):
+        for _ in range(min(len(forwards), told - self._taken)):
             forward = forwards.popleft()
             self._taken += 1
             if isinstance(forward, Names):
@@ -239,6 +239,8 @@ class Publication:
         if self._watched and not shown and (is_new or phase != self._phase or stale):
             captured = self._capture.take_now()
             if captured is not None:
+                if self._capture.ready:  # a frame of a moment before has come meanwhile: the next turn's
+                    return
                 self._take_forwards(captured.told)
                 if captured.run == self._tokens.run:  # else its first forward begins just now
                     self._show(captured)

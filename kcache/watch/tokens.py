@@ -119,7 +119,7 @@ class Tokens:
         self._ends = ends
         self._next_names: tuple[str, ...] = ()
         self._in_prompt = False
-        self._end = 0
+        self._end = self._going = 0
         self._prompt_began: float | None = None
         self._ttft_ms: float | None = None
         self._latest_step: float | None = None
@@ -181,6 +181,7 @@ class Tokens:
         if all(row.done for row in self.rows):  # nobody decodes on after the end: it is text that is fed step by step
             for row in self.rows:
                 row.done = False
+        self._going = sum(not row.done for row in self.rows)
         if self._latest_step is not None and forward.past == self._end:
             self._intervals.append(forward.at_s - self._latest_step)
             self._fresh.append(self._intervals[-1])
@@ -211,7 +212,6 @@ class Tokens:
         if self._fresh:
             self._itl_ms = sum(self._fresh) / len(self._fresh) * 1e3
             self._fresh = []
-        going = sum(not row.done for row in self.rows)
         spent = sum(self._intervals)
-        tok_s = going * len(self._intervals) / spent if spent > 0 else None
+        tok_s = self._going * len(self._intervals) / spent if spent > 0 else None
         return Speed(tok_s, self._itl_ms, self._ttft_ms)

@@ -147,11 +147,12 @@ def test_what_ended_without_an_end_token_is_told_from_outside(tokens: Tokens) ->
     tokens.take(forward(0, [[7, 7], [7, 7]]))
     tokens.finish(Finish(1, {0: 1}))
     for step in range(3):
-        tokens.take(forward(2 + step, [[8], [8]], prompt=False))
+        tokens.take(forward(2 + step, [[8], [8]], at_s=1 + step / 2, prompt=False))
     tokens.finish(Finish(0, {1: 99}))  # of a run that is over
     assert tokens.sequences() == [SequenceFrame(0, 5, 1, True), SequenceFrame(0, 5, 3, False)]
     tokens.finish(Finish(1, {1: 4}))
     assert [row.completion_tokens for row in tokens.sequences()] == [1, 4]
+    assert tokens.speed().tok_s == pytest.approx(1 / 0.5), "of those that went on in the last step"
     tokens.take(forward(5, [[7, 7], [7, 7]]))
     assert [row.done for row in tokens.sequences()] == [False, False]
 
