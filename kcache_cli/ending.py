@@ -50,27 +50,36 @@ def heard(signals: tuple[int, ...] = SIGNALS) -> Iterator[list[int]]:
 
 def show(app: App[Result]) -> Result | None:
     """Run an app at the terminal; a signal closes it, which gives the terminal back, before it does what it does."""
+    with closed_first(app.exit):
+        return app.run()
+    return None
+
+
+@contextmanager
+def closed_first(close: Callable[[], None]) -> Iterator[None]:
+    """Have a signal ``close`` what the event loop of the body runs, and do what it does when the body is left.
+
+    An exception in the middle of what some loop does would leave the terminal in any state.
+    """
     import asyncio
 
     came: list[int] = []
 
-    def close(number: int, frame: FrameType | None) -> None:
+    def hear(number: int, frame: FrameType | None) -> None:
         came.append(number)
         try:
-            asyncio.get_running_loop().call_soon_threadsafe(app.exit)  # which wakes a loop that sleeps
+            asyncio.get_running_loop().call_soon_threadsafe(close)  # which wakes a loop that sleeps
         except RuntimeError:  # it does not run yet, or no more
             raise Ended from None
 
-    result = None
-    with _handling(close, SIGNALS):
+    with _handling(hear, SIGNALS):
         try:
-            result = app.run()
-        except Exception:
-            if not came:  # else the terminal is gone, which is why
+            yield
+        except BaseException:
+            if not came:  # else it is how the body was left, or the terminal is gone
                 raise
     if came:
         signal.raise_signal(came[0])  # as if it came now
-    return result
 
 
 @contextmanager

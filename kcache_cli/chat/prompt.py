@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections.abc import Iterable
@@ -17,10 +18,13 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
 from kcache_cli.chat.repl import is_open
 from kcache_cli.chat.slash import COMMANDS, SET_NAMES
+from kcache_cli.ending import closed_first
 
 if TYPE_CHECKING:
     from prompt_toolkit.input import Input
     from prompt_toolkit.output import Output
+
+_SOON_S = 0.02
 
 
 class SlashCompleter(Completer):
@@ -75,7 +79,17 @@ class Prompt:
 
     def read(self) -> str:
         """Return what was typed; ``EOFError`` on Ctrl-D, ``KeyboardInterrupt`` on Ctrl-C."""
-        return self._session.prompt()
+        with closed_first(self._leave):
+            return self._session.prompt()
+        raise EOFError  # closed by a signal that has done nothing else
+
+    def _leave(self) -> None:
+        """Close the prompt, as soon as it is there."""
+        app = self._session.app
+        if not app.is_running:
+            asyncio.get_running_loop().call_later(_SOON_S, self._leave)
+        elif not app.is_done:
+            app.exit(exception=EOFError())
 
 
 def _typing_several_lines() -> bool:

@@ -104,7 +104,10 @@ def shell() -> Iterator[Terminal]:
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["waiting", "answering"])
-def test_a_signal_ends_a_chat_and_not_only_its_reply(busy: bool, tmp_path: Path) -> None:
+def test_a_signal_ends_a_chat_and_not_only_its_reply(
+    busy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KCACHE_HOME", str(tmp_path))
     terminal = Terminal(sys.executable, "-m", "tests.cli.killable", "chat")
     terminal.wait_for(b">>>")
     if busy:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import _thread
 import asyncio
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from textual.widgets import Input
 
 from kcache.policy import Policy
 from kcache_cli.chat.conversation import Conversation
+from kcache_cli.ending import Ended, heard
 from kcache_cli.tui.app import Dashboard
 from kcache_cli.tui.beside import Beside
 from kcache_cli.tui.conversation import Conversing
@@ -239,6 +242,9 @@ class Window:
     def run(self) -> None:
         assert self.left.wait(20)
 
+    def exit(self) -> None:
+        self.left.set()
+
     def work_ended(self, failed: BaseException | None) -> None:
         self.failed = failed
         self.ended.set()
@@ -355,6 +361,22 @@ def test_ctrl_c_after_the_dashboard_waits_for_the_job_to_stop() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_beside(job, work, act)
     assert ended.is_set()
+
+
+def test_a_signal_stops_the_job_behind_the_dashboard_too() -> None:
+    meter, drawn = Meter(), []
+    job = beside(meter, drawn)
+
+    def work() -> None:
+        while True:
+            job.read(1, 2)
+
+    def act(window: Window) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with heard() as came, pytest.raises(Ended):
+        run_beside(job, work, act)
+    assert came == [signal.SIGTERM] and drawn == []
 
 
 def test_what_goes_wrong_in_the_job_reaches_the_command() -> None:
