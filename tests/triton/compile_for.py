@@ -60,9 +60,8 @@ def resources(kernel: Any) -> dict[str, Any]:
         ).stdout
         sass = subprocess.run([BIN / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
     found = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    ops = Counter(
-        re.findall(r"\b((?:LDG|LDGSTS|HGMMA|IGMMA|HMMA|LDL|STL|UTMALDG)[.\w]*|STG\.E\.128|STG\.E\.64|STG\.E)\b", sass)
-    )
+    whole = "LDG|LDGSTS|HGMMA|IGMMA|HMMA|WARPGROUP|LDL|STL|UTMALDG"
+    ops = Counter(re.findall(rf"\b((?:{whole})[.\w]*|STG\.E\.128|STG\.E\.64|STG\.E)\b", sass))
     return {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps, **found, "ops": dict(ops)}
 
 

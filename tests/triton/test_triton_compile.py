@@ -52,6 +52,8 @@ def test_triton_kernels_compile_for_sm90(config: str) -> None:
     prompt = kernels["prompt_kernel"]["ops"]
     assert any(op.startswith("HGMMA") for op in prompt)
     assert any(op.startswith("LDGSTS.E.BYPASS.128") for op in prompt)
+    products = sum(count for op, count in prompt.items() if op.startswith("HGMMA"))
+    assert prompt["WARPGROUP.DEPBAR.LE"] * 2 < products, "none waits for the one before it"
     for name in ("norm", "gated"):
         assert kernels[f"{name}_kernel"]["ops"]["LDG.E.128"] >= 2, name
         assert kernels[f"{name}_kernel"]["ops"]["STG.E.128"] >= 1, name

@@ -144,25 +144,24 @@ def prompt_kernel(
     free = tl.cdiv(tl.max(first, 0), BLOCK_L) * BLOCK_L
     bound = (tl.min(last, 0) + 1) // BLOCK_L * BLOCK_L
     free, bound = tl.where(free < bound, free, high), tl.where(free < bound, bound, high)
-    if HAS_MASK:
+    if holes != 0:  # a branch of its own: where the other loops come after this one, all products are serialized
         peak, total, result = attend_rows(
-            q, k_base, v_base, m_ptrs, first, last, peak, total, result, low, tl.where(holes != 0, high, low), length,
-            stride_kl, stride_vl, scaling, softcap, D, BLOCK_D, DV, BLOCK_DV, 16, 1, MASKED, HAS_SOFTCAP, UPCAST,
+            q, k_base, v_base, m_ptrs, first, last, peak, total, result, low, high, length, stride_kl, stride_vl,
+            scaling, softcap, D, BLOCK_D, DV, BLOCK_DV, 16, 1, MASKED, HAS_SOFTCAP, UPCAST,
         )  # fmt: skip
-        low = tl.where(holes != 0, high, low)
-        free, bound = tl.where(holes != 0, high, free), tl.where(holes != 0, high, bound)
-    peak, total, result = attend_rows(
-        q, k_base, v_base, m_ptrs, first, last, peak, total, result, low, free, length, stride_kl, stride_vl, scaling,
-        softcap, D, BLOCK_D, DV, BLOCK_DV, BLOCK_L, STAGES, SPANNED, HAS_SOFTCAP, UPCAST,
-    )  # fmt: skip
-    peak, total, result = attend_rows(
-        q, k_base, v_base, m_ptrs, first, last, peak, total, result, free, bound, length, stride_kl, stride_vl,
-        scaling, softcap, D, BLOCK_D, DV, BLOCK_DV, BLOCK_L, STAGES, FREE, HAS_SOFTCAP, UPCAST,
-    )  # fmt: skip
-    peak, total, result = attend_rows(
-        q, k_base, v_base, m_ptrs, first, last, peak, total, result, bound, high, length, stride_kl, stride_vl,
-        scaling, softcap, D, BLOCK_D, DV, BLOCK_DV, BLOCK_L, STAGES, SPANNED, HAS_SOFTCAP, UPCAST,
-    )  # fmt: skip
+    else:
+        peak, total, result = attend_rows(
+            q, k_base, v_base, m_ptrs, first, last, peak, total, result, low, free, length, stride_kl, stride_vl,
+            scaling, softcap, D, BLOCK_D, DV, BLOCK_DV, BLOCK_L, STAGES, SPANNED, HAS_SOFTCAP, UPCAST,
+        )  # fmt: skip
+        peak, total, result = attend_rows(
+            q, k_base, v_base, m_ptrs, first, last, peak, total, result, free, bound, length, stride_kl, stride_vl,
+            scaling, softcap, D, BLOCK_D, DV, BLOCK_DV, BLOCK_L, STAGES, FREE, HAS_SOFTCAP, UPCAST,
+        )  # fmt: skip
+        peak, total, result = attend_rows(
+            q, k_base, v_base, m_ptrs, first, last, peak, total, result, bound, high, length, stride_kl, stride_vl,
+            scaling, softcap, D, BLOCK_D, DV, BLOCK_DV, BLOCK_L, STAGES, SPANNED, HAS_SOFTCAP, UPCAST,
+        )  # fmt: skip
     if HAS_SINKS:
         sink = tl.load(sinks + member).to(tl.float32) * LOG2E
         higher = tl.maximum(peak, sink)
