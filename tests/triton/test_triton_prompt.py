@@ -108,6 +108,23 @@ def test_triton_prompt_that_may_attend_nothing_gives_zeros(device: torch.device)
     assert out.isfinite().all()
 
 
+def test_triton_prompt_reads_sinks_of_any_stride(device: torch.device) -> None:
+    query, keys, values, mask, *rest = draw(masking="padded")
+    given = on(device, (query, keys, values, mask, *rest[:-1]))
+    sinks = torch.tensor(1.5, device=device).expand(query.shape[1])
+    assert torch.equal(attend_prompt(*given, sinks), attend_prompt(*given, sinks.clone()))
+
+
+def test_triton_prompt_whose_heads_lie_far_apart(device: torch.device) -> None:
+    """Head by head, a long prompt's queries are more numbers than 32 bits count."""
+    query, keys, values, *rest = draw(batch=1, count=20, group=4, kv_heads=1, softcap=3.0, dtype=torch.float16)
+    # Pages that nobody touches cost no memory on the host; on a device they would, 6 GiB.
+    far = torch.empty(3 * 2**30 + 20 * 64, dtype=torch.float16, device=device)
+    far = far.as_strided(query.shape, (0, 2**30, 64, 1)).copy_(query)
+    given = on(device, (keys, values, *rest))
+    assert torch.equal(attend_prompt(far, *given), attend_prompt(query.to(device), *given))
+
+
 def test_triton_prompt_leaves_out_tiles(device: torch.device) -> None:
     """What lies before every query's first row, or behind its last, is never read."""
     query, keys, values, mask, *rest = draw(count=40, past=560, masking="padded", pads=(300, 0), seed=3)
@@ -149,6 +166,8 @@ def test_triton_prompts_that_are_served() -> None:
         (query[:, :3], keys, values, mask, scaling),
         (query[..., :8], keys[..., :8], values, mask, scaling),
         (query, keys, values, mask.to("meta"), scaling),
+        (query, keys, values, mask, scaling, None, sinks[1:]),
+        (*(rows[:1].expand(2**15, -1, -1, -1) for rows in (query, keys, values)), mask[:1], scaling),
         (query.clone().requires_grad_(), keys, values, mask, scaling),
     ]
     assert not [number for number, given in enumerate(wrong) if prefill.serves(*given)]

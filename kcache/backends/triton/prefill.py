@@ -20,6 +20,8 @@ from kcache.backends.triton.prompt import attend_prompt
 __all__ = ["attend_prompt", "serves"]
 
 _WIDEST = 256
+_MOST_PROGRAMS = 65535
+"""Along the second dimension of a launch, which CUDA allows."""
 _TRIAL = (100, 37)
 """Queries, and rows before them, of the prompt it is tried on: no multiples of any tile."""
 _NEAR = 0.03
@@ -49,6 +51,8 @@ def serves(
     if mask is not None and (mask.dtype != torch.bool or mask.shape[1:] != (1, count, length)):
         return False
     if mask is not None and mask.shape[0] not in (1, batch):
+        return False
+    if batch * kv_heads > _MOST_PROGRAMS or (sinks is not None and sinks.numel() != heads):
         return False
     if not 16 <= min(dim, dim_v) <= max(dim, dim_v) <= _WIDEST:
         return False

@@ -119,7 +119,7 @@ def prompt_kernel(
     dims = tl.arange(0, BLOCK_D)
     vdims = tl.arange(0, BLOCK_DV)
     q_base = query + batch * stride_qb + base * stride_qq
-    q_ptrs = q_base + here[:, None] * stride_qq + member[:, None] * stride_qh + dims[None, :]
+    q_ptrs = q_base + here[:, None] * stride_qq + member[:, None].to(tl.int64) * stride_qh + dims[None, :]
     q = tl.load(q_ptrs, mask=(dims < D)[None, :], other=0.0)
     k_base = keys + batch * stride_kb + head.to(tl.int64) * stride_kh
     v_base = values + batch * stride_vb + head.to(tl.int64) * stride_vh
@@ -192,6 +192,7 @@ def attend_prompt(
     batch, heads, count, dim = query.shape
     kv_heads, length, dim_v = keys.shape[1], keys.shape[2], values.shape[3]
     query, keys, values = (rows if rows.stride(3) == 1 else rows.contiguous() for rows in (query, keys, values))
+    sinks = None if sinks is None else sinks.contiguous()
     out = query.new_empty(batch, count, heads, dim_v).transpose(1, 2)
     rows, tile, warps, stages = _tiles(max(dim, dim_v), chip or chip_of(query.device))
     spans, stride_mb, queries = query, 0, 0
