@@ -191,6 +191,38 @@ def test_triton_prompts_are_tried_first(device: torch.device, monkeypatch: pytes
         assert not prefill.holds.__wrapped__(device, *KIND)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_triton_prompts_are_tried_on_several_whole_tiles(masked: bool) -> None:
+    """As real ones consist of little else: for every head, even the largest tile of a head without a group."""
+    query, keys, _, mask = prefill._tried_on(torch.device("cpu"), torch.float16, 1, 16, 16, masked)
+    count, length = query.shape[2], keys.shape[2]
+    seen = torch.ones(count, length, dtype=torch.bool).tril(length - count) if mask is None else mask[0, 0]
+    assert seen[:128].all(0).unfold(0, 128, 128).all(1).sum() >= 2
+    if mask is not None:
+        assert not mask[1].any(-1).all(), "some attend nothing"
+        rows = mask[2, 0].int()
+        assert ((rows[:, 1:] - rows[:, :-1]) == -1).any(), "and some have holes"
+
+
+def test_triton_prompts_are_tried_whatever_is_set(device: torch.device) -> None:
+    with torch.device("meta"):
+        assert prefill.holds.__wrapped__(device, *KIND)
+    with torch.autocast(device.type, dtype=torch.bfloat16), torch.inference_mode():
+        assert prefill.holds.__wrapped__(device, *KIND)
+
+
+def test_triton_prompts_without_memory_are_tried_again(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("none left")
+
+    prefill.holds.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(prefill, "attend_prompt", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            prefill.holds(device, *KIND)
+    assert prefill.holds(device, *KIND)
+
+
 @pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", "mistral", "llama"])
 def test_triton_attends_a_model_s_padded_prompt(
     kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
