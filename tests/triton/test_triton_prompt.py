@@ -108,6 +108,15 @@ def test_triton_prompt_that_may_attend_nothing_gives_zeros(device: torch.device)
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("scaling", [1e-4, 40.0, -0.3])
+def test_triton_prompt_caps_scores_of_any_size(scaling: float, device: torch.device) -> None:
+    query, keys, values, mask, _, _, _ = draw(masking="padded")
+    given = query, keys, values, mask, scaling, 30.0, None
+    out, want = attend_prompt(*on(device, given)), straight(*given)
+    near = 10 * TOLERANCES[out.dtype]  # a score of 30 has so many units of its last place
+    torch.testing.assert_close(out.cpu().double(), want, atol=near, rtol=near)
+
+
 def test_triton_prompt_reads_sinks_of_any_stride(device: torch.device) -> None:
     query, keys, values, mask, *rest = draw(masking="padded")
     given = on(device, (query, keys, values, mask, *rest[:-1]))

@@ -19,10 +19,10 @@ from kcache.backends.triton.common import LOG2E, LOWEST, dot
 @triton.jit
 def log2_score(product, scaling, softcap, HAS_SOFTCAP: tl.constexpr):
     """Scale and soft-cap q·k and turn it to log2 units."""
-    score = product * scaling
-    if HAS_SOFTCAP:
-        score = softcap * (2.0 * tl.sigmoid(2.0 * score / softcap) - 1.0)
-    return score * LOG2E
+    if HAS_SOFTCAP:  # the hyperbolic tangent by one exponent of 2, which needs no care at its ends
+        grown = tl.exp2(product * (2.0 * LOG2E * scaling / softcap))
+        return softcap * LOG2E - 2.0 * LOG2E * softcap / (grown + 1.0)
+    return product * scaling * LOG2E
 
 
 @triton.jit
