@@ -126,7 +126,8 @@ class TieredLayer(CountedLayer):
         self._v.append(value_states, self.length, self.shared.residency.leaves(self, end))
         self._store_keys(key_states)
         self.length = end
-        self.steps += key_states.shape[2] == 1 and not self.shared.force_exact
+        if (key_states.shape[2] == 1 or self.shared.look is not None) and not self.shared.force_exact:
+            self.steps += key_states.shape[2]  # a block that is attended whole stands for as many steps
         if not self.shared.attached:
             return self._k.get(end), self._v.everything()
         return key_states, with_handle(value_states, Chunk(self, end))

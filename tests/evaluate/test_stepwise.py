@@ -91,6 +91,7 @@ def test_a_block_is_its_steps(tiny_model: Tiny, policy: Policy, sizes: tuple[int
     for alone, together in zip(one.tiered_layers, many.tiered_layers, strict=True):
         assert together.offloaded == alone.offloaded
         assert together.stats().rows_fetched == alone.stats().rows_fetched
+        assert together.stats().steps == alone.stats().steps == STEPS
         assert together.stats().bytes_h2d == alone.stats().bytes_h2d
         assert together.stats().device_bytes == alone.stats().device_bytes
         torch.testing.assert_close(together.values, alone.values, rtol=1e-4, atol=1e-4)
