@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_SHORT = 512
-"""Tokens up to which padding is not worth another batch."""
+_PADDING = 2048
+"""Tokens of padding that are not worth another batch."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,21 @@ class Sizes:
 def make_batches(lengths: Sequence[int], sizes: Sizes, new_tokens: int = 0) -> list[list[int]]:
     """Group positions by length, longest first, as many at a time as that of the longest allows.
 
-    Prompts of a batch are padded to its longest, so neighbours in length waste least, and one of less than half the
-    longest's length begins the next batch, unless both are short. The longest come first because a batch that
-    does not fit should say so at once.
+    Prompts of a batch are padded to its longest, so neighbours in length waste least, and those of less than half the
+    longest's length begin the next batch, but for as many as take little padding together. The longest come first
+    because a batch that does not fit should say so at once.
     """
     batches: list[list[int]] = []
-    most = 0
+    most = longest = left = 0
     for position in sorted(range(len(lengths)), key=lambda position: (-lengths[position], position)):
-        latest = batches[-1] if batches else []
-        if latest and len(latest) < most and 2 * max(_SHORT, lengths[position]) >= lengths[latest[0]]:
-            latest.append(position)
+        length = lengths[position]
+        padding = longest - length if 2 * length < longest else 0
+        if batches and len(batches[-1]) < most and padding <= left:
+            batches[-1].append(position)
+            left -= padding
         else:
             batches.append([position])
-            most = sizes.of(lengths[position] + new_tokens)
+            most, longest, left = sizes.of(length + new_tokens), length, _PADDING
     return batches
 
 
