@@ -421,10 +421,9 @@ def test_make_batches() -> None:
     two, eight = Sizes(((10, 2),)), Sizes(((1, 8),))
     assert make_batches([1, 3, 2, 3], two) == [[1, 3], [2, 0]]
     assert make_batches([], two) == []
-    assert make_batches([4006, 1011, 300, 2003, 5, 500], eight) == [[0, 3], [1, 5, 2, 4]], (
-        "padding is no more than half"
-    )
-    assert make_batches([900, 3], eight) == [[0, 1]], "unless prompts are short"
+    long = make_batches([4006, 1011, 300, 2003, 5, 500], eight)
+    assert long == [[0, 3], [1, 5, 2], [4]], "padding is up to half"
+    assert make_batches([900, 3, 3, 3], eight) == [[0, 1, 2], [3]], "or no more than 2,048 tokens"
 
 
 def test_short_prompts_go_more_at_a_time_than_long_ones() -> None:
