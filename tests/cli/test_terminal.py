@@ -29,6 +29,8 @@ class Terminal:
         if self.pid == 0:
             os.chdir(ROOT)
             os.environ["TERM"] = "xterm"
+            for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):  # deaf to them when unattended
+                signal.signal(number, signal.SIG_DFL)
             os.execvp(command[0], command)
 
     def wait_for(self, text: bytes) -> None:
@@ -46,6 +48,8 @@ class Terminal:
         deadline = time.monotonic() + LIMIT_S
         while self._read() and time.monotonic() < deadline:
             continue
+        if time.monotonic() >= deadline:
+            os.kill(self.pid, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def _read(self) -> bool:
