@@ -47,6 +47,7 @@ RATIOS = (
     Ratio("llama2_7b_15k_vs_dense", "llama2_7b_15k/kcache", "llama2_7b_15k/dense", 1.4),
     Ratio("prefill_32k_time_vs_dense", "prefill_32k/kcache", "prefill_32k/dense", 1.1, "prefill"),
     Ratio("prefill_32k_peak_vs_dense", "prefill_32k/kcache", "prefill_32k/dense", 1.1, "peak"),
+    Ratio("batch8_32k_k8_vs_dense", "batch8_32k/k8", "batch8_32k/dense", None),
     Ratio("batch8_32k_no_hits_vs_dense", "batch8_32k/no-hits", "batch8_32k/dense", None),
     Ratio("equal_hbm_32k_no_hits_vs_dense", "equal_hbm_32k/no-hits", "equal_hbm_32k/dense", None),
     Ratio("llama2_7b_15k_no_hits_vs_dense", "llama2_7b_15k/no-hits", "llama2_7b_15k/dense", None),

@@ -129,6 +129,6 @@ def leading_directions(covariance: torch.Tensor, rank: int, carried: int, rounds
         directions_kernel[grid](
             covariance, out, D=dim, BLOCK=block, CARRIED=carried,
             SIZE=max(16, triton.next_power_of_2(carried)), RANK=rank, ROUNDS=rounds, SWEEPS=_SWEEPS,
-            num_warps=8,
+            num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -30,5 +30,7 @@ def gather_rows(host: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> t
     """
     count = len(index)
     with torch.cuda.device(out.device) if out.device.type == "cuda" else torch.no_grad():
-        _gather_kernel[(triton.cdiv(count, _ROWS),)](host, index, out, count, D=host.shape[1], ROWS=_ROWS, num_warps=4)
+        _gather_kernel[(triton.cdiv(count, _ROWS),)](
+            host, index, out, count, D=host.shape[1], ROWS=_ROWS, num_warps=4, enable_fp_fusion=True
+        )
     return out[:count]

@@ -62,7 +62,8 @@ def resources(kernel: Any) -> dict[str, Any]:
     found = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     whole = "LDG|LDGSTS|HGMMA|IGMMA|HMMA|WARPGROUP|LDL|STL|UTMALDG"
     ops = Counter(re.findall(rf"\b((?:{whole})[.\w]*|STG\.E\.128|STG\.E\.64|STG\.E)\b", sass))
-    return {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps, **found, "ops": dict(ops)}
+    said = {name: getattr(kernel.metadata, name) for name in ("shared", "num_warps", "enable_fp_fusion")}
+    return {**said, **found, "ops": dict(ops)}
 
 
 def main(chip: Chip, names: list[str]) -> None:

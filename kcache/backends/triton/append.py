@@ -117,4 +117,5 @@ def append(
             HEADS=heads, D=dim, DV=dim_v, BLOCK_D=power_of_two(dim), BLOCK_DV=power_of_two(dim_v),
             RANK=rank, AT_ONCE=min(power_of_two(rank), 2048 // power_of_two(dim_v)), HAS_TAIL=lowrank is not None,
             HAS_MASK=mask is not None, K8=key_scales is not None, V8=value_scales is not None, num_warps=1,
+            enable_fp_fusion=True,
         )  # fmt: skip

@@ -173,6 +173,6 @@ def dense_decode(
             DV=dim_v, BLOCK_DV=block_v, BLOCK_L=ws.block, STAGES=ws.stages,
             STEP=reduction_step(group2 * block_v, ws.splits), HAS_MASK=mask is not None,
             HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None, UPCAST=ws.upcast,
-            num_warps=tune.dense_warps, num_stages=ws.stages,
+            num_warps=tune.dense_warps, num_stages=ws.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -137,7 +137,7 @@ def rms_norm(rows: torch.Tensor, weight: torch.Tensor, eps: float, scaling: Scal
         norm_kernel[(grouped.shape[0] * grouped.shape[1],)](
             grouped, weight, out, eps, grouped.shape[1], grouped.stride(0), grouped.stride(1), D=width, BLOCK=block,
             ROUNDED=scaling == "rounded", ONE_PLUS=scaling == "one plus", BY_HAND=interpreted(),
-            num_warps=min(8, max(1, block // 512)),
+            num_warps=min(8, max(1, block // 512)), enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -184,6 +184,6 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch
     with on_device(gate.device):
         gated_kernel[(triton.cdiv(width, _GATED_BLOCK), len(gates))](
             gates, ups, out, width, gates.stride(0), ups.stride(0), GELU=activation == "gelu_tanh",
-            BLOCK=_GATED_BLOCK, BY_HAND=interpreted(), num_warps=4,
+            BLOCK=_GATED_BLOCK, BY_HAND=interpreted(), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -202,8 +202,9 @@ def attend_prompt(
             queries, stride_mb = mask.shape[0] * count, 0 if mask.shape[0] == 1 else mask.stride(0)
             spans = torch.empty(3, queries, dtype=torch.int32, device=query.device)
             span_kernel[(queries,)](
-                mask, spans, queries, count, length, stride_mb, mask.stride(2), BLOCK=_SPAN_BLOCK, num_warps=4
-            )
+                mask, spans, queries, count, length, stride_mb, mask.stride(2), BLOCK=_SPAN_BLOCK, num_warps=4,
+                enable_fp_fusion=True,
+            )  # fmt: skip
         prompt_kernel[(triton.cdiv(count * (heads // kv_heads), rows), batch * kv_heads)](
             query, keys, values, query if mask is None else mask, spans, query if sinks is None else sinks, out,
             queries, count, length, query.stride(0), query.stride(1), query.stride(2), keys.stride(0), keys.stride(1),
@@ -213,6 +214,7 @@ def attend_prompt(
             BLOCK_D=max(16, power_of_two(dim)), DV=dim_v, BLOCK_DV=max(16, power_of_two(dim_v)), BLOCK_R=rows,
             BLOCK_L=tile, STAGES=stages, HAS_MASK=mask is not None, HAS_SOFTCAP=softcap is not None,
             HAS_SINKS=sinks is not None, UPCAST=interpreted(), num_warps=warps, num_stages=stages,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return out
 

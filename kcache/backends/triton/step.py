@@ -54,6 +54,7 @@ class Step:
                 fetch_kernel[(self.rows,)](
                     self.inputs.length, *self._tensors, *self._strides, ws.stride, ws.blocks, ws.score_splits,
                     ws.tail_splits, self.shares + 1, **self._sizes, num_warps=ws.select_warps, num_stages=1,
+                    enable_fp_fusion=True,
                 )  # fmt: skip
         except BaseException:  # an interrupt between two launches, too: the next step would wait for ever
             ws.set_back()
@@ -67,7 +68,7 @@ class Step:
             *self._scored, self.inputs.length, *self._tensors, *self._score_strides, *self._strides,
             ws.stride, ws.blocks, self.inputs.scaling, self.inputs.softcap or 1.0, ws.score_splits, ws.tail_splits,
             self.shares + 1, self.rows, ahead, shares, **self._sizes, **self._score_sizes, FETCHES=fetches,
-            num_warps=ws.warps, num_stages=1, maxnreg=ws.registers,
+            num_warps=ws.warps, num_stages=1, maxnreg=ws.registers, enable_fp_fusion=True,
         )  # fmt: skip
 
     @property
