@@ -113,7 +113,7 @@ class CountedLayer(CacheLayerMixin):
         row_bytes = 0 if self._v.host is None else self._v.host.row_bytes
         per_token = 0
         if v is not None:
-            per_token = self.batch_size * (self._k.heads * self._k.full_row_bytes + v.heads * v.full_row_bytes)
+            per_token = self._k.places * (self._k.heads * self._k.full_row_bytes + v.heads * v.full_row_bytes)
         return (
             self._v.bytes_h2d + (rows - hits) * row_bytes,
             self._v.bytes_d2h,

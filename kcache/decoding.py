@@ -6,7 +6,7 @@ next step is already under way by then, so the device does not wait for the host
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +18,7 @@ from kcache.cache import KCache
 from kcache.forward import step_logits
 from kcache.parallel import ranks_of
 from kcache.sampling import Sampler
+from kcache.watch.capture import watchers_of
 
 if TYPE_CHECKING:
     from kcache.graph.decoder import GraphDecoder
@@ -32,8 +33,10 @@ def decode(
     mask: torch.Tensor | None = None,
     ended: Sequence[bool] = (),
     pad_id: int = 0,
-) -> Iterator[list[int]]:
+) -> Generator[list[int], Sequence[int] | None, None]:
     """Decode without end: yields the token of each sequence, and runs the model on them when asked for more.
+
+    Sent the places of some sequences, in ascending order, it goes on with those alone, and the cache holds no others.
 
     This is the loop that chat and generate run and that the benchmark times: the time between two tokens is the
     inter-token latency.
@@ -63,10 +66,14 @@ def decode(
             arriving = Arriving(tokens)
             if not ended:
                 steps.launch(tokens)
-            yield arriving.numpy().tolist()
+            kept = yield arriving.numpy().tolist()
             if sampler.needs_history:
                 history = torch.cat([history, tokens[:, None]], 1)
             logits = steps.take(tokens, ended, pad_id)
+            if kept is not None:
+                index = torch.tensor(kept, device=logits.device)
+                logits, history = logits[index], history[index]
+                steps.keep(index)
     finally:
         steps.leave()
 
@@ -120,6 +127,15 @@ class _Steps:
             self.mask = torch.cat([self.mask, going[:, None].to(self.mask.dtype)], 1)
         elif self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(self.mask.shape[0], 1)], 1)
+
+    def keep(self, index: torch.Tensor) -> None:
+        """Go on with the sequences ``index`` ``[B']`` alone."""
+        assert isinstance(self.cache, KCache)
+        self.cache.reorder_cache(index)  # which layers with a recurrent state know, too
+        if self.mask is not None:
+            self.mask = self.mask[index]
+        for watcher in watchers_of(self.model):
+            watcher.keep(self.cache, index.tolist())
 
     def leave(self) -> None:
         """End the run."""

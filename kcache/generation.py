@@ -1,7 +1,8 @@
 """Generation: prefill in chunks, then the decode loop (:mod:`kcache.decoding`), streamed as events.
 
-Prompts of a batch are left-padded to one length ``T``; ids and masks are ``[B, T]``. Sequences that have ended are fed
-on until all have, so nothing held for the others has to move; in a cache that will be used again, with padding.
+Prompts of a batch are left-padded to one length ``T``; ids and masks are ``[B, T]``. Sequences that have ended
+leave the cache when they are enough, so that the steps of the others read less. Until then they are fed on; in a cache
+that will be used again they stay, and are fed padding.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ from kcache.text import Detokenizer
 from kcache.watch.capture import watchers_of
 
 FinishReason = Literal["stop", "length"]
+
+_MOVE = (1 / 8, 8)
+"""Sequences move up where so much of the batch has ended and may take so many steps more: a move copies what stays."""
+_MOVE_RECORDED = (1 / 2, 64)
+"""The same where steps are recorded: they are recorded anew then, which takes as long as many of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,14 +188,19 @@ def stream(
             if not keep_going():
                 return
         assert logits is not None
-        for step, values in enumerate(decode(lm.model, cache, logits, sampler, history, mask, ended, pad_id)):
+        steps = decode(lm.model, cache, logits, sampler, history, mask, ended, pad_id)
+        held, going = list(range(len(batch))), None  # the sequence at each place in the cache, and the places that stay
+        for step in range(max_new_tokens):
+            values = steps.send(going)
+            held = held if going is None else [held[place] for place in going]
             if fed is not None and step:
                 fed.append(latest)
             latest = values[0]
             elapsed_ms = (time.perf_counter() - began) * 1e3
             ttft_ms = ttft_ms or elapsed_ms
             made: dict[int, int] = {}
-            for index, (sequence, token) in enumerate(zip(sequences, values, strict=True)):
+            for index, token in zip(held, values, strict=True):
+                sequence = sequences[index]
                 if not sequence.done:
                     last = step == max_new_tokens - 1
                     yield _event(index, sequence, token, token in ends, last, elapsed_ms, ttft_ms)
@@ -201,8 +212,18 @@ def stream(
                     watcher.finish(cache, made, last_one)
             if keep:
                 ended[:] = [sequence.done for sequence in sequences]
-            if step == max_new_tokens - 1 or all(sequence.done for sequence in sequences) or not keep_going():
+            if all(sequence.done for sequence in sequences) or not keep_going():
                 return
+            if not keep:
+                going = _going([sequences[index].done for index in held], max_new_tokens - step - 1, cache)
+
+
+def _going(ended: list[bool], steps: int, cache: KCache) -> list[int] | None:
+    """Places of the sequences to go on with, for so many steps at most; None for all, if a move does not pay."""
+    share, least_steps = _MOVE if cache.shared.graph is None else _MOVE_RECORDED
+    if sum(ended) < share * len(ended) or steps < least_steps:
+        return None
+    return [place for place, has_ended in enumerate(ended) if not has_ended]
 
 
 def _event(

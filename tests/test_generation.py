@@ -26,6 +26,7 @@ from tests.pair import WHOLE
 from tests.saved import byte_tokenizer, byte_vocabulary
 
 GREEDY = Sampling(temperature=0)
+OFFLOADED = Policy(topn=6, dense_below=0, dense_layers=1, offload="all")
 PROMPTS = ["Once upon a time", "The", "In the beginning was the word, and"]
 
 
@@ -338,6 +339,50 @@ def test_going_on_with_a_batch_whose_sequences_ended_apart(lm: LoadedModel) -> N
     for prompt, row, ids, got in zip(prompts, first, more, second, strict=True):
         whole = [*lm.tokenizer(prompt)["input_ids"], *row, *ids]
         assert gathered(generate(lm, whole, WHOLE, sampling=GREEDY, max_new_tokens=6), 1)[0] == [got]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "ministral"])
+@pytest.mark.parametrize(
+    "policy",
+    [Policy(), OFFLOADED, OFFLOADED.replace(spread="even", tail="none"), OFFLOADED.replace(k_bits=8, v_bits=8)],
+    ids=["dense", "need", "even", "8 bits"],
+)
+def test_sequences_that_have_ended_leave_the_batch(kind: str, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others' tokens are those of a batch where nobody leaves, and each step is of those alone."""
+    lm = loaded(kind)
+    prompts = [*PROMPTS, "ab", "xyz and so", "a quick brown fox jumps over it"]
+    sizes: list[int] = []
+    forward = lm.model.forward
+    plain, texts, _ = gathered(generate(lm, prompts, policy, sampling=GREEDY, max_new_tokens=60), 6)
+    ends = [text[at : at + 2] for text, at in zip(texts, (4, 9, 20, 33, 40, 55), strict=True) if len(text) > at + 2]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(kwargs["input_ids"]))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(lm.model, "forward", counted)
+    runs = []
+    for move in ((1 / 8, 1), (2, 1)):
+        sizes.clear()
+        monkeypatch.setattr("kcache.generation._MOVE", move)
+        runs.append(gathered(generate(lm, prompts, policy, sampling=GREEDY, max_new_tokens=60, stop=ends), 6))
+        assert (len(set(sizes)) > 2) == (move[0] < 1), sizes
+    assert runs[0] == runs[1]
+    assert len({len(row) for row in runs[0][0]}) > 2, "the sequences were meant to end apart"
+    assert runs[0][0] != plain
+
+
+def test_sampled_tokens_and_penalties_of_those_that_stay(lm: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A penalty reads the tokens of each sequence so far, which move up with it."""
+    monkeypatch.setattr("kcache.generation._MOVE", (1 / 8, 1))
+    sampling = Sampling(temperature=0, repetition_penalty=1.7)
+    prompts = [*PROMPTS, "ab"]
+    texts = gathered(generate(lm, prompts, WHOLE, sampling=sampling, max_new_tokens=30), 4)[1]
+    stop = [texts[0][3:5], texts[3][6:9]]
+    got = gathered(generate(lm, prompts, WHOLE, sampling=sampling, max_new_tokens=30, stop=stop), 4)[0]
+    assert len({len(row) for row in got}) > 1
+    monkeypatch.setattr("kcache.generation._MOVE", (2, 1))
+    assert got == gathered(generate(lm, prompts, WHOLE, sampling=sampling, max_new_tokens=30, stop=stop), 4)[0]
 
 
 def test_a_cache_of_another_batch_or_model_is_refused(lm: LoadedModel) -> None:

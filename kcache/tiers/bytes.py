@@ -91,6 +91,11 @@ class ByteRows:
         return self.rows.nbytes
 
     @property
+    def places(self) -> int:
+        """Sequences there is room for; more than there are where some have left."""
+        return self.rows.places
+
+    @property
     def scale_bytes(self) -> int:
         """Bytes of the scales."""
         return self._scales.nbytes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,7 +61,12 @@ class RowBuffer:
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return 0 if self.data is None else self.data.numel() * self.data.element_size()
+        return 0 if self.data is None else self.data.untyped_storage().nbytes()
+
+    @property
+    def places(self) -> int:
+        """Sequences there is room for; more than there are where some have left."""
+        return 0 if self.data is None or not len(self.data) else self.nbytes // self.data[0].nbytes
 
     @property
     def heads(self) -> int:
@@ -119,8 +125,19 @@ class RowBuffer:
         self.data = data
 
     def select(self, index: torch.Tensor) -> None:
-        """Keep the batch rows ``index`` ``[B']``, in that order; a row may be named several times."""
+        """Keep the batch rows ``index`` ``[B']``, in that order; a row may be named several times.
+
+        Where some leave and the others keep their order, those move up, which takes no memory and gives none back.
+        """
         if self.data is None:
+            return
+        order = index.tolist()
+        if all(before < after for before, after in pairwise(order)):
+            with torch.inference_mode(False):
+                for place, row in enumerate(order):
+                    if place != row:
+                        self.data[place].copy_(self.data[row])
+                self.data = self.data[: len(order)]
             return
         picked = self._empty((len(index), *self.data.shape[1:]), self.data.dtype)
         self.data = torch.index_select(self.data, 0, index.to(self.data.device), out=picked)

@@ -245,6 +245,8 @@ class ValueStore:
         self.finish_sending()
         self.release()
         self._ahead = None
+        if self.host is not None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a step under way reads host rows where they now are
         for buffer in (self.resident, self.host, self.tail):
             if buffer is not None:
                 buffer.select(index)

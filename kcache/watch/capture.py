@@ -59,6 +59,14 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """The cache goes on with some of its sequences alone: their places, in ascending order."""
+
+    run: int
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Names:
     """What the sequences of the next run are called."""
 
@@ -100,7 +108,7 @@ class Capture:
 
     def __init__(self, model: PreTrainedModel, wake: Callable[[], None], only: KCache | None = None) -> None:
         self.due_s, self.interval_s = NEVER, 0.0
-        self.forwards: deque[Forward | Finish | Names] = deque(maxlen=_FORWARDS)
+        self.forwards: deque[Forward | Finish | Kept | Names] = deque(maxlen=_FORWARDS)
         self.ready: deque[Captured] = deque()
         self.running, self.ended_s, self.lost = False, -math.inf, 0
         self.took_s, self._began_s, self._prompt = 0.0, 0.0, False
@@ -185,6 +193,12 @@ class Capture:
                 self._earlier, self._latest = self._latest, latest
         self._take(ours, self._earlier, time.perf_counter(), "idle")
 
+    def keep(self, cache: KCache, places: Sequence[int]) -> None:
+        """Note that a cache goes on with the sequences at ``places`` alone."""
+        if self._ours(cache) is not None and cache is self.cache:
+            self._tell(Kept(self.run, tuple(places)))
+            self._latest = self._earlier = None
+
     def _begins(self, cache: KCache, ids: torch.Tensor | None, given: torch.Tensor, mask: torch.Tensor | None) -> None:
         past, (batch, count) = cache.get_seq_length(), given.shape[:2]
         if self.cache is not cache or past == 0:
@@ -237,7 +251,7 @@ class Capture:
         self.took_s = time.perf_counter() - now
         self._wake()
 
-    def _tell(self, told: Forward | Finish | Names) -> None:
+    def _tell(self, told: Forward | Finish | Kept | Names) -> None:
         self.forwards.append(told)
         self.told += 1
 

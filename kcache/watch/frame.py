@@ -197,7 +197,7 @@ class Frame:
         Decode steps the cache has run.
     phase : {"idle", "prefill", "decode"}
     batch : int
-        Sequences in the cache.
+        Sequences in the cache; of ``sequences``, those that have ended may have left it.
     observed : int
         The first so many of them are looked at for histograms, mass and picks; fewer than ``batch`` when it is large.
     tokens : int
@@ -233,6 +233,11 @@ class Frame:
     marks: tuple[Mark, ...] = ()
     sequences: tuple[SequenceFrame, ...] = ()
     job: tuple[int, int] | None = None
+
+    @property
+    def began(self) -> int:
+        """Sequences that the batch began with."""
+        return max(self.batch, len(self.sequences))
 
     @property
     def buckets(self) -> int:

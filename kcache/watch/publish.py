@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from kcache.cache import KCache
 from kcache.watch.build import build
-from kcache.watch.capture import NEVER, Capture, Finish, Names
+from kcache.watch.capture import NEVER, Capture, Finish, Kept, Names
 from kcache.watch.codec import Message
 from kcache.watch.columns import PHASES
 from kcache.watch.frame import Info, Phase
@@ -222,6 +222,9 @@ class Publication:
                 continue
             if isinstance(forward, Finish):
                 self._tokens.finish(forward)
+                continue
+            if isinstance(forward, Kept):
+                self._tokens.keep(forward)
                 continue
             self._prompt = forward.prompt
             length = self._tokens.take(forward)

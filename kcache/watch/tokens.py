@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from kcache.watch.capture import Finish, Forward
+from kcache.watch.capture import Finish, Forward, Kept
 from kcache.watch.frame import Mark, SequenceFrame, Speed
 
 UNKNOWN = -1
@@ -114,6 +114,7 @@ class Tokens:
         self.run = 0
         self.names: tuple[str, ...] = ()
         self.rows: list[Row] = []
+        self._held: list[Row] = []  # those of them that the cache still holds, in its order
         self.marks: list[Mark] = []
         self.pieces = pieces
         self._ends = ends
@@ -129,7 +130,7 @@ class Tokens:
 
     def take(self, forward: Forward) -> int:
         """Take note of a forward; returns the length its past was cut back to."""
-        if forward.run != self.run or len(self.rows) != forward.batch:
+        if forward.run != self.run or len(self._held) != forward.batch:
             self._begin(forward)
         for row in self.rows:
             row.crop(forward.past)
@@ -154,10 +155,16 @@ class Tokens:
             if index < len(self.rows):
                 self.rows[index].completion, self.rows[index].done = made, True
 
+    def keep(self, kept: Kept) -> None:
+        """Take note that the cache goes on with some of its sequences alone."""
+        if kept.run == self.run and all(place < len(self._held) for place in kept.places):
+            self._held = [self._held[place] for place in kept.places]
+
     def _begin(self, forward: Forward) -> None:
         names, self._next_names = self._next_names, ()
         self.names = names if len(names) == forward.batch else ()
         self.run, self.rows, self.marks = forward.run, [Row() for _ in range(forward.batch)], []
+        self._held = list(self.rows)
         self._in_prompt, self._latest_step = False, None
 
     def _take_prompt(self, forward: Forward) -> None:
@@ -190,7 +197,7 @@ class Tokens:
     def _add_ids(self, forward: Forward) -> None:
         ids = None if forward.ids is None else forward.ids.numpy()
         real = None if forward.mask is None else forward.mask.numpy()
-        for index, row in enumerate(self.rows):
+        for index, row in enumerate(self._held):
             row.ids += [UNKNOWN] * (forward.past - len(row.ids))
             new = [UNKNOWN] * forward.count if ids is None else ids[index].tolist()
             if real is not None and forward.past == 0:

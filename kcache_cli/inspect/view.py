@@ -31,7 +31,7 @@ def show(source: Source, frame: Frame | None, index: int | None = None) -> None:
     for line in _summary(frame, info.host_only, info.weights_bytes):
         console.print(line)
     names = source.names(index)
-    if frame.batch > 1 or names:
+    if frame.began > 1 or names:
         console.print(_sequences(frame, names))
     if frame.layers:
         console.print()

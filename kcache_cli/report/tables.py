@@ -163,7 +163,7 @@ def run_rows(
         rows.append(
             {
                 "run": frame.run,
-                "sequences": f"{frame.batch}: {_joined(called)}" if called else frame.batch,
+                "sequences": f"{frame.began}: {_joined(called)}" if called else frame.began,
                 "new": f"{sum(each.completion_tokens for each in frame.sequences):,}",
                 "tokens": f"{frame.tokens:,}",
                 "steps": f"{frame.step:,}",

@@ -53,7 +53,7 @@ def turns(source: Source, index: int, frame: Frame, heat: np.ndarray | None) -> 
     """
     shades = np.zeros(frame.buckets, int) if heat is None else _shades(heat)
     found: list[Turn] = []
-    count = min(MOST_SEQUENCES, max(1, frame.batch))
+    count = min(MOST_SEQUENCES, max(1, frame.began))
     room = MOST_CHARACTERS // count
     for sequence in range(count):
         pieces = source.pieces(0, min(frame.tokens, MOST_TOKENS), sequence, index)

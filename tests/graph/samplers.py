@@ -16,6 +16,10 @@ class Forced(Sampler):
         self._forced = forced
         self.seen: list[torch.Tensor] = []
 
+    def keep(self, places: list[int]) -> None:
+        """Go on with the sequences at ``places``."""
+        self._forced = self._forced[:, places]
+
     def pick(self, logits: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
         self.seen.append(logits.clone())
         return self._forced[min(len(self.seen), len(self._forced)) - 1]

@@ -110,6 +110,23 @@ def test_triton_a_sequence_that_ends_first_makes_a_mask(llama: PreTrainedModel) 
     assert twins.graph.recorded == 2
 
 
+@pytest.mark.parametrize(
+    ("policy", "lengths"),
+    [
+        (MIXED.replace(spread="need", hot_rows=8), [11, 9, 14]),
+        (MIXED.replace(spread="need", k_bits=8, v_bits=8), None),
+    ],
+    ids=["padded", "8 bits"],
+)
+def test_triton_sequences_that_leave_a_batch(llama: PreTrainedModel, policy: Policy, lengths: list[int] | None) -> None:
+    """Those that stay are shown what they would be without; the step is recorded anew for so many."""
+    twins = Twins(llama, policy, RecordedTape, max_length=32)
+    twins.prefill(tokens(1, 3, 14), None if lengths is None else left_padding(lengths))
+    twins.leave([0, 2], 3, 6)
+    assert twins.graph.recorded == 2
+    assert twins.graph.replayed >= 2
+
+
 def test_triton_growth_past_the_buffers_records_anew(llama: PreTrainedModel) -> None:
     twins = Twins(llama, MIXED, RecordedTape)
     twins.prefill(tokens(1, 1, 60))

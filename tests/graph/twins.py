@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -103,6 +104,32 @@ class Twins:
         if self.mask is not None or end is not None:
             rows = self.plain.shared.validity.rows(0, length + steps, forced.device)
             self.mask = None if rows is None else rows.long()
+        self.check_state()
+
+    def leave(self, places: list[int], before: int, after: int, seed: int = 7) -> None:
+        """Decode, after some steps with the sequences at ``places`` alone, and compare what they are shown throughout.
+
+        A third cache, where nobody leaves and no step is recorded, must show the same of them.
+        """
+        whole = copy.deepcopy(self.plain)
+        forced = tokens(seed, before + after + 1, whole.batch_size).to(self.model.device)
+        seen = []
+        for cache, leaves in ((whole, False), (self.plain, True), (self.taped, True)):
+            sampler = Forced(forced)
+            with attach(self.model):
+                steps = decode(self.model, cache, self.logits, sampler, forced[:1].T, self.mask)
+                for step in range(before + after):
+                    kept = leaves and step == before
+                    if kept:
+                        sampler.keep(places)
+                    steps.send(places if kept else None)
+                    self.between()
+                steps.close()
+            seen.append([logits if len(logits) == len(places) else logits[places] for logits in sampler.seen])
+            assert cache.batch_size == len(places) or not leaves
+        for want, *others in zip(*seen, strict=True):
+            for got in others:
+                torch.testing.assert_close(got, want, atol=self.close * float(want.abs().max()), rtol=0)
         self.check_state()
 
     def check_state(self) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from kcache.arriving import Arriving
 from kcache.errors import FormatError
-from kcache.watch.capture import Finish, Forward
+from kcache.watch.capture import Finish, Forward, Kept
 from kcache.watch.frame import Mark, SequenceFrame, Speed
 from kcache.watch.tokens import Pieces, Tokens
 from kcache.watch.transcript import TextCursor, Transcript, text_message
@@ -98,6 +98,22 @@ def test_progress_of_a_padded_batch(tokens: Tokens) -> None:
     told(tokens, cursor, transcript)
     assert transcript.pieces(1, 0, 2, 0) == ["", ""]
     assert all(transcript.pieces(1, 0, 2, 1))
+
+
+def test_progress_of_a_batch_that_sequences_leave(tokens: Tokens) -> None:
+    """Who has left keeps what it had, and those that stay go on where they were."""
+    tokens.take(forward(0, [[7, 7], [7, 7], [7, 7], [7, 7]]))
+    tokens.take(forward(2, [[3], [4], [5], [6]], prompt=False))
+    tokens.finish(Finish(1, {0: 1, 3: 1}))
+    tokens.keep(Kept(1, (1, 2)))
+    tokens.take(forward(3, [[8], [9]], prompt=False))
+    tokens.keep(Kept(1, (1,)))
+    tokens.take(forward(4, [[10]], prompt=False))
+    assert [row.ids[2:] for row in tokens.rows] == [[3], [4, 8], [5, 9, 10], [6]]
+    assert [each.completion_tokens for each in tokens.sequences()] == [1, 2, 3, 1]
+    assert [each.done for each in tokens.sequences()] == [True, False, False, True]
+    tokens.take(forward(0, [[7, 7]], run=2))
+    assert len(tokens.rows) == 1
 
 
 def test_an_end_in_what_is_fed_step_by_step_ends_nothing(tokens: Tokens) -> None:

@@ -47,7 +47,7 @@ class WordsPanel(Panel):
         assert frame is not None
         if self.said is not None and not self.passage:
             return wrapped(self.said, width)[-height:]
-        if frame.batch > 1 and not self.passage:
+        if frame.began > 1 and not self.passage:
             return self._batch(frame, width, height)
         head: list[Text] = []
         if frame.job is not None and not self.passage:
@@ -80,7 +80,7 @@ class WordsPanel(Panel):
         lines = [] if frame.job is None else [self._job(frame.job, width)]
         made = sum(each.completion_tokens for each in frame.sequences)
         going = sum(not each.done for each in frame.sequences)
-        left = Text.assemble((f"{going}", "bold"), (f" of {frame.batch} going", palette.muted))
+        left = Text.assemble((f"{going}", "bold"), (f" of {frame.began} going", palette.muted))
         lines.append(columns(left, Text.assemble((count(made), "bold"), (" new tokens", palette.muted)), width))
         room = height - len(lines)
         longest = max([1, *(each.completion_tokens for each in frame.sequences)])
