@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from kcache import dense
 from kcache.errors import CacheStateError, UnsupportedModelError, expect
+from kcache.gradients import without_gradient
 from kcache.handles import AttentionCall
 
 NAME = "kcache"
@@ -59,22 +60,36 @@ def attention(
     handle = getattr(value, "_kcache", None)
     if handle is None:
         return original(module, query, key, value, attention_mask, *args, fallback=fallback, **kwargs)
-    if unknown := not_understood(kwargs):
-        raise CacheStateError(f"attention with {unknown[0]} cannot be tiered; the layer should have stayed stock")
+    _refuse_what_is_not_made(module, kwargs)
     scaling = kwargs.get("scaling")
     out = handle.attend(
         module,
         AttentionCall(
-            query=query,
-            key=key,
-            value=value,
+            query=query.detach(),
+            key=key.detach(),
+            value=value.detach(),
             mask=attention_mask,
             scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
             softcap=kwargs.get("softcap"),
             sinks=kwargs.get("s_aux"),
         ),
     )
-    return out.transpose(1, 2).contiguous(), None
+    return without_gradient(out, query, key, value).transpose(1, 2).contiguous(), None
+
+
+def _refuse_what_is_not_made(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise for a call of attention whose answer would lack what was asked for."""
+    if unknown := not_understood(kwargs):
+        raise CacheStateError(f"attention with {unknown[0]} cannot be tiered; the layer should have stayed stock")
+    if kwargs.get("dropout"):
+        raise CacheStateError(
+            f"{type(module).__name__} asks for dropout in its attention, and a KCache drops nothing; call model.eval()"
+        )
+    if _wants_weights(module, kwargs):
+        raise CacheStateError(
+            "output_attentions=True, and a KCache keeps no attention weights; cache.snapshot() has the picks of a step "
+            "and what they hold. For all weights use the model's own cache, with eager attention"
+        )
 
 
 def original(
@@ -117,8 +132,12 @@ def original(
 
 def _is_more_wanted(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether attention is asked for its weights, too, or for what only its author knows."""
-    weights = kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False)
-    return bool(weights or kwargs.get("dropout") or not_understood(kwargs))
+    return bool(_wants_weights(module, kwargs) or kwargs.get("dropout") or not_understood(kwargs))
+
+
+def _wants_weights(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether attention's weights are wanted, as far as its arguments and the model's config tell."""
+    return bool(kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False))
 
 
 def _eager(

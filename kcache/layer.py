@@ -17,6 +17,7 @@ from kcache import dense
 from kcache.backends.base import DecodeResult, DecodeStep, HotStore
 from kcache.counted import CountedLayer, Picked
 from kcache.errors import CacheStateError
+from kcache.gradients import without_gradient
 from kcache.handles import AttentionCall, Chunk, with_handle
 from kcache.lowrank import LowRankTail
 from kcache.masks import as_bool, is_row_mask, rows_of
@@ -118,18 +119,18 @@ class TieredLayer(CountedLayer):
                 f"this cache holds {self._k.data.shape[0]} sequences and was given {key_states.shape[0]}; "
                 "make a new cache for another batch"
             )
-        key_states, value_states = key_states.detach(), value_states.detach()
-        end = self.length + key_states.shape[2]
+        keys, values = key_states.detach(), value_states.detach()
+        end = self.length + keys.shape[2]
         if self.shared.replays(self, key_states):
             return key_states, with_handle(value_states, Block(self, self.length))
-        self.shared.plan_residency(self, key_states, value_states, end)
-        self._v.append(value_states, self.length, self.shared.residency.leaves(self, end))
-        self._store_keys(key_states)
+        self.shared.plan_residency(self, keys, values, end)
+        self._v.append(values, self.length, self.shared.residency.leaves(self, end))
+        self._store_keys(keys)
         self.length = end
-        if (key_states.shape[2] == 1 or self.shared.look is not None) and not self.shared.force_exact:
-            self.steps += key_states.shape[2]  # a block that is attended whole stands for as many steps
+        if (keys.shape[2] == 1 or self.shared.look is not None) and not self.shared.force_exact:
+            self.steps += keys.shape[2]  # a block that is attended whole stands for as many steps
         if not self.shared.attached:
-            return self._k.get(end), self._v.everything()
+            return without_gradient(self._k.get(end), key_states), without_gradient(self._v.everything(), value_states)
         return key_states, with_handle(value_states, Chunk(self, end))
 
     def _store_keys(self, rows: torch.Tensor) -> None:

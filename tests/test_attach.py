@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from kcache.policy import Policy
 from kcache.probe import probe
 from tests.models import holding, left_padding, make, tokens
 from tests.pair import WHOLE, Pair, forward
+
+OFFLOAD = Policy(topn=4, dense_layers=0, dense_below=0, offload="all")
 
 
 def implementations(model: PreTrainedModel) -> set[str]:
@@ -187,6 +190,47 @@ def test_gradients_flow_through_an_attached_model_without_a_cache() -> None:
         grads.append(model.model.layers[0].self_attn.v_proj.weight.grad.clone())
     assert grads[0].abs().sum() > 0
     torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("attached", [True, False])
+@pytest.mark.parametrize("trained", ["q_proj", "k_proj", "v_proj"])
+def test_a_gradient_through_our_cache_is_refused(trained: str, attached: bool) -> None:
+    model = make("llama").requires_grad_(False)
+    getattr(model.model.layers[0].self_attn, trained).requires_grad_(True)
+    with attach(model) if attached else nullcontext():
+        cache = KCache(model, OFFLOAD)
+        with pytest.warns(UserWarning, match="not attached") if not attached else nullcontext():
+            model(input_ids=tokens(1, 2, 9), **holding(cache))
+        logits = model(input_ids=tokens(2, 2, 1), **holding(cache)).logits
+        with pytest.raises(CacheStateError, match="no gradient"):
+            logits.sum().backward()
+
+
+def test_forwards_that_record_gradients_decode_as_others_do() -> None:
+    model, logits = make("llama"), []
+    with attach(model):
+        for context in (nullcontext(), torch.no_grad()):
+            with context:
+                cache = KCache(model, OFFLOAD)
+                model(input_ids=tokens(1, 2, 9), **holding(cache))
+                logits.append(model(input_ids=tokens(2, 2, 1), **holding(cache)).logits)
+                assert not cache.layers[0].keys.requires_grad
+    torch.testing.assert_close(*logits)
+
+
+def test_dropout_in_attention_is_refused() -> None:
+    model = make("llama", attention_dropout=0.5).train()
+    with attach(model), torch.no_grad():
+        with pytest.raises(CacheStateError, match=r"call model\.eval"):
+            model(input_ids=tokens(1, 2, 9), **holding(KCache(model, OFFLOAD)))
+        model.eval()(input_ids=tokens(1, 2, 9), **holding(KCache(model, OFFLOAD)))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_all_weights_of_attention_are_refused(attention: str) -> None:
+    model = make("llama", attention=attention)
+    with attach(model), pytest.raises(CacheStateError, match="output_attentions"):
+        model(input_ids=tokens(1, 2, 9), output_attentions=True, **holding(KCache(model, OFFLOAD)))
 
 
 # -- our cache where it does not belong ----------------------------------------------------------------------------
