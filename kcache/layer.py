@@ -7,6 +7,7 @@ which answers a prefill chunk exactly and a single new token with the TopN decod
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,8 +20,9 @@ from kcache.counted import CountedLayer, Picked
 from kcache.errors import CacheStateError
 from kcache.gradients import without_gradient
 from kcache.handles import AttentionCall, Chunk, with_handle
+from kcache.kinds import RowKind
 from kcache.lowrank import LowRankTail
-from kcache.masks import as_bool, is_row_mask, rows_of
+from kcache.masks import as_bool, is_row_mask, plain_rows, rows_of
 from kcache.stepwise import Block
 from kcache.telemetry import LayerKind
 from kcache.tiers.bytes import ByteRows
@@ -111,14 +113,18 @@ class TieredLayer(CountedLayer):
         Attached, returns the new rows alone, V carrying the handle the attention function looks for. Otherwise
         returns all rows, so that any attention function is right with it.
         """
+        kind = RowKind.of(self.index, key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self._k is not None and self._v is not None
-        if self._k.data is not None and self._k.data.shape[0] != key_states.shape[0]:
+        if self._k.data is None:
+            self._kind = kind
+        elif self._k.data.shape[0] != key_states.shape[0]:
             raise CacheStateError(
                 f"this cache holds {self._k.data.shape[0]} sequences and was given {key_states.shape[0]}; "
                 "make a new cache for another batch"
             )
+        self._kind.check(self.index, kind)
         keys, values = key_states.detach(), value_states.detach()
         end = self.length + keys.shape[2]
         if self.shared.replays(self, key_states):
@@ -193,6 +199,7 @@ class TieredLayer(CountedLayer):
         if tokens_to_remove == 0 or self._v is None:
             return
         self.length = max(0, self.length + tokens_to_remove)
+        self.picked = None
         self.shared.validity.crop(self.length)
         self._v.crop(self.length)
 
@@ -221,6 +228,8 @@ class TieredLayer(CountedLayer):
         count = call.query.shape[2]
         mask = None if call.mask is None else call.mask[..., : self.length]
         allowed = as_bool(mask)
+        if count == 1:
+            mask = plain_rows(mask, allowed)
         if allowed is not None:
             allowed = allowed.expand(call.query.shape[0], -1, -1, -1)
         self.shared.validity.record(self.length, allowed)
@@ -245,7 +254,14 @@ class TieredLayer(CountedLayer):
     def _decodes_topn(self, mask: torch.Tensor | None) -> bool:
         if not self.offloaded or self.shared.force_exact or self.length < self.shared.policy.dense_below:
             return False
-        return is_row_mask(mask)
+        if not is_row_mask(mask):
+            warnings.warn(
+                "a mask that differs among heads, or weighs rows, is not for TopN: steps with it attend exactly, and "
+                "V that has left comes back whole for each; a bool mask [B, 1, 1, L] is served by TopN",
+                stacklevel=2,
+            )
+            return False
+        return True
 
     def _decode(self, call: AttentionCall, mask: torch.Tensor | None) -> torch.Tensor:
         """The TopN decode step: score, select, fetch, combine."""

@@ -152,7 +152,7 @@ class Residency:
         for place in found:
             place.sizes = replace(sizes, layers=len(place.layers))
             place.budget = self._budget(place)
-            place.working = 0 if place.budget is None or self.policy.kv_budget else self._working(place, rows, batch)
+            place.working = self._working(place, rows, batch) if self.policy.kv_budget is None else 0
         limits = self._ranks.least([place.budget for place in found if place.budget is not None])
         for place in found:
             place.budget = None if place.budget is None else limits.pop(0)

@@ -70,6 +70,13 @@ class Shared:
         twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in state.items()})
         return twin
 
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Refuse to be pickled; :meth:`__deepcopy__` does without."""
+        raise CacheStateError(
+            "a KCache cannot be pickled or saved: it belongs to its model in this process. copy.deepcopy(cache) makes "
+            "another here; elsewhere, give a new cache the same tokens"
+        )
+
     @property
     def attached(self) -> bool:
         """Whether the cache's model now runs kcache's attention function."""

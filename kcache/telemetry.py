@@ -70,9 +70,10 @@ class LayerSnapshot:
     """One layer of a :class:`StepSnapshot`.
 
     ``picks`` are the picked positions of the last decode step, ``[B, Hkv, N]`` (``[B, Hkv, G, N]`` when picked per
-    query head), ``mass`` the share of attention they hold per query head, ``[B, Hkv, G]``, ``weights`` what each of
-    them holds, in the shape of ``picks``, mean over the query heads it was picked for; all ``None`` when the last step
-    was not a TopN step. Arrays are read-only.
+    query head), in no order; heads that picked fewer than others are filled up with -1. ``mass`` is the share of
+    attention they hold per query head, ``[B, Hkv, G]``, ``weights`` what each of them holds, in the shape of ``picks``,
+    mean over the query heads it was picked for and 0 where a pick is -1; all ``None`` when the last step was not a TopN
+    step, or rows have been removed or reordered since. Arrays are read-only.
     """
 
     index: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -303,6 +304,40 @@ def test_a_cache_refuses_another_batch_size() -> None:
         forward(model, cache, tokens(1, 2, 9))
         with pytest.raises(CacheStateError, match=r"2 sequences .* 3"):
             forward(model, cache, tokens(1, 3, 1))
+
+
+def test_a_cache_refuses_rows_of_a_model_that_has_changed() -> None:
+    model = make("llama")
+    with attach(model), torch.no_grad():
+        cache = KCache(model, OFFLOAD)
+        forward(model, cache, tokens(1, 2, 9))
+        model.to(torch.bfloat16)
+        with pytest.raises(CacheStateError, match=r"holds K of 2 heads of 8 in torch.float32.*given.*bfloat16"):
+            forward(model, cache, tokens(1, 2, 1))
+        cache.reset()
+        forward(model, cache, tokens(1, 2, 9))
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "says"),
+    [
+        ((1, 2, 1, 8), (1, 2, 2, 8), "same sequences and tokens"),
+        ((2, 1, 8), (2, 1, 8), r"must be \[sequences"),
+        ((1, 3, 1, 8), (1, 3, 1, 8), "given K of 3 heads of 8"),
+        ((1, 2, 1, 16), (1, 2, 1, 16), "given K of 2 heads of 16"),
+    ],
+)
+def test_a_cache_refuses_rows_of_other_shapes(keys: tuple[int, ...], values: tuple[int, ...], says: str) -> None:
+    cache = KCache(make("llama"), OFFLOAD)
+    cache.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), 0)
+    with pytest.raises(CacheStateError, match=says):
+        cache.update(torch.ones(keys), torch.ones(values), 0)
+    assert cache.get_seq_length() == 3
+
+
+def test_a_cache_that_is_pickled_says_why_not() -> None:
+    with pytest.raises(CacheStateError, match="cannot be pickled"):
+        pickle.dumps(KCache(make("llama"), OFFLOAD))
 
 
 def test_one_forward_with_two_updates_of_a_layer_is_refused() -> None:

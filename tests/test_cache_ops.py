@@ -77,6 +77,13 @@ def test_crop(policy: str) -> None:
     same_contents(pair)
 
 
+def test_a_crop_forgets_picks_of_rows_that_may_be_gone() -> None:
+    pair = filled()
+    assert pair.ours.snapshot().layers[0].picks is not None
+    pair.crop(1)
+    assert pair.ours.snapshot().layers[0].picks is None
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_crop_to_nothing_or_beyond(policy: str) -> None:
     for beyond in (0, 50):

@@ -37,6 +37,12 @@ def test_the_budget_holds_at_every_length(spare: int) -> None:
         assert pair.ours.stats.device_bytes <= budget
 
 
+def test_a_budget_of_nothing_is_refused_as_any_that_is_too_small() -> None:
+    model = make("llama")
+    with attach(model), pytest.raises(DoesNotFitError, match="0 bytes are allowed"):
+        forward(model, KCache(model, Policy(kv_budget=0)), tokens(1, 1, 10))
+
+
 def test_refused_host_memory_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Pair(make("llama"), WHOLE.replace(dense_below=40))
     pair.forward(tokens(1, 1, 30))
@@ -85,6 +91,36 @@ def test_what_crop_removed_reaches_no_product() -> None:
         layer._v.resident.view(1200)[:, :, 1190:] = float("nan")
     pair.crop(10)
     pair.decode(2)
+
+
+def fed_with_a_mask(extra: torch.Tensor, topn: int = 4) -> tuple[torch.Tensor, KCache]:
+    """A step of two sequences, whose mask over 10 rows is ``extra``."""
+    model = make("llama")
+    cache = KCache(model, Policy(topn=topn, dense_below=0, dense_layers=0, offload="all"))
+    with attach(model), torch.no_grad():
+        forward(model, cache, tokens(1, 2, 9))
+        return model(input_ids=tokens(2, 2, 1), attention_mask=extra, **holding(cache)).logits, cache
+
+
+def test_an_additive_mask_that_says_yes_or_no_is_served_by_topn(recwarn: pytest.WarningsRecorder) -> None:
+    allowed = torch.rand(2, 1, 1, 10, generator=torch.Generator().manual_seed(0)) < 0.7
+    allowed[..., -1] = True
+    want, _ = fed_with_a_mask(allowed)
+    for nothing in (torch.finfo(torch.float32).min, float("-inf")):
+        got, cache = fed_with_a_mask(torch.where(allowed, 0.0, nothing))
+        torch.testing.assert_close(got, want)
+        assert [layer.mode for layer in cache.snapshot().layers] == ["topn"] * 3
+    assert not [warning for warning in recwarn if "TopN" in str(warning.message)]
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 10), (2, 4, 1, 10)])
+def test_a_mask_that_keeps_steps_from_topn_is_told(shape: tuple[int, ...]) -> None:
+    with pytest.warns(UserWarning, match="differs among heads, or weighs rows"):
+        got, cache = fed_with_a_mask(torch.linspace(-3, 3, 10).expand(shape))
+    with pytest.warns(UserWarning, match="differs among heads, or weighs rows"):
+        want, _ = fed_with_a_mask(torch.linspace(-3, 3, 10).expand(shape), topn=1000)
+    torch.testing.assert_close(got, want)
+    assert [layer.mode for layer in cache.snapshot().layers] == ["dense"] * 3
 
 
 def test_a_mask_of_one_row_serves_a_batch() -> None:

@@ -34,7 +34,7 @@ class Recording:
 
     Parameters
     ----------
-    path : Path
+    path : path
 
     Raises
     ------
@@ -44,10 +44,10 @@ class Recording:
 
     live = False
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
         try:
-            self._data = path.read_bytes()
+            self._data = self.path.read_bytes()
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
         self._closed: str | None = None
