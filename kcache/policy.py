@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 from kcache.errors import PolicyError
@@ -62,6 +63,16 @@ def parse_tokens(count: int | str) -> int:
     return tokens
 
 
+_WHOLE_NUMBERS = {
+    "topn": (1, "it is the number of V rows fetched per KV head and step; try 64 or 128"),
+    "dense_layers": (0, "0 tiers every layer"),
+    "dense_below": (0, "0 uses TopN at every length"),
+    "hot_rows": (0, "it is the number of V rows kept per KV head; 0 keeps none"),
+    "prefill_chunk": (1, "4096 is a good value"),
+    "tail_rank": (1, "leave it out for a sixteenth of the head size"),
+    "resident_layers": (0, "leave it out to let the memory budget decide"),
+}
+_OPTIONAL = ("hot_rows", "tail_rank", "resident_layers")
 _PIECE = 32768
 _LEAST_PIECE = 256
 
@@ -145,16 +156,9 @@ class Policy:
     graph: Graph = "auto"
 
     def __post_init__(self) -> None:
-        _check_int("topn", self.topn, 1, "it is the number of V rows fetched per KV head and step; try 64 or 128")
-        _check_int("dense_layers", self.dense_layers, 0, "0 tiers every layer")
-        _check_int("dense_below", self.dense_below, 0, "0 uses TopN at every length")
-        if self.hot_rows is not None:
-            _check_int("hot_rows", self.hot_rows, 0, "it is the number of V rows kept per KV head; 0 keeps none")
-        _check_int("prefill_chunk", self.prefill_chunk, 1, "4096 is a good value")
-        if self.tail_rank is not None:
-            _check_int("tail_rank", self.tail_rank, 1, "leave it out for a sixteenth of the head size")
-        if self.resident_layers is not None:
-            _check_int("resident_layers", self.resident_layers, 0, "leave it out to let the memory budget decide")
+        for name, (least, hint) in _WHOLE_NUMBERS.items():
+            if (value := getattr(self, name)) is not None or name not in _OPTIONAL:
+                object.__setattr__(self, name, _whole_number(name, value, least, hint))
         _check_choice("spread", self.spread, get_args(Spread))
         _check_choice("select", self.select, get_args(Select))
         _check_choice("tail", self.tail, get_args(Tail))
@@ -204,9 +208,11 @@ class Policy:
         return cls(**data)
 
 
-def _check_int(name: str, value: object, least: int, hint: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def _whole_number(name: str, value: object, least: int, hint: str) -> int:
+    """The number as an ``int``; those of NumPy are none."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise PolicyError(f"{name} must be a whole number of at least {least}, got {value!r}; {hint}")
+    return int(value)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

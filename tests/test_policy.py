@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -122,6 +123,14 @@ def test_round_trip(policy: Policy) -> None:
 )
 def test_sizes(text: int | str, size: int) -> None:
     assert parse_bytes(text) == size
+
+
+def test_whole_numbers_of_numpy_are_taken_as_such() -> None:
+    policy = Policy(topn=np.int64(64), tail_rank=np.int32(3))  # type: ignore[arg-type]
+    assert policy == Policy(topn=64, tail_rank=3)
+    assert type(policy.topn) is int
+    with pytest.raises(PolicyError, match="topn must be a whole number"):
+        Policy(topn=np.float64(64))  # type: ignore[arg-type]
 
 
 def test_pieces_of_large_batches_are_shorter() -> None:
