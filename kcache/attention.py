@@ -24,7 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from kcache import dense
 from kcache.errors import CacheStateError, UnsupportedModelError, expect
 from kcache.gradients import without_gradient
-from kcache.handles import AttentionCall
+from kcache.handles import AttentionCall, Handle
 
 NAME = "kcache"
 _EAGER = "kcache_eager"
@@ -60,6 +60,21 @@ def attention(
     handle = getattr(value, "_kcache", None)
     if handle is None:
         return original(module, query, key, value, attention_mask, *args, fallback=fallback, **kwargs)
+    if torch.compiler.is_compiling():
+        return _answer_uncompiled(handle, module, query, key, value, attention_mask, kwargs)
+    return _answer(handle, module, query, key, value, attention_mask, kwargs)
+
+
+def _answer(
+    handle: Handle,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    """Attend with what the handle stands for."""
     _refuse_what_is_not_made(module, kwargs)
     scaling = kwargs.get("scaling")
     out = handle.attend(
@@ -75,6 +90,10 @@ def attention(
         ),
     )
     return without_gradient(out, query, key, value).transpose(1, 2).contiguous(), None
+
+
+_answer_uncompiled = torch.compiler.disable(_answer)
+"""For compiled models: what a layer does is decided in Python, anew for each step."""
 
 
 def _refuse_what_is_not_made(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:

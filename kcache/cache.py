@@ -99,6 +99,8 @@ class KCache(Cache):
         CacheStateError
             If another model's attention calls it.
         """
+        if torch.compiler.is_compiling():
+            return _update_uncompiled(self, key_states, value_states, layer_idx, *args, **kwargs)
         # Only the call stack tells whose forward this is: a model that is not attached never comes to our attention
         # function, and would go on with this chunk's rows as if they were all.
         caller = sys._getframe(1).f_locals.get("self")
@@ -222,3 +224,9 @@ class KCache(Cache):
 
     def _layer_snapshots(self, picks: bool) -> tuple[Any, ...]:
         return tuple(layer_snapshot(index, layer, picks) for index, layer in enumerate(self.layers))
+
+
+@torch.compiler.disable
+def _update_uncompiled(cache: KCache, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Store rows between the graphs of a compiled model: where they go is decided in Python, anew for each forward."""
+    return cache.update(*args, **kwargs)

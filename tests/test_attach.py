@@ -7,6 +7,8 @@ import pickle
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import kcache
 from kcache import dense
 from kcache.attention import attach, is_attached
 from kcache.cache import KCache
@@ -217,6 +220,27 @@ def test_forwards_that_record_gradients_decode_as_others_do() -> None:
                 logits.append(model(input_ids=tokens(2, 2, 1), **holding(cache)).logits)
                 assert not cache.layers[0].keys.requires_grad
     torch.testing.assert_close(*logits)
+
+
+def test_a_compiled_model_leaves_our_cache_out_of_its_graphs() -> None:
+    model = make("llama", num_hidden_layers=1)
+    ours, traced, logits = str(Path(kcache.__file__).parent), [], []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        traced.extend(node.stack_trace or "" for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with attach(model), torch.no_grad():
+        for runs in (model, torch.compile(model, backend=compiler)):
+            cache = KCache(model, OFFLOAD)
+            for size in (9, 1, 1):
+                out = runs(input_ids=tokens(size, 2, size), **holding(cache)).logits
+            logits.append(out)
+            assert cache.snapshot().layers[0].mode == "topn"
+    torch.testing.assert_close(*logits)
+    assert traced
+    assert not [where for where in traced if ours in where]
 
 
 def test_dropout_in_attention_is_refused() -> None:
