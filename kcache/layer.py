@@ -17,7 +17,7 @@ import torch
 from kcache import dense
 from kcache.backends.base import DecodeResult, DecodeStep, HotStore
 from kcache.counted import CountedLayer, Picked
-from kcache.errors import CacheStateError
+from kcache.errors import CacheStateError, InputError
 from kcache.gradients import without_gradient
 from kcache.handles import AttentionCall, Chunk, with_handle
 from kcache.kinds import RowKind
@@ -195,7 +195,7 @@ class TieredLayer(CountedLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; the argument is negative, as transformers has it (``crop(-3)`` removes three)."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
+            raise InputError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
         if tokens_to_remove == 0 or self._v is None:
             return
         self.length = max(0, self.length + tokens_to_remove)

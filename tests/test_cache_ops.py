@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from kcache.attention import attach
 from kcache.cache import KCache
+from kcache.errors import InputError
 from kcache.policy import Policy
 from tests.models import left_padding, make, tokens
 from tests.pair import WHOLE, Pair, forward
@@ -69,7 +70,7 @@ def test_crop(policy: str) -> None:
     for tokens_off in (1, 7, 16, 0):
         pair.crop(tokens_off)
         same_contents(pair)
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(InputError, match="negative"):
         pair.ours.crop(3)
     pair.decode(3)
     pair.forward(tokens(3, 3, 30), left_padding([30, 4, 9]))
