@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 from textual.app import App, ComposeResult
@@ -13,6 +17,8 @@ from kcache_cli.exits import describe
 from kcache_cli.inspect.choose import choose
 from kcache_cli.tui.start import dashboard
 from kcache_cli.web.order import Order
+
+_LOOK_S = 1.0
 
 
 class Sorry(App[None]):
@@ -29,8 +35,16 @@ class Sorry(App[None]):
         yield Static(f"{self._reason}\n\nReload the page to try again.", markup=False)
 
 
+def end_without(parent: int) -> None:
+    """End this process, which has nothing to lose, soon after its parent has gone: no window will be closed then."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main() -> None:
-    """Run the dashboard until the window is closed."""
+    """Run the dashboard until the window is closed, or the server has gone without a word."""
+    threading.Thread(target=end_without, args=(os.getppid(),), daemon=True).start()
     order = Order.take()
     try:
         source = choose(None if order.file is None else Path(order.file), order.pid, order.address)

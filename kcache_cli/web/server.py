@@ -9,6 +9,7 @@ fixed command.
 from __future__ import annotations
 
 import hmac
+import os
 import secrets
 import shlex
 import socket
@@ -29,6 +30,8 @@ POLICY = (
     "connect-src 'self' ws://{host}; frame-ancestors 'none'; form-action 'none'"
 )
 """The page is textual-serve's; whatever it names elsewhere, a font, is not fetched."""
+_FAREWELL_S = 0.5
+"""How long windows that are open may keep the server when it ends; by itself it waits until each has been closed."""
 
 
 class WebServer(Server):
@@ -47,6 +50,8 @@ class WebServer(Server):
 
     def __init__(self, port: int) -> None:
         command = shlex.join([sys.executable, "-m", "kcache_cli.web"])
+        if os.name == "posix":
+            command = f"exec {command}"  # else a shell stands between us, and a window would not see us go
         super().__init__(command, host=HOST, port=port, title="kcache")
         self.token = secrets.token_urlsafe(24)
         self.cookie = f"kcache-{port}"  # a browser shares cookies among ports
@@ -117,4 +122,4 @@ def serve(order: Order, port: int, announce: Callable[[str], None]) -> None:
     order.put()
     server = WebServer(door.getsockname()[1])
     announce(server.address)
-    web.run_app(server.make_app(), sock=door, print=None, access_log=None)
+    web.run_app(server.make_app(), sock=door, print=None, access_log=None, shutdown_timeout=_FAREWELL_S)

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -42,8 +43,8 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def address(recording: Path) -> Iterator[str]:
+@contextmanager
+def serving(recording: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     command = [sys.executable, "-m", "kcache_cli", "inspect", str(recording), "--web", "--port", "0"]
     process = subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
@@ -52,12 +53,18 @@ def address(recording: Path) -> Iterator[str]:
     try:
         found = ADDRESS.search(process.stderr.readline())
         assert found is not None
-        yield found[0]
-        process.send_signal(signal.SIGINT)
-        assert process.wait(_PATIENCE_S) == 0
+        yield process, found[0]
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def address(recording: Path) -> Iterator[str]:
+    with serving(recording) as (process, found):
+        yield found
+        process.send_signal(signal.SIGINT)
+        assert process.wait(_PATIENCE_S) == 0
 
 
 def ask(look: Callable[[aiohttp.ClientSession], Awaitable[object]]) -> object:
@@ -131,6 +138,36 @@ def test_a_window_shows_the_dashboard_and_answers_keys(address: str) -> None:
     assert "where attention looks" in drawn and "leave the dashboard" in helped
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
+def test_windows_that_are_open_neither_keep_the_server_nor_outlive_it(recording: Path, number: int, code: int) -> None:
+    async def look(client: aiohttp.ClientSession) -> None:
+        async with client.get(address):
+            pass
+        base = address.partition("/?")[0].replace("http:", "ws:")
+        async with client.ws_connect(f"{base}/ws?width=120&height=40", max_msg_size=0) as window:
+            await until(window, "tiny-model")
+            dashboards = children(process.pid)
+            assert dashboards
+            process.send_signal(number)
+            assert await asyncio.to_thread(process.wait, 10) == code
+            for _ in range(100):
+                if not any(Path(f"/proc/{pid}").exists() for pid in dashboards):
+                    return
+                await asyncio.sleep(0.1)
+            raise AssertionError(f"left behind: {dashboards}")
+
+    with serving(recording) as (process, address):
+        ask(look)
+
+
+def children(parent: int) -> list[int]:
+    """The processes that a process has started, and those that they have."""
+    text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+    own = [int(pid) for pid in text.split()]
+    return [*own, *(pid for child in own for pid in children(child))]
+
+
 async def until(window: aiohttp.ClientWebSocketResponse, said: str) -> str:
     """Read what the window is sent until something is said; styles are left out."""
     text = ""
@@ -148,7 +185,7 @@ def test_no_word_of_the_user_is_on_a_command_line(monkeypatch: pytest.MonkeyPatc
     order.put()
     assert json.loads(os.environ[VARIABLE])["file"].endswith("a; rm -rf $(x).kcr")
     assert Order.take() == order
-    assert WebServer(1).command == f"{sys.executable} -m kcache_cli.web"
+    assert WebServer(1).command.removeprefix("exec ") == f"{sys.executable} -m kcache_cli.web"
 
 
 def test_a_port_that_is_taken(run: Run, recording: Path) -> None:
