@@ -30,7 +30,7 @@ class Sampling:
         0 is greedy.
     top_p, top_k, repetition_penalty : float, int, float or None
     seed : int or None
-        Makes a run repeatable; None draws a fresh one.
+        From 0 on; makes a run repeatable. None draws a fresh one.
     """
 
     temperature: float | None = None
@@ -47,14 +47,17 @@ class Sampling:
         for name, value in (("top_k", self.top_k), ("seed", self.seed)):
             if value is not None and not isinstance(value, Integral):
                 raise InputError(f"{name} must be a whole number, got {value!r}")
-        if self.top_p == 0 or self.repetition_penalty == 0:
-            raise InputError("top_p and repetition_penalty must be above 0")
+        _check("seed", self.seed, 0, 2**64 - 1, "any number in there makes a run repeatable")
+        for name in ("top_p", "repetition_penalty"):
+            if getattr(self, name) == 0:
+                raise InputError(f"{name} must be above 0, got 0; 1 switches it off")
 
 
 def _check(name: str, value: float | None, low: float, high: float | None, hint: str) -> None:
     if value is None:
         return
-    if not isinstance(value, Real) or not math.isfinite(value) or value < low or (high is not None and value > high):
+    finite = isinstance(value, Integral) or (isinstance(value, Real) and math.isfinite(value))
+    if not finite or value < low or (high is not None and value > high):
         limits = f"at least {low}" if high is None else f"between {low} and {high}"
         raise InputError(f"{name} must be {limits}, got {value!r}; {hint}")
 
