@@ -25,9 +25,11 @@ def chat(
         int | None,
         typer.Option("-n", "--max-tokens", min=1, metavar="INTEGER", help="Longest answer.", show_default="1024"),
     ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option("-f", "--file", metavar="FILE", help="A document, put before the first question."),
+    files: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "-f", "--file", metavar="FILE", help="A document, put before the first question; again for another one."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per answer.")] = False,
     *,
@@ -43,7 +45,7 @@ def chat(
     Examples
     --------
       kcache chat
-      kcache chat -f report.txt --topn 128
+      kcache chat -f report.txt -f notes.txt --topn 128
       kcache chat -f report.txt --dashboard
       echo "What is a KV cache?" | kcache chat --temperature 0
       kcache chat Qwen/Qwen3-8B --kv-budget 8GiB --ctx 32768
@@ -61,7 +63,7 @@ def chat(
     policy = build_policy(policy_options, settings)
     watch_options.check()
     planned = policy_options.ctx or settings.ctx
-    document = None if file is None else read_document(file)
+    document = "\n\n".join(read_document(file).rstrip() for file in files) if files else None
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
     message = "" if at_terminal else read_message()
     engine = engine_of(context)

@@ -77,6 +77,15 @@ def test_document_comes_before_the_question_in_one_message(run: Run, tmp_path: P
     assert session.messages[0] == {"role": "user", "content": "The report.\n\nWhat is it?"}
 
 
+def test_several_documents_come_in_the_order_given(run: Run, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text("The report.\n")
+    two.write_text("The notes.\n")
+    engine = FakeEngine()
+    assert run("chat", "-f", str(one), "--file", str(two), input="What is it?", engine=engine).exit_code == 0
+    assert engine.sessions[0].messages[0]["content"] == "The report.\n\nThe notes.\n\nWhat is it?"
+
+
 def test_long_prompt_is_announced(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "long.txt"
     file.write_text("word " * 2000)
