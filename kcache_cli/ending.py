@@ -84,9 +84,18 @@ def closed_first(close: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Take no notice of the handlers that somebody else sets in the body."""
+    """Take no notice of the handlers that somebody else sets in the body.
+
+    One that has left the body with ``sys.exit`` has done so for SIGTERM, which then comes as if there had been none.
+    """
+    left = False
     with _handling(None, SIGNALS):
-        yield
+        try:
+            yield
+        except SystemExit:
+            left = True
+    if left:
+        signal.raise_signal(signal.SIGTERM)
 
 
 @contextmanager

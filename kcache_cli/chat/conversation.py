@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from kcache.errors import InputError
+from kcache.errors import ContextLengthError, InputError
 from kcache_cli.chat.figures import Figures
 from kcache_cli.console import working
 
@@ -99,7 +99,7 @@ class Conversation:
         text = self.compose(message)
         reply = Reply()
         said: list[str] = []
-        events: Any = self.session.send(text, max_new_tokens=self.max_tokens, read=self._say_how_far)
+        events: Any = self._send(text)
         with ExitStack() as waiting:
             waiting.callback(events.close)
             spinner = waiting.enter_context(ExitStack())
@@ -116,6 +116,14 @@ class Conversation:
             reply.figures = Figures.of(self.session)
         reply.ending = self._ending(reply)
         return reply
+
+    def _send(self, text: str) -> Any:
+        try:
+            return self.session.send(text, max_new_tokens=self.max_tokens, read=self._say_how_far)
+        except ContextLengthError as error:
+            if self.session.messages:
+                raise ContextLengthError(f"{error}; /clear begins anew") from None
+            raise
 
     def _ending(self, reply: Reply) -> str | None:
         if reply.interrupted:

@@ -71,6 +71,16 @@ def test_what_cut_an_answer_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "context is full" in err and "tokens · -n" not in err
 
 
+def test_a_conversation_that_no_longer_fits_names_the_way_out(capsys: pytest.CaptureFixture[str]) -> None:
+    session = FakeSession(FakeModel(context_length=8), Policy(), [["a"] * 3])
+    conversation = Conversation(session, "fake", 40, True)  # type: ignore[arg-type]
+    type_into(conversation, "words " * 20)
+    assert "/clear" not in capsys.readouterr().err, "there is nothing to clear"
+    type_into(conversation, "hi", "words " * 20)
+    assert "the context is 8; /clear begins anew" in capsys.readouterr().err.replace("\n", " ")
+    assert len(session.messages) == 2
+
+
 def test_json_in_a_conversation(capsys: pytest.CaptureFixture[str]) -> None:
     converse("hi", "again", as_json=True)
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
