@@ -15,7 +15,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from kcache.errors import DoesNotFitError, InputError
+from kcache.errors import DoesNotFitError, InputError, KCacheError
 from kcache.policy import Policy
 from kcache_cli import exits
 from kcache_cli.engine import KCacheEngine, Plan, Progress
@@ -90,7 +90,8 @@ class Leader(KCacheEngine):
         """Load a share of the model, as all do."""
         _tell(("load", model), self._control)
         self._busy = True
-        lm = super().load(model, progress)
+        with _none_may_go():
+            lm = super().load(model, progress)
         self._busy = False
         return lm
 
@@ -102,7 +103,8 @@ class Leader(KCacheEngine):
         """Decode a batch, all ranks together."""
         _tell(("generate", prompts, policy, {**options, "read": None}), self._control)  # one of them tells
         self._busy = True
-        yield from super().generate(lm, prompts, policy, **options)
+        with _none_may_go():
+            yield from super().generate(lm, prompts, policy, **options)
         self._busy = False
 
     def end(self) -> None:
@@ -119,20 +121,10 @@ def _follow(split: Any, control: Any) -> int:
 
     What rank 0 itself will tell is no failure here: torchrun would end rank 0 for it, perhaps before it has spoken.
     """
-    engine, lm = KCacheEngine(split), None
     try:
-        while True:
-            command, *values = _hear(control)
-            if command == "end":
-                return 0
-            if command == "plan":
-                _plan_together(engine, values, control)
-            elif command == "load":
-                lm = engine.load(values[0], _no_progress)
-            else:
-                prompts, policy, options = values
-                for _ in engine.generate(lm, prompts, policy, **options):
-                    pass
+        with _none_may_go():
+            _obey(KCacheEngine(split), control)
+        return 0
     except KeyboardInterrupt:
         return exits.INTERRUPTED
     except DoesNotFitError:
@@ -140,6 +132,39 @@ def _follow(split: Any, control: Any) -> int:
     except Exception as error:
         print(f"kcache: rank {os.environ['RANK']}: {exits.describe(error)}", file=sys.stderr)
         return exits.exit_code(error)
+
+
+def _obey(engine: KCacheEngine, control: Any) -> None:
+    """Do what rank 0 says, until it says that this is the end."""
+    lm: Any = None
+    while True:
+        command, *values = _hear(control)
+        if command == "end":
+            return
+        if command == "plan":
+            _plan_together(engine, values, control)
+        elif command == "load":
+            lm = engine.load(values[0], _no_progress)
+        else:
+            prompts, policy, options = values
+            for _ in engine.generate(lm, prompts, policy, **options):
+                pass
+
+
+@contextmanager
+def _none_may_go() -> Iterator[None]:
+    """Say in our words that another process has gone: what the body waits for will not come."""
+    import torch.distributed as dist
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo/" not in str(error):  # gloo's have no type of their own
+            raise
+        raise KCacheError(
+            "another of the processes has ended; what it said, or torchrun's report, tells why; "
+            "the same command goes on from the last finished batch"
+        ) from error
 
 
 def _plan_together(engine: KCacheEngine, values: Any, control: Any) -> Plan:

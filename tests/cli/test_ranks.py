@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import kcache
@@ -29,12 +31,22 @@ def arguments(folder: Path, out: Path, *args: str) -> list[str]:
     return ["generate", str(folder), "-o", str(out), *fixed, *args]
 
 
+def command_of_two(*args: str) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [sys.executable, *torchrun, "-m", "kcache_cli", *args]
+
+
 def in_two(prompts: str, *args: str) -> subprocess.CompletedProcess[str]:
     """Run ``kcache`` in two processes, on prompts from standard input."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *torchrun, "-m", "kcache_cli", *args]
     return subprocess.run(
-        command, cwd=ROOT, env=ENV, input=prompts, capture_output=True, text=True, timeout=200, check=False
+        command_of_two(*args),
+        cwd=ROOT,
+        env=ENV,
+        input=prompts,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
 
 
@@ -69,6 +81,26 @@ def test_heads_that_cannot_be_shared_are_named_before_loading(tmp_path: Path) ->
     assert f"kcache: error: {folder} has 3 KV heads, which 2 processes cannot share evenly; use 1 or 3" in result.stderr
     assert result.stderr.count("kcache: error") == 1
     assert not out.exists()
+
+
+def test_a_process_that_dies_is_missed_in_our_words(tmp_path: Path) -> None:
+    folder, out = save_tiny(tmp_path / "model"), tmp_path / "out.jsonl"
+    prompts, journal = tmp_path / "in.jsonl", tmp_path / "out.jsonl.kcache"
+    prompts.write_text("some words\n" * 3000)
+    command = command_of_two(*arguments(folder, out, "-i", str(prompts)))
+    process = subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while (not journal.exists() or journal.read_bytes().count(b"\n") < 3) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    (other,) = (each for each in psutil.Process(process.pid).children() if each.environ().get("RANK") == "1")
+    other.kill()
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert "kcache: error: another of the processes has ended" in stderr
+    assert "goes on from the last finished batch" in stderr
+    assert "unexpected" not in stderr
+    assert not other.is_running()
 
 
 @pytest.mark.parametrize(
