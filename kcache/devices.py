@@ -97,12 +97,19 @@ def check_device_map(value: Any, name: str) -> None:
     for module, place in value.items():
         if place in ("cpu", "disk") and not isinstance(place, bool):
             continue
-        try:
-            device = torch.device(place) if not isinstance(place, bool) else None
-        except (RuntimeError, TypeError, ValueError):
-            device = None
+        device = _device_of(place)
         if device is None:
             raise InputError(f"{name} puts {module!r} on {place!r}, which is no device; use {PLACES}")
         count = torch.cuda.device_count()
         if device.type == "cuda" and (device.index or 0) >= count:
             raise InputError(f"{name} puts {module!r} on {device}, and torch sees {count} CUDA devices here")
+
+
+def _device_of(place: Any) -> torch.device | None:
+    """The device meant by a place in a map, here or not; None if it is none."""
+    if isinstance(place, bool):
+        return None
+    try:
+        return torch.device(place)
+    except (RuntimeError, TypeError, ValueError):  # torch knows no device by its number where there is none
+        return torch.device("cuda", place) if isinstance(place, int) and 0 <= place < 128 else None

@@ -63,6 +63,8 @@ def test_a_map_from_a_file(tmp_path: Path) -> None:
         ('{"lm_head": true}', "True, which is no device"),
         ('{"lm_head": null}', "None, which is no device"),
         ('{"lm_head": "cuda:99"}', "CUDA devices here"),
+        ('{"lm_head": 99}', "on cuda:99, and torch sees"),
+        ('{"lm_head": -1}', "-1, which is no device"),
     ],
 )
 def test_maps_that_are_wrong(tmp_path: Path, text: str, say: str) -> None:
