@@ -147,6 +147,15 @@ class KCache(Cache):
             self.shared.residency.expected = 0
 
     @contextmanager
+    def planning_for(self, sequences: int) -> Iterator[None]:
+        """Plan for so many sequences inside this block, however few come."""
+        self.shared.residency.sequences = sequences
+        try:
+            yield
+        finally:
+            self.shared.residency.sequences = 0
+
+    @contextmanager
     def stepwise(self, look: Look = no_look) -> Iterator[None]:
         """Inside this block, take several new tokens of a forward as that many decode steps (:mod:`kcache.stepwise`).
 

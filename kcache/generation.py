@@ -2,7 +2,7 @@
 
 Prompts of a batch are left-padded to one length ``T``; ids and masks are ``[B, T]``. Sequences that have ended
 leave the cache when they are enough, so that the steps of the others read less. Until then they are fed on; in a cache
-that will be used again they stay, and are fed padding.
+that will be used again they stay, and are fed padding. What all prompts begin with is read once (:mod:`kcache.prefix`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from kcache.errors import CacheStateError, InputError, expect
 from kcache.forward import Read, prefill
 from kcache.loading import LoadedModel
 from kcache.policy import Policy
+from kcache.prefix import read_once, shared_length
 from kcache.prompts import Prompt, check_length, encode
 from kcache.sampling import Sampler, Sampling
 from kcache.text import Detokenizer
@@ -174,14 +175,20 @@ def stream(
     ends = _end_ids(lm)
     sequences = [_Sequence(len(ids), Detokenizer(lm.tokenizer, stop)) for ids in batch]
     pad_id = lm.tokenizer.pad_token_id or 0
-    ids, mask = _pad(batch, pad_id, cache, device)
     ended = [False] * len(batch) if keep else []
-    history = ids if not fed else torch.cat([torch.tensor([fed], device=device), ids], 1)
-    ttft_ms, latest = 0.0, 0
-    compile_ahead(device, lm.model.dtype, cache.get_seq_length() + ids.shape[1])  # or the first step would wait for it
+    ttft_ms, latest, width = 0.0, 0, max(len(ids) for ids in batch)
+    compile_ahead(device, lm.model.dtype, cache.get_seq_length() + width)  # or the first step would wait for it
     with attach(lm.model):
+        shared = 0 if keep else shared_length(lm.model, cache, batch)
+        past = torch.tensor([batch[0][:shared] or fed or []], dtype=torch.long, device=device)
+        if shared:
+            for _ in read_once(lm.model, cache, past, len(batch), _of_all(read, 0, width)):
+                if not keep_going():
+                    return
+        ids, mask = _pad([row[shared:] for row in batch], pad_id, cache, device)
+        history = torch.cat([past.expand(len(batch), -1), ids], 1)
         logits: torch.Tensor | None = None
-        for newest, piece in prefill(lm.model, cache, ids, mask, read):
+        for newest, piece in prefill(lm.model, cache, ids, mask, _of_all(read, shared, width)):
             logits = newest
             if fed is not None:
                 fed.extend(piece)
@@ -216,6 +223,11 @@ def stream(
                 return
             if not keep:
                 going = _going([sequences[index].done for index in held], max_new_tokens - step - 1, cache)
+
+
+def _of_all(read: Read | None, before: int, total: int) -> Read | None:
+    """Who is told of a part of the prompts, told of all: ``before`` positions have been read, of ``total``."""
+    return None if read is None else lambda done, _: read(before + done, total)
 
 
 def _going(ended: list[bool], steps: int, cache: KCache) -> list[int] | None:

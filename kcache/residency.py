@@ -39,6 +39,8 @@ class Residency:
         By device, what each layer whose V may leave it takes of host memory under the plan.
     expected : int
         Rows that are known to come, whatever has come; 0 where that is not known.
+    sequences : int
+        The same of sequences.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class Residency:
 
     def forget(self) -> None:
         """Back to no plan."""
-        self.planned = self.batch = self.expected = 0
+        self.planned = self.batch = self.expected = self.sequences = 0
         self.keeps_young = True
         self.host_bytes: dict[torch.device, list[int]] = {}
         self._resident: frozenset[int] | None = None
@@ -104,14 +106,14 @@ class Residency:
         DoesNotFitError
             If K (and what must stay beside it) does not fit a device, or offloaded V does not fit host memory.
         """
-        end = max(end, self.expected)
-        if end <= self.planned and keys.shape[0] == self.batch:
+        end, batch = max(end, self.expected), max(keys.shape[0], self.sequences)
+        if end <= self.planned and batch == self.batch:
             return
-        rows = (_row_bytes(keys), _row_bytes(values), values.shape[3], values.element_size())
+        rows = (_row_bytes(keys, batch), _row_bytes(values, batch), values.shape[3], values.element_size())
         sizes = TierSizes.of(self.policy, 0, *rows, hot=keeps_hot_rows(values.device, self.policy))
         needed = end if self.max_length is None else max(end, self.max_length)
         length = aim = self._aim(needed)
-        places = self._places(layer, sizes, aim, keys.shape[0])
+        places = self._places(layer, sizes, aim, batch)
         for place in places:
             if not place.fits(aim, place.least):
                 if not place.fits(needed, place.least):
@@ -122,7 +124,7 @@ class Residency:
             if self.planned:
                 place.resident = min(place.resident, sum(self.is_resident(each) for each in place.layers))
         length = self._fit_host(places, needed, length)
-        self.planned, self.batch = length, keys.shape[0]
+        self.planned, self.batch = length, batch
         self._resident = frozenset(each.index for place in places for each in place.layers[: place.resident])
         young = min(length, max(0, self.policy.dense_below - 1))
         self.keeps_young = all(place.keeps(length, young) for place in places)
@@ -287,7 +289,7 @@ class Place:
         return sum(stats.host_bytes + (stats.device_bytes if self.device.type == "cpu" else 0) for stats in held)
 
 
-def _row_bytes(rows: torch.Tensor) -> int:
-    """Bytes of one token's rows in one layer, all sequences and heads, of ``[B, H, T, D]``."""
-    batch, heads, _, dim = rows.shape
+def _row_bytes(rows: torch.Tensor, batch: int) -> int:
+    """Bytes of one token's rows in one layer, of ``batch`` sequences and all heads, as those of ``[B, H, T, D]``."""
+    _, heads, _, dim = rows.shape
     return batch * heads * dim * rows.element_size()

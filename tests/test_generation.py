@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kcache.attention import attach, is_attached
 from kcache.cache import KCache
-from kcache.errors import ContextLengthError, InputError, KCacheError, PolicyError
+from kcache.errors import ContextLengthError, DoesNotFitError, InputError, KCacheError, PolicyError
 from kcache.generation import TokenEvent, generate
 from kcache.loading import LoadedModel, load, load_config
 from kcache.models import pull
@@ -373,6 +373,87 @@ def test_sequences_that_have_ended_leave_the_batch(kind: str, policy: Policy, mo
     assert runs[0] == runs[1]
     assert len({len(row) for row in runs[0][0]}) > 2, "the sequences were meant to end apart"
     assert runs[0][0] != plain
+
+
+BEGINNING = "Once upon a time there was a "
+
+
+@pytest.mark.parametrize("ends", [["b", "king and", "old", "", "hen, a"], ["bq", "ki", "ol", "  "]], ids=["", "even"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2", "qwen3"])
+def test_what_prompts_begin_with_is_read_once(kind: str, ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces of 12 tokens: the tokens are those of prompts read alone, and the beginning is read for one."""
+    monkeypatch.setattr("kcache.prefix._LEAST", 8)
+    lm = loaded(kind)
+    prompts = [BEGINNING + end for end in ends]
+    shapes: list[tuple[int, ...]] = []
+    forward = lm.model.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        shapes.append(tuple(kwargs["input_ids"].shape))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(lm.model, "forward", counted)
+    sliding = kind == "gemma3"
+    for policy in (Policy(), WHOLE, OFFLOADED.replace(spread="even", tail="none"), Policy(offload="none")):
+        policy = policy.replace(prefill_chunk=12)
+        list(generate(lm, "x", policy, max_new_tokens=1))  # what is tried once per model has been
+        shapes.clear()
+        told: list[tuple[int, int]] = []
+        many = gathered(
+            generate(lm, prompts, policy, sampling=GREEDY, max_new_tokens=12,
+                     read=lambda done, total, told=told: told.append((done, total))),
+            len(prompts),
+        )  # fmt: skip
+        width = max(len(lm.tokenizer(prompt)["input_ids"]) for prompt in prompts)
+        if sliding and len(set(map(len, ends))) > 1:  # a window has no mask for the padding between
+            assert shapes[0][0] == len(prompts)
+        else:
+            assert [shape[0] for shape in shapes if shape[1] > 1][:3] == [1, 1, 1]
+            assert sum(shape[1] for shape in shapes if shape[0] == 1 and shape[1] > 1) >= len(BEGINNING) - 2
+        assert told == sorted(told)
+        assert told[-1] == (width, width)
+        for index, prompt in enumerate(prompts):
+            alone = gathered(generate(lm, prompt, policy, sampling=GREEDY, max_new_tokens=12), 1)
+            assert [part[index] for part in many] == [part[0] for part in alone]
+
+
+def test_a_penalty_counts_what_was_read_once(lm: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kcache.prefix._LEAST", 8)
+    sampling = Sampling(temperature=0, repetition_penalty=1.7)
+    prompts = [BEGINNING + "b", BEGINNING + "king and"]
+    many = gathered(generate(lm, prompts, WHOLE, sampling=sampling, max_new_tokens=12), 2)[0]
+    alone = [gathered(generate(lm, prompt, WHOLE, sampling=sampling, max_new_tokens=12), 1)[0][0] for prompt in prompts]
+    assert many == alone
+
+
+def test_memory_is_planned_for_all_while_one_is_read(lm: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """V of as many layers stays as fits the whole batch, and what does not fit it is refused before it is read."""
+    caches: list[KCache] = []
+    original = KCache.__init__
+
+    def keep(self: KCache, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        caches.append(self)
+
+    monkeypatch.setattr(KCache, "__init__", keep)
+    prompts = [BEGINNING + end for end in ("bq", "ki", "ol", "  ")]
+    full = (
+        4 * (len(BEGINNING) + 14) * 2 * 8 * 2 * 4 * 3
+    )  # sequences, tokens, KV heads, head size, K and V, fp32, layers
+    for budget, refused in ((full * 3 // 4, False), (full // 4, True)):
+        policy = Policy(topn=6, dense_below=0, dense_layers=0, kv_budget=budget, tail="none", spread="even", hot_rows=0)
+        kinds = []
+        for least in (8, 10**9):
+            monkeypatch.setattr("kcache.prefix._LEAST", least)
+            events = generate(lm, prompts, policy, sampling=GREEDY, max_new_tokens=12)
+            if refused:
+                with pytest.raises(DoesNotFitError):
+                    next(events)
+                continue
+            list(events)
+            kinds.append([layer.kind for layer in caches[-1].tiered_layers])
+            assert caches[-1].stats.device_bytes <= budget
+        assert refused or (kinds[0] == kinds[1] and len(set(kinds[0])) == 2), kinds
 
 
 def test_sampled_tokens_and_penalties_of_those_that_stay(lm: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The cache goes on with some of its sequences alone: their places, in ascending order."""
+    """The cache goes on with the sequences that were at these places: some of them, or one several times."""
 
     run: int
     places: tuple[int, ...]
@@ -194,7 +194,7 @@ class Capture:
         self._take(ours, self._earlier, time.perf_counter(), "idle")
 
     def keep(self, cache: KCache, places: Sequence[int]) -> None:
-        """Note that a cache goes on with the sequences at ``places`` alone."""
+        """Note that a cache goes on with the sequences at ``places`` alone, which may be one several times."""
         if self._ours(cache) is not None and cache is self.cache:
             self._tell(Kept(self.run, tuple(places)))
             self._latest = self._earlier = None

@@ -6,6 +6,7 @@ into text only when a viewer wants it.
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -75,7 +76,7 @@ class Row:
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.pieces: list[str] = []
-        self.padding = 0
+        self.padding = self.holes = 0
         self.completion = 0
         self.done = False
 
@@ -119,6 +120,7 @@ class Tokens:
         self.pieces = pieces
         self._ends = ends
         self._next_names: tuple[str, ...] = ()
+        self._called: tuple[str, ...] = ()
         self._in_prompt = False
         self._end = self._going = 0
         self._prompt_began: float | None = None
@@ -156,13 +158,17 @@ class Tokens:
                 self.rows[index].completion, self.rows[index].done = made, True
 
     def keep(self, kept: Kept) -> None:
-        """Take note that the cache goes on with some of its sequences alone."""
-        if kept.run == self.run and all(place < len(self._held) for place in kept.places):
-            self._held = [self._held[place] for place in kept.places]
+        """Take note that the cache goes on with some of its sequences alone, or with one that was read for several."""
+        if kept.run != self.run or any(place >= len(self._held) for place in kept.places):
+            return
+        self._held = [self._held[place] for place in kept.places]
+        if len(set(kept.places)) < len(kept.places):
+            self.rows = self._held = [copy.deepcopy(row) for row in self._held]
+            self.names = self._called if len(self._called) == len(self.rows) else ()
 
     def _begin(self, forward: Forward) -> None:
-        names, self._next_names = self._next_names, ()
-        self.names = names if len(names) == forward.batch else ()
+        self._called, self._next_names = self._next_names, ()
+        self.names = self._called if len(self._called) == forward.batch else ()
         self.run, self.rows, self.marks = forward.run, [Row() for _ in range(forward.batch)], []
         self._held = list(self.rows)
         self._in_prompt, self._latest_step = False, None
@@ -202,6 +208,9 @@ class Tokens:
             new = [UNKNOWN] * forward.count if ids is None else ids[index].tolist()
             if real is not None and forward.past == 0:
                 row.padding = int(real[index].argmax()) if real[index].any() else forward.count
+            elif real is not None:
+                row.holes += int((real[index] == 0).sum())
+                new = [token if there else UNKNOWN for token, there in zip(new, real[index], strict=True)]
             if not forward.prompt and not row.done:
                 row.completion += len(new)
                 row.done = any(token in self._ends for token in new)
@@ -210,7 +219,7 @@ class Tokens:
     def sequences(self) -> list[SequenceFrame]:
         """Progress of each sequence."""
         return [
-            SequenceFrame(row.padding, max(0, len(row.ids) - row.padding), row.completion, row.done)
+            SequenceFrame(row.padding, max(0, len(row.ids) - row.padding - row.holes), row.completion, row.done)
             for row in self.rows
         ]
 

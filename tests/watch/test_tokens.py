@@ -116,6 +116,23 @@ def test_progress_of_a_batch_that_sequences_leave(tokens: Tokens) -> None:
     assert len(tokens.rows) == 1
 
 
+def test_a_beginning_that_is_read_once(tokens: Tokens) -> None:
+    """What one sequence has read is the others', too; padding behind it is no token, and the names are all theirs."""
+    cursor, transcript = TextCursor(), Transcript()
+    tokens.name(("a", "b", "c"))
+    tokens.take(forward(0, [ids_of("same ")]))
+    told(tokens, cursor, transcript)
+    tokens.keep(Kept(1, (0, 0, 0)))
+    ends = [[0, 0, *ids_of("x")], [0, *ids_of("yz")], ids_of("uvw")]
+    rows = torch.tensor(ends)
+    tokens.take(Forward(1, 1.0, 5, 3, 3, True, Arriving(rows), Arriving((rows != 0).long())))
+    told(tokens, cursor, transcript)
+    assert ["".join(transcript.pieces(1, 0, 8, at)) for at in range(3)] == ["same x", "same yz", "same uvw"]
+    assert [(each.padding, each.tokens) for each in tokens.sequences()] == [(0, 6), (0, 7), (0, 8)]
+    assert transcript.names(1) == ("a", "b", "c")
+    assert tokens.marks == [Mark(0, "prompt")]
+
+
 def test_an_end_in_what_is_fed_step_by_step_ends_nothing(tokens: Tokens) -> None:
     tokens.take(forward(0, [[7, 7]], at_s=10.0))
     for step, token in enumerate((8, END, 8, 8)):

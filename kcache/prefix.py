@@ -1,0 +1,54 @@
+"""What all prompts of a batch begin with is read once, and copied to the place of each in the cache.
+
+Few-shot examples, a system message, a document and many questions about it: such prompts differ at their ends alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from kcache.cache import KCache
+from kcache.forward import Read, prefill
+from kcache.layer import TieredLayer
+from kcache.pieces import takes_pieces
+from kcache.watch.capture import watchers_of
+
+_LEAST = 128
+"""Tokens worth a forward of their own."""
+
+
+def shared_length(model: PreTrainedModel, cache: KCache, batch: list[list[int]]) -> int:
+    """Tokens of an empty cache's prompts that are to be read once, by :func:`read_once`; 0 where none are.
+
+    Each prompt keeps a token of its own, for the logits. Where those ends differ in length there is padding between
+    them and what is shared, for which windows and recurrent states have no mask.
+    """
+    if len(batch) == 1 or cache.get_seq_length():
+        return 0
+    first, last = min(batch), max(batch)  # by their tokens: what these two begin with, all between them do
+    differ = (at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
+    shared = min(next(differ, len(first)), min(map(len, batch)) - 1)
+    if shared < _LEAST or not takes_pieces(model):
+        return 0
+    even = len({len(ids) for ids in batch}) == 1
+    return shared if even or all(type(layer) in (TieredLayer, DynamicLayer) for layer in cache.layers) else 0
+
+
+def read_once(
+    model: PreTrainedModel, cache: KCache, ids: torch.Tensor, sequences: int, read: Read | None = None
+) -> Iterator[None]:
+    """Read ``ids`` ``[1, T]`` into an empty cache of an attached model, for so many ``sequences``.
+
+    Yields after each piece.
+    """
+    with cache.planning_for(sequences):
+        for _ in prefill(model, cache, ids, None, read):
+            yield
+    places = [0] * sequences
+    cache.reorder_cache(torch.tensor(places))
+    for watcher in watchers_of(model):
+        watcher.keep(cache, places)
