@@ -15,10 +15,8 @@ from kcache.cache import KCache
 from kcache.forward import Read, prefill
 from kcache.layer import TieredLayer
 from kcache.pieces import takes_pieces
+from kcache.prompts import LEAST_SHARED, alike
 from kcache.watch.capture import watchers_of
-
-_LEAST = 128
-"""Tokens worth a forward of their own."""
 
 
 def shared_length(model: PreTrainedModel, cache: KCache, batch: list[list[int]]) -> int:
@@ -29,10 +27,9 @@ def shared_length(model: PreTrainedModel, cache: KCache, batch: list[list[int]])
     """
     if len(batch) == 1 or cache.get_seq_length():
         return 0
-    first, last = min(batch), max(batch)  # by their tokens: what these two begin with, all between them do
-    differ = (at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
-    shared = min(next(differ, len(first)), min(map(len, batch)) - 1)
-    if shared < _LEAST or not takes_pieces(model):
+    # By their tokens: what the first and the last begin with, all between them do.
+    shared = min(alike(min(batch), max(batch)), min(map(len, batch)) - 1)
+    if shared < LEAST_SHARED or not takes_pieces(model):
         return 0
     even = len({len(ids) for ids in batch}) == 1
     return shared if even or all(type(layer) in (TieredLayer, DynamicLayer) for layer in cache.layers) else 0

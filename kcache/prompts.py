@@ -15,6 +15,22 @@ Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | list[int] | list[Message]
 
 
+LEAST_SHARED = 128
+"""Tokens that prompts must begin with alike for that to be read once: it is a forward of its own."""
+
+
+def alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two prompts begin with alike."""
+    alike, most = 0, min(len(one), len(other))
+    while alike < most:  # slices compare much faster than tokens one by one
+        half = (alike + most + 1) // 2
+        if one[alike:half] == other[alike:half]:
+            alike = half
+        else:
+            most = half - 1
+    return alike
+
+
 def encode(lm: LoadedModel | Reader, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
     """Turn one prompt or several into token ids, one list per sequence.
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kcache_cli.batch.families import families
+
 _PADDING = 2048
 """Tokens of padding that are not worth another batch."""
 
@@ -22,6 +24,15 @@ class Sizes:
     def of(self, tokens: int) -> int:
         """The largest batch of prompts that take up to ``tokens`` with their answers."""
         return next((most for length, most in self.steps if length >= tokens), self.steps[-1][1])
+
+
+def form_batches(prompts: Sequence[Sequence[int]], sizes: Sizes, new_tokens: int) -> list[list[int]]:
+    """Group positions of prompts, given as tokens, by what they begin with and then by length; the longest first."""
+    batches: list[list[int]] = []
+    for family in families(prompts, new_tokens):
+        lengths = [len(prompts[position]) for position in family]
+        batches += [[family[place] for place in batch] for batch in make_batches(lengths, sizes, new_tokens)]
+    return sorted(batches, key=lambda batch: -len(prompts[batch[0]]))
 
 
 def make_batches(lengths: Sequence[int], sizes: Sizes, new_tokens: int = 0) -> list[list[int]]:

@@ -11,7 +11,7 @@ from kcache.policy import Policy
 from kcache_cli.batch.inputs import BadLine, Entry
 from kcache_cli.batch.journal import Journal, Result
 from kcache_cli.batch.output import OrderedOutput
-from kcache_cli.batch.plan import Sizes, batch_seed, make_batches
+from kcache_cli.batch.plan import Sizes, batch_seed, form_batches
 from kcache_cli.batch.progress import Watch
 from kcache_cli.engine import Engine
 from kcache_cli.options import ModelOptions
@@ -127,7 +127,7 @@ def plan_work(work: Sequence[Work], sizes: Sizes, new_tokens: int, journal: Jour
     finished = {} if journal is None else journal.finished
     done = {position: kept[key] for position, item in enumerate(work) if (key := json_line(item.entry.id)) in kept}
     left = [position for position in range(len(work)) if position not in done]
-    formed = make_batches([len(work[position].ids) for position in left], sizes, new_tokens)
+    formed = form_batches([work[position].ids for position in left], sizes, new_tokens)
     batches = [[left[place] for place in batch] for batch in formed]
     remaining = []
     for number, batch in enumerate(batches):

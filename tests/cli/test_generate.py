@@ -13,7 +13,7 @@ from typer.testing import Result
 from kcache import TokenEvent
 from kcache.errors import DoesNotFitError
 from kcache_cli.batch.journal import Header, Journal
-from kcache_cli.batch.plan import Sizes, batch_seed, make_batches
+from kcache_cli.batch.plan import Sizes, batch_seed, form_batches, make_batches
 from tests.cli.conftest import Run
 from tests.cli.fakes import FakeEngine, FakeEvent
 
@@ -424,6 +424,20 @@ def test_make_batches() -> None:
     long = make_batches([4006, 1011, 300, 2003, 5, 500], eight)
     assert long == [[0, 3], [1, 5, 2], [4]], "padding is up to half"
     assert make_batches([900, 3, 3, 3], eight) == [[0, 1, 2], [3]], "or no more than 2,048 tokens"
+
+
+def test_prompts_that_begin_alike_are_decoded_together() -> None:
+    """Where reading it once saves more than the steps of another batch take; the others stay together."""
+    sizes = Sizes(((10_000, 8),))
+    first, second = list(range(2000)), list(range(5000, 7000))
+    prompts = [[*first, 7], [*second, 1, 2], [9] * 1500, [*first, 8, 8, 8], [*second, 4], [3, 4, 5]]
+    assert form_batches(prompts, sizes, 10) == [[3, 0], [1, 4], [2, 5]]
+    assert form_batches(prompts, sizes, 21) == make_batches([len(prompt) for prompt in prompts], sizes, 21)
+    many = [[*first, *second[:at]] for at in range(0, 1000, 100)]
+    assert form_batches(many, sizes, 1) == [[9, 8, 7, 6, 5, 4, 3, 2], [1, 0]], "one family is as many batches as ever"
+    assert form_batches([[*first, 1], [*second, *first, *second]], sizes, 1) == [[1], [0]]
+    assert form_batches([first, first, [5]], sizes, 10) == [[0, 1], [2]], "the same prompt twice"
+    assert form_batches([], sizes, 10) == []
 
 
 def test_short_prompts_go_more_at_a_time_than_long_ones() -> None:
