@@ -21,6 +21,7 @@ from kcache.decoding import decode
 from kcache.errors import CacheStateError, InputError, expect
 from kcache.forward import Read, prefill
 from kcache.loading import LoadedModel
+from kcache.pieces import keeps_states
 from kcache.policy import Policy
 from kcache.prefix import read_once, shared_length
 from kcache.prompts import Prompt, check_length, encode
@@ -231,9 +232,9 @@ def _of_all(read: Read | None, before: int, total: int) -> Read | None:
 
 
 def _going(ended: list[bool], steps: int, cache: KCache) -> list[int] | None:
-    """Places of the sequences to go on with, for so many steps at most; None for all, if a move does not pay."""
+    """Places of the sequences to go on with, for so many steps at most; None for all if none should move."""
     share, least_steps = _MOVE if cache.shared.graph is None else _MOVE_RECORDED
-    if sum(ended) < share * len(ended) or steps < least_steps:
+    if sum(ended) < share * len(ended) or steps < least_steps or not keeps_states(cache):
         return None
     return [place for place, has_ended in enumerate(ended) if not has_ended]
 

@@ -101,7 +101,7 @@ class TieredLayer(CountedLayer):
         self._k = RowBuffer(self.device, partial(plan.key_room, self))
         self._v = ValueStore(
             self.device, self.shared.policy, self.shared.validity, plan.room, partial(plan.resident_room, self),
-            self.shared.link(self.device),
+            self.shared.link(self.device), plan.most_sequences,
         )  # fmt: skip
         self.is_initialized = True
 

@@ -47,6 +47,15 @@ def _reads(model: PreTrainedModel, kind: str) -> bool:
     return not states or bool(logits.isnan().any())
 
 
+def keeps_states(cache: Cache) -> bool:
+    """Whether recurrent layers of a cache that holds tokens have their states there (RecurrentGemma's do not).
+
+    Only then can sequences leave the batch: nobody knows how to take one out of a state in the model.
+    """
+    recurrent = [layer for layer in cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+    return all(any(_states_of(layer, kind) for kind in _STATES) for layer in recurrent)
+
+
 def _states_of(layer: Any, kind: str) -> list[torch.Tensor]:
     held = getattr(layer, kind, None) or {}
     return [state for state in held.values() if isinstance(state, torch.Tensor)]

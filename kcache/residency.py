@@ -73,6 +73,10 @@ class Residency:
         """Rows the plan is for, which is what buffers grow to."""
         return self.planned
 
+    def most_sequences(self) -> int:
+        """Sequences that are known to come, which is what the host tier has room for."""
+        return self.sequences
+
     def is_resident(self, layer: TieredLayer) -> bool:
         """Whether the layer's V stays on the device under the current plan."""
         if self.policy.offload == "none":
@@ -99,7 +103,9 @@ class Residency:
         return length >= self.policy.dense_below or not self.keeps_young
 
     def plan(self, layer: TieredLayer, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
-        """Plan for ``end`` rows, and those expected, if that is more than was planned for, or the batch is another.
+        """Plan for ``end`` rows, and those expected, if that is more than was planned for, or the batch is larger.
+
+        Where sequences have left, the plan is theirs: what it gave them is still held, and nobody is refused for less.
 
         Raises
         ------
@@ -107,7 +113,7 @@ class Residency:
             If K (and what must stay beside it) does not fit a device, or offloaded V does not fit host memory.
         """
         end, batch = max(end, self.expected), max(keys.shape[0], self.sequences)
-        if end <= self.planned and batch == self.batch:
+        if end <= self.planned and batch <= self.batch:
             return
         rows = (_row_bytes(keys, batch), _row_bytes(values, batch), values.shape[3], values.element_size())
         sizes = TierSizes.of(self.policy, 0, *rows, hot=keeps_hot_rows(values.device, self.policy))

@@ -44,7 +44,7 @@ class ByteRows:
         Where the rows live.
     scale_device : torch.device
         Where the scales do.
-    room, reader, arena
+    room, reader, arena, sequences
         As for a RowBuffer.
 
     Attributes
@@ -60,9 +60,10 @@ class ByteRows:
         room: Callable[[], int] | None = None,
         reader: torch.device | None = None,
         arena: Arena | None = None,
+        sequences: Callable[[], int] | None = None,
     ) -> None:
         self.dtype = torch.float32
-        self.rows = RowBuffer(device, room, reader, arena=arena)
+        self.rows = RowBuffer(device, room, reader, arena=arena, sequences=sequences)
         self._scales = RowBuffer(scale_device, room)
 
     @property

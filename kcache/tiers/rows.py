@@ -36,6 +36,8 @@ class RowBuffer:
         multiple of 16 then, so that kernels may read 16 rows at a time.
     arena : Arena, optional
         Where registered memory may have been prepared.
+    sequences : callable, optional
+        Tells how many sequences to make room for, if fewer come than will be.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class RowBuffer:
         reader: torch.device | None = None,
         axis: int = 2,
         arena: Arena | None = None,
+        sequences: Callable[[], int] | None = None,
     ) -> None:
         self.device = device
         self.reader = reader
         self.axis = axis
         self._room = room
         self._arena = arena
+        self._sequences = sequences
         self.data: torch.Tensor | None = None
 
     @property
@@ -119,7 +123,10 @@ class RowBuffer:
         shape[self.axis] = grown_length(length, self.capacity) if self._room is None else max(length, self._room())
         if self.axis == 3:
             shape[3] = -(-shape[3] // 16) * 16
-        data = self._empty(tuple(shape), like.dtype)
+        if self._sequences is not None:
+            shape[0] = max(shape[0], self._sequences())
+        with torch.inference_mode(False):
+            data = self._empty(tuple(shape), like.dtype)[: like.shape[0]]
         if self.data is not None:
             data.narrow(self.axis, 0, self.capacity).copy_(self.data)
         self.data = data
@@ -127,7 +134,8 @@ class RowBuffer:
     def select(self, index: torch.Tensor) -> None:
         """Keep the batch rows ``index`` ``[B']``, in that order; a row may be named several times.
 
-        Where some leave and the others keep their order, those move up, which takes no memory and gives none back.
+        Where some leave and the others keep their order, those move up, which takes no memory and gives none back; nor
+        does what is copied to places that there is room for already.
         """
         if self.data is None:
             return
@@ -139,13 +147,20 @@ class RowBuffer:
                         self.data[place].copy_(self.data[row])
                 self.data = self.data[: len(order)]
             return
+        if len(self.data) < len(order) <= self.places and all(row <= place for place, row in enumerate(order)):
+            with torch.inference_mode(False):
+                self.data = self.data.as_strided((len(order), *self.data.shape[1:]), self.data.stride())
+                for place, row in reversed(list(enumerate(order))):  # so that no row is read after it is written
+                    if place != row:
+                        self.data[place].copy_(self.data[row])
+            return
         picked = self._empty((len(index), *self.data.shape[1:]), self.data.dtype)
         self.data = torch.index_select(self.data, 0, index.to(self.data.device), out=picked)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowBuffer:
         """A buffer of its own in the same kind of memory; a plain copy of a pinned tensor would not be pinned."""
         memo[id(self)] = twin = RowBuffer(self.device, reader=self.reader, axis=self.axis)
-        twin._room, twin._arena = copy.deepcopy((self._room, self._arena), memo)
+        twin._room, twin._arena, twin._sequences = copy.deepcopy((self._room, self._arena, self._sequences), memo)
         if self.data is not None:
             twin.data = twin._empty(tuple(self.data.shape), self.data.dtype).copy_(self.data)
         return twin

@@ -41,6 +41,8 @@ class ValueStore:
         The same for V on the device, which a young layer soon leaves; default ``room``.
     link : Link, optional
         The one that all layers on the device use; default one of its own.
+    sequences : callable, optional
+        Tells how many sequences the host tier is to have room for, if fewer come: what is prepared is for those.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class ValueStore:
         room: Callable[[], int] | None = None,
         resident_room: Callable[[], int] | None = None,
         link: Link | None = None,
+        sequences: Callable[[], int] | None = None,
     ) -> None:
         self.device = device
         self.length = 0
@@ -63,6 +66,7 @@ class ValueStore:
         self._policy = policy
         self._validity = validity
         self._room = room
+        self._sequences = sequences
         self._settled_hits = 0
         self._untailed: torch.Tensor | None = None
         self._sent: torch.cuda.Event | None = None
@@ -106,8 +110,8 @@ class ValueStore:
         cpu = torch.device("cpu")
         reader, arena = (self.device, self.link.arena) if self.device.type == "cuda" else (None, None)
         if self._policy.v_bits == 8:
-            return ByteRows(cpu, self.device, self._room, reader, arena)
-        return RowBuffer(cpu, self._room, reader, arena=arena)
+            return ByteRows(cpu, self.device, self._room, reader, arena, self._sequences)
+        return RowBuffer(cpu, self._room, reader, arena=arena, sequences=self._sequences)
 
     def _send(self, rows: torch.Tensor, start: int) -> None:
         """Start the copy of rows to the host tier, as rows ``start`` and following."""
