@@ -1,7 +1,8 @@
 """Whether a model goes on with a prompt where it left off, several tokens at a time.
 
 Attention layers do, and most recurrent ones. Some in transformers (Jamba's, Zamba's) look at their state only when a
-single token comes, and begin anew with several: a prompt in pieces would be answered by its last piece.
+single token comes, and begin anew with several: a prompt in pieces would be answered by its last piece. Among models of
+which no layer can be tiered, several with an indexer, a mask or windows of their own answer the second piece otherwise.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from kcache.arguments import with_cache
 from kcache.devices import input_device
-from kcache.probe import stock_layers
+from kcache.probe import EXPANDED, probe, stock_layers
 
 _KEY = "_kcache_takes_pieces"
 _PIECE = 8
@@ -23,14 +24,19 @@ _STATES = ("conv_states", "recurrent_states")
 
 
 def takes_pieces(model: PreTrainedModel) -> bool:
-    """Whether several tokens that follow a past are answered with all of it; tried once per model.
+    """Whether several tokens that follow a past are answered with all of it, as a prompt is; tried once per model.
 
     What is tried is whether each kind of recurrent state reaches the logits of a second piece: NaN in its place must.
+    Models of stock layers alone are not believed, but for those that keep latents: where a window or an indexer is of
+    another opinion shows past its size, which a trial does not reach.
     """
     known = vars(model).get(_KEY)
     if not isinstance(known, bool):
+        verdict = probe(model)
+        believed = bool(verdict.tiered) or all(reason.startswith(EXPANDED) for reason in verdict.reasons)
         recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in stock_layers(model))
-        known = vars(model)[_KEY] = not recurrent or all(_reads(model, kind) for kind in _STATES)
+        known = believed and (not recurrent or all(_reads(model, kind) for kind in _STATES))
+        vars(model)[_KEY] = known
     return known
 
 

@@ -33,6 +33,8 @@ from kcache.errors import UnsupportedModelError
 from kcache.support import check_model
 
 _TOKENS = (3, 1)
+EXPANDED = "K and V become something else after the cache"
+"""Why layers that keep latents are not tiered."""
 _DUMMY: Any = getattr(cache_utils, "DummyLayer", ())  # none before transformers 5.18
 
 
@@ -248,7 +250,7 @@ def _reason(layer: Any, look: _Look) -> str:
             return f"attention needs {look.unknown[0].replace('_', ' ')}"
         if _is_clear(layer):
             return ""
-        return getattr(layer, "failed", "") or "K and V become something else after the cache"
+        return getattr(layer, "failed", "") or EXPANDED
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         return "recurrent state and window" if isinstance(layer, DynamicLayer) else "recurrent state"
     if isinstance(layer, _DUMMY):

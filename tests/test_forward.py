@@ -101,3 +101,23 @@ def test_a_prompt_in_pieces_and_a_later_one_are_answered_with_all_of_the_past(mo
     torch.testing.assert_close(step[0], want[59], rtol=0, atol=atol)
     assert takes_pieces(model) is whether
     assert takes_pieces(make("llama"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "whether"),
+    [("deepseek_v32", False), ("doge", False), ("moshi", False), ("recurrent_gemma", False), ("deepseek_v3", True)],
+)
+def test_models_of_stock_layers_alone_get_prompts_as_stock_gives_them(model_type: str, whether: bool) -> None:
+    """In pieces some of them answer otherwise; those that keep latents do not."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shrink(CONFIG_MAPPING[model_type]())).eval()
+    ids = tokens(1, 1, 41) % model.config.get_text_config().vocab_size
+    cache, stock = KCache(model, WHOLE.replace(prefill_chunk=16)), KCache(model, WHOLE)
+    with attach(model), torch.no_grad():
+        for start, end in ((0, 32), (32, 40)):
+            *_, (got, _) = prefill(model, cache, ids[:, start:end], None)
+        want = step_logits(model, stock, ids[:, :32])
+        for at in range(32, 40):
+            want = step_logits(model, stock, ids[:, at : at + 1])
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()))
+    assert takes_pieces(model) is whether
