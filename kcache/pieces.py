@@ -54,12 +54,18 @@ def _reads(model: PreTrainedModel, kind: str) -> bool:
 
 
 def keeps_states(cache: Cache) -> bool:
-    """Whether recurrent layers of a cache that holds tokens have their states there (RecurrentGemma's do not).
+    """Whether all layers of a cache that holds tokens hold theirs there (recurrent ones of RecurrentGemma do not).
 
     Only then can sequences leave the batch: nobody knows how to take one out of a state in the model.
     """
-    recurrent = [layer for layer in cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
-    return all(any(_states_of(layer, kind) for kind in _STATES) for layer in recurrent)
+    return all(map(_holds, cache.layers))
+
+
+def _holds(layer: Any) -> bool:
+    """Whether a layer has been given anything; a stand-in for another layer, which never is, counts as if it had."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return any(_states_of(layer, kind) for kind in _STATES)
+    return bool(getattr(layer, "is_initialized", True))
 
 
 def _states_of(layer: Any, kind: str) -> list[torch.Tensor]:
