@@ -138,22 +138,15 @@ class KCache(Cache):
             self.shared.force_exact = before
 
     @contextmanager
-    def expecting(self, length: int) -> Iterator[None]:
-        """Plan for ``length`` tokens inside this block, however few come at a time."""
-        self.shared.residency.expected = length
+    def expecting(self, length: int = 0, sequences: int = 0) -> Iterator[None]:
+        """Plan for so many tokens and sequences inside this block, however few come at a time."""
+        plan = self.shared.residency
+        before = plan.expected, plan.sequences
+        plan.expected, plan.sequences = max(plan.expected, length), max(plan.sequences, sequences)
         try:
             yield
         finally:
-            self.shared.residency.expected = 0
-
-    @contextmanager
-    def planning_for(self, sequences: int) -> Iterator[None]:
-        """Plan for so many sequences inside this block, however few come."""
-        self.shared.residency.sequences = sequences
-        try:
-            yield
-        finally:
-            self.shared.residency.sequences = 0
+            plan.expected, plan.sequences = before
 
     @contextmanager
     def stepwise(self, look: Look = no_look) -> Iterator[None]:

@@ -51,7 +51,7 @@ def read_once(
 
     Yields after each piece.
     """
-    with cache.planning_for(sequences):
+    with cache.expecting(sequences=sequences):
         for _ in prefill(model, cache, ids, None, read):
             yield
     places = [0] * sequences

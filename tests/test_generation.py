@@ -42,6 +42,20 @@ def lm() -> LoadedModel:
     return loaded()
 
 
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[KCache]:
+    """The caches that are made in a test."""
+    caches: list[KCache] = []
+    original = KCache.__init__
+
+    def keep(self: KCache, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        caches.append(self)
+
+    monkeypatch.setattr(KCache, "__init__", keep)
+    return caches
+
+
 def gathered(events: Iterable[TokenEvent], count: int) -> tuple[list[list[int]], list[str], list[str | None]]:
     """Token ids, text and finish reason per prompt."""
     ids: list[list[int]] = [[] for _ in range(count)]
@@ -433,20 +447,13 @@ def test_a_penalty_counts_what_was_read_once(lm: LoadedModel, monkeypatch: pytes
     assert many == alone
 
 
-def test_memory_is_planned_for_all_while_one_is_read(lm: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_planned_for_all_while_one_is_read(
+    lm: LoadedModel, made: list[KCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """V of as many layers stays as fits the whole batch, and what does not fit it is refused before it is read."""
-    caches: list[KCache] = []
-    original = KCache.__init__
-
-    def keep(self: KCache, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        caches.append(self)
-
-    monkeypatch.setattr(KCache, "__init__", keep)
     prompts = [BEGINNING + end for end in ("bq", "ki", "ol", "  ")]
-    full = (
-        4 * (len(BEGINNING) + 14) * 2 * 8 * 2 * 4 * 3
-    )  # sequences, tokens, KV heads, head size, K and V, fp32, layers
+    token_bytes = 2 * 8 * 2 * 4 * 3  # KV heads, head size, K and V, fp32, layers
+    full = len(prompts) * (len(BEGINNING) + 14) * token_bytes
     for budget, refused in ((full * 3 // 4, False), (full // 4, True)):
         policy = Policy(topn=6, dense_below=0, dense_layers=0, kv_budget=budget, tail="none", spread="even", hot_rows=0)
         kinds = []
@@ -458,8 +465,8 @@ def test_memory_is_planned_for_all_while_one_is_read(lm: LoadedModel, monkeypatc
                     next(events)
                 continue
             list(events)
-            kinds.append([layer.kind for layer in caches[-1].tiered_layers])
-            assert caches[-1].stats.device_bytes <= budget
+            kinds.append([layer.kind for layer in made[-1].tiered_layers])
+            assert made[-1].stats.device_bytes <= budget
         assert refused or (kinds[0] == kinds[1] and len(set(kinds[0])) == 2), kinds
 
 
@@ -487,15 +494,7 @@ def test_a_cache_of_another_batch_or_model_is_refused(lm: LoadedModel) -> None:
         list(generate(other, ["a", "b"], sampling=GREEDY, max_new_tokens=2, cache=cache))
 
 
-def test_memory_is_allocated_for_prompt_and_answer_at_once(lm: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[KCache] = []
-    original = KCache.__init__
-
-    def keep(self: KCache, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        made.append(self)
-
-    monkeypatch.setattr(KCache, "__init__", keep)
+def test_memory_is_allocated_for_prompt_and_answer_at_once(lm: LoadedModel, made: list[KCache]) -> None:
     list(generate(lm, PROMPTS, WHOLE, sampling=GREEDY, max_new_tokens=20))
     rows = max(len(p) for p in PROMPTS) + 20
     assert made[0].stats.host_bytes == rows * 3 * 2 * 8 * 4 * 3
