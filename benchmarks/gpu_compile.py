@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from tempfile import TemporaryFile
@@ -63,18 +64,25 @@ def launch_all(job: Job, batch: int, chip: Chip) -> None:
         backend.decode(replace(step, hot=hot))
 
 
-def compile_shard(shard: int, device_bytes: int, chip: Chip) -> None:
-    """Compile one shard's share of all launches into Triton's cache."""
-    done: set[tuple[object, ...]] = set()
-    with compile_only(chip.capability, shard=shard, shards=SHARDS):
-        for job in all_jobs():
-            if job.engine not in ("kcache", "dense"):
-                continue
+def batches(jobs: Iterable[Job], device_bytes: int) -> dict[str, int]:
+    """The batch of each job that decodes by our kernels; asks the device for what these depend on."""
+    found = {}
+    for job in jobs:
+        if job.engine in ("kcache", "dense"):
             sizes = SHAPES[job.shape]
             shapes = [LayerShape(sizes["num_key_value_heads"], 128, 128, torch.bfloat16, torch.device("cuda"))] * 32
             weights = make_model(job.shape, torch.device("meta")).model
             held = sum(parameter.numel() * 2 for parameter in weights.parameters())
-            batch = batch_of(job, make_engine(job.engine, job.policy), shapes, device_bytes, held)
+            found[job.name] = batch_of(job, make_engine(job.engine, job.policy), shapes, device_bytes, held)
+    return found
+
+
+def compile_shard(shard: int, chosen: Mapping[str, int], chip: Chip, shards: int = SHARDS) -> None:
+    """Compile one shard's share of all launches, of jobs at the batches ``chosen``, into Triton's cache."""
+    done: set[tuple[object, ...]] = set()
+    with compile_only(chip.capability, shard=shard, shards=shards):
+        for job in all_jobs():
+            batch = chosen.get(job.name, 0)
             key = (job.shape, job.engine, job.ctx, batch, job.policy, job.traced)
             if batch and key not in done:
                 done.add(key)
@@ -93,7 +101,8 @@ def _end_of(shard: subprocess.Popen[bytes], began: float) -> int:
 def precompile(device_bytes: int, chip: Chip) -> float:
     """Run all shards; one that fails, or takes too long, only means that its kernels compile later. Returns seconds."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "benchmarks.gpu_compile", str(device_bytes), json.dumps(asdict(chip))]
+    chosen = batches(all_jobs(), device_bytes)
+    command = [sys.executable, "-m", "benchmarks.gpu_compile", json.dumps(chosen), json.dumps(asdict(chip))]
     unseen = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with ExitStack() as stack:
         said = [stack.enter_context(TemporaryFile("w+")) for _ in range(SHARDS)]
@@ -109,4 +118,4 @@ def precompile(device_bytes: int, chip: Chip) -> float:
 
 
 if __name__ == "__main__":
-    compile_shard(int(sys.argv[3]), int(sys.argv[1]), Chip(**json.loads(sys.argv[2])))
+    compile_shard(int(sys.argv[3]), json.loads(sys.argv[1]), Chip(**json.loads(sys.argv[2])))

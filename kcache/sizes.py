@@ -122,12 +122,12 @@ def hot_capacity(rows: int) -> int:
 
 
 def hot_bytes(policy: Policy, v_row: int, heads: int) -> int:
-    """Bytes of one layer's hot rows, for so many heads in all sequences: V, position, age; claims, clock and hits."""
+    """Bytes of one layer's hot rows, for so many heads in all sequences: V, position, age; claims, and a few numbers."""
     wanted = hot_rows_of(policy)
     if not wanted:
         return 0
     rows = hot_capacity(wanted)
-    return rows * (v_row + 8 * heads) + heads * (rows // HOT_WAYS * 4 + 12)
+    return rows * (v_row + 8 * heads) + heads * (rows // HOT_WAYS * 4 + 28)
 
 
 def rank_of(rank: int | None, dim: int) -> int:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 
+_SHARD = """
+import json, sys
+from benchmarks.gpu_compile import compile_shard
+from kcache.backends.triton import Chip
+compile_shard(999, json.loads(sys.argv[1]), Chip(), shards=1000)
+"""
 _LAUNCHES = """
 from benchmarks.gpu_compile import launch_all
 from benchmarks.gpu_jobs import all_jobs
@@ -35,3 +42,12 @@ def test_triton_launches_of_a_job_run_through(name: str, shard: int, kernels: st
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == kernels
+
+
+@pytest.mark.slow
+def test_triton_a_shard_compiles_where_there_is_no_device() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    chosen = json.dumps({"batch8_32k/dense": 2, "batch8_32k/kcache": 2})
+    command = [sys.executable, "-c", _SHARD, chosen]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr

@@ -93,6 +93,21 @@ def test_triton_hot_rows_follow_a_threshold(rows: int, least: float, device: tor
     assert repeated[1] > least
 
 
+def test_triton_rows_of_work_that_pick_most_come_first(device: torch.device) -> None:
+    problem = make_problem(3, kv_heads=4, length=400, topn=24, dim=32, sharpness=1.0, threshold=0.5).to(device)
+    hot, length = HotRows(3, 4, 64, 32, torch.float32, device, ways=4), problem.length
+    natural = hot.order[0].clone()
+    for step in range(4):
+        problem.length = length - step % 2
+        before = hot.counts[problem.length % 2].clone()
+        steps(problem, hot, 1, drift=0.5)
+        following = 1 - problem.length % 2
+        assert torch.equal(hot.order[following].long(), torch.argsort(before, descending=True, stable=True))
+        assert (hot.counts[following] > 0).all()
+    assert before.unique().numel() > 4
+    assert not torch.equal(hot.order[0], natural)
+
+
 EDGES: dict[str, tuple[dict[str, Any], int, int]] = {
     "one row": ({"length": 1, "topn": 1, "dim": 16}, 64, 4),
     "nothing picked": ({"length": 1, "topn": 4, "dim": 16, "threshold": 0.5}, 64, 4),

@@ -6,8 +6,14 @@ says of a tile of picks where each is stored or, if it is not, will be; fetch re
 over the link, and stores that on the way. A slot that is hit is never given away to another pick of the same tile.
 Hits are counted per row of work.
 
+What a layer keeps from step to step also says in which order its rows of work are best done: those with many picks
+first, since nothing is left to hide behind when the last ones are fetched. A head that picks many rows does so for
+many steps: a step's order was made by the step before it, of the picks of the one before that (:func:`hot_rank`).
+
 State per row of work: ``tags`` (position held, -1 none) and ``stamps`` (step of the last pick) ``[SETS * WAYS]``,
-``claims`` ``[SETS]`` (all 0 between steps), ``clock`` and ``hits`` (one number each).
+``claims`` ``[SETS]`` (all 0 between steps), ``clock`` and ``hits`` (one number each). A step whose length is even reads
+the first half of ``counts`` (picks) and ``order`` (rows of work) ``[2, R]`` and writes the second, an odd one the other
+way about.
 """
 
 from __future__ import annotations
@@ -63,11 +69,13 @@ class HotRows:
             self.claims = torch.zeros(total, self.sets, dtype=torch.int32, device=device)
             self.clock = torch.zeros(total, dtype=torch.int32, device=device)
             self.hits = torch.zeros(batch, heads, dtype=torch.int64, device=device)
+            self.counts = torch.zeros(2, total, dtype=torch.int32, device=device)
+            self.order = torch.arange(total, dtype=torch.int32, device=device).repeat(2, 1)
 
     @property
     def nbytes(self) -> int:
         """Bytes held on the device."""
-        tensors = (self.store, self.tags, self.stamps, self.claims, self.clock, self.hits)
+        tensors = (self.store, self.tags, self.stamps, self.claims, self.clock, self.hits, self.counts, self.order)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def forget(self) -> None:
@@ -75,6 +83,18 @@ class HotRows:
         self.tags.fill_(-1)
         self.stamps.zero_()
         self.clock.zero_()
+
+
+@triton.jit
+def hot_rank(counts, row, rows, TILE: tl.constexpr):
+    """The place of a row of work when those with more picks come first, and equal ones in their own order."""
+    own = tl.load(counts + row)
+    place = row * 0
+    for first in range(0, rows, TILE):
+        other = first + tl.arange(0, TILE)
+        count = tl.load(counts + other, mask=other < rows, other=-1)
+        place += tl.sum(((count > own) | ((count == own) & (other < row))).to(tl.int32), 0)
+    return place
 
 
 @triton.jit

@@ -108,7 +108,9 @@ class Step:
         """What both kernels are given."""
         ws, given, results, tail, hot = self.ws, self.inputs, self.results, self._tail, self.hot
         none = given.length
-        stored = (none,) * 5 if hot is None else (hot.store, hot.tags, hot.stamps, hot.clock, hot.claims)
+        stored = (none,) * 7 if hot is None else (
+            hot.store, hot.tags, hot.stamps, hot.clock, hot.claims, hot.counts, hot.order,
+        )  # fmt: skip
         return (
             given.values, self._value_scales, tail.coefficients, tail.base, tail.basis,
             none if given.sinks is None else given.sinks, none if given.threshold is None else given.threshold,

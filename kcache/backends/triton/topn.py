@@ -1,11 +1,11 @@
 """The kernels of a tiered layer's decode step.
 
-``step_kernel`` is all of it in one launch. Programs score pieces of K, row of work by row of work; whoever finishes a
-row's last piece selects its rows, fetches and combines them, while others go on scoring: the link works while K is
-read. Other programs sum shares of the tail, those of a row of work some rows after those that score it: early enough
-to find the scores in the L2 cache, late enough not to wait, and the last of them keep the device's memory busy while
-the last rows are fetched. ``fetch_kernel`` selects and fetches in a launch of its own, for selections that take more
-registers than scoring has to spare.
+``step_kernel`` is all of it in one launch. Programs score pieces of K, row of work by row of work, those that pick most
+first (:mod:`.hot`); whoever finishes a row's last piece selects its rows, fetches and combines them, while others go on
+scoring: the link works while K is read. Other programs sum shares of the tail, those of a row of work some rows after
+those that score it: early enough to find the scores in the L2 cache, late enough not to wait, and the last of them keep
+the device's memory busy while the last rows are fetched. ``fetch_kernel`` selects and fetches in a launch of its own,
+for selections that take more registers than scoring has to spare.
 
 A program that waits (for scores, before its share of the tail) comes after all those it waits for, and programs start
 in order: what it waits for has begun and waits for nothing.
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from kcache.backends.triton.gather import fetch_row, finish, weigh_picks
+from kcache.backends.triton.hot import hot_rank
 from kcache.backends.triton.score import score_piece
 from kcache.backends.triton.tail import tail_share
 
@@ -53,9 +54,9 @@ def duty(pid, rows, ahead, splits, shares):
 def fetch_picked(
     values, value_scales, coefficients, base, basis, sinks, threshold, scores, block_top, part_max, part_sum, lse,
     listed, found, done, partial, shares, held, tickets, picks, pick_weights, weights, out, mass, tally, hot_store,
-    hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_hits, source, source_at,
-    length, row, stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob,
-    stride_oh, capacity, blocks, splits, tail_splits, programs, PICK: tl.constexpr, HEADS: tl.constexpr,
+    hot_tags, hot_stamps, hot_clock, hot_claims, hot_counts, hot_order, hot_slots, hot_hits, source, source_at,
+    length, row, rows, stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr,
+    stride_ob, stride_oh, capacity, blocks, splits, tail_splits, programs, PICK: tl.constexpr, HEADS: tl.constexpr,
     REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr,
     MOST: tl.constexpr, TILE: tl.constexpr, MP: tl.constexpr, BP: tl.constexpr, GS: tl.constexpr,
     WEIGHED: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -72,6 +73,8 @@ def fetch_picked(
         source_at, length, row, capacity, blocks, splits, HEADS, G, G2, SP, BLOCK, MOST, TILE, MP, BP, GS, HAS_SINKS,
         HAS_TALLY,
     )  # fmt: skip
+    if HOT_WAYS > 0:
+        tl.store(hot_counts + (1 - length % 2) * rows + row, kept)
     tl.debug_barrier()
     norm = tl.load(lse + row * G + tl.arange(0, G2), mask=tl.arange(0, G2) < G, other=0.0)
     own = (row * (1 + tail_splits) + tail_splits) * G
@@ -81,10 +84,10 @@ def fetch_picked(
         stride_cr, capacity, G, G2, MOST, WEIGHED, RANK, RQ, RP, HOT_SETS, HOT_WAYS,
     )  # fmt: skip
     tl.debug_barrier()
-    rows = values + batch * stride_vb + kv_head.to(tl.int64) * stride_vh
+    v_rows = values + batch * stride_vb + kv_head.to(tl.int64) * stride_vh
     store = hot_store + row.to(tl.int64) * (HOT_SETS * HOT_WAYS * DV)
     fetch_row(
-        rows, value_scales + batch * stride_wb + kv_head.to(tl.int64) * stride_wh, picks, weights,
+        v_rows, value_scales + batch * stride_wb + kv_head.to(tl.int64) * stride_wh, picks, weights,
         partial + row.to(tl.int64) * G * DV, store, hot_slots, row, kept, stride_vl,
         G, GP, MOST, ROWS, DV, BLOCK_DV, HOT_WAYS, HAS_SCALES, UPCAST,
     )  # fmt: skip
@@ -103,16 +106,16 @@ def fetch_picked(
 def step_kernel(
     query, keys, key_scales, mask, length_ptr, values, value_scales, coefficients, base, basis, sinks, threshold,
     scores, block_top, part_max, part_sum, lse, listed, found, done, partial, shares, held, tickets, picks,
-    pick_weights, weights, out, mass, tally, hot_store, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots,
-    hot_hits, source, source_at, stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_sb, stride_sh, stride_mb,
-    stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
-    capacity, blocks, scaling, softcap, splits, tail_splits, programs, rows, ahead, tail_programs, PICK: tl.constexpr,
-    HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
-    MOST: tl.constexpr, TILE: tl.constexpr, MP: tl.constexpr, BP: tl.constexpr, GS: tl.constexpr, WEIGHED: tl.constexpr,
-    ROWS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, RANK: tl.constexpr, RQ: tl.constexpr,
-    RP: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_T: tl.constexpr, TAIL_STAGES: tl.constexpr, STEP: tl.constexpr,
-    RANK_STEP: tl.constexpr, HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr, HAS_MASK: tl.constexpr,
+    pick_weights, weights, out, mass, tally, hot_store, hot_tags, hot_stamps, hot_clock, hot_claims, hot_counts,
+    hot_order, hot_slots, hot_hits, source, source_at, stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_sb,
+    stride_sh, stride_mb, stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr,
+    stride_ob, stride_oh, capacity, blocks, scaling, softcap, splits, tail_splits, programs, rows, ahead, tail_programs,
+    PICK: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr,
+    SP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, MOST: tl.constexpr, TILE: tl.constexpr, MP: tl.constexpr, BP: tl.constexpr, GS: tl.constexpr,
+    WEIGHED: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, RANK: tl.constexpr,
+    RQ: tl.constexpr, RP: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_T: tl.constexpr, TAIL_STAGES: tl.constexpr,
+    STEP: tl.constexpr, RANK_STEP: tl.constexpr, HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_KEY_SCALES: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr,
     HAS_SCALES: tl.constexpr, RENORMALISE: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr,
     FETCHES: tl.constexpr,
@@ -123,6 +126,13 @@ def step_kernel(
     """
     scoring, row, nth = duty(tl.program_id(0), rows, ahead, splits, tail_programs)
     length = tl.load(length_ptr)
+    if HOT_WAYS > 0:
+        # Both are asked for at once: which it is, the length tells, and that is still on its way.
+        even, odd = tl.load(hot_order + row), tl.load(hot_order + rows + row)
+        row = tl.where(length % 2 == 0, even, odd)
+        if scoring & (nth == 0):
+            place = hot_rank(hot_counts + length % 2 * rows, row, rows, TILE)
+            tl.store(hot_order + (1 - length % 2) * rows + place, row)
     if scoring:
         score_piece(
             query, keys, key_scales, mask, scores, block_top, part_max, part_sum, length, row, nth, splits,
@@ -139,11 +149,12 @@ def step_kernel(
                 fetch_picked(
                     values, value_scales, coefficients, base, basis, sinks, threshold, scores, block_top, part_max,
                     part_sum, lse, listed, found, done, partial, shares, held, tickets, picks, pick_weights, weights,
-                    out, mass, tally, hot_store, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_hits,
-                    source, source_at, length, row, stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb,
-                    stride_ch, stride_cr, stride_ob, stride_oh, capacity, blocks, splits, tail_splits, programs, PICK,
-                    HEADS, REPEAT, G, G2, GP, SP, BLOCK, MOST, TILE, MP, BP, GS, WEIGHED, ROWS, DV, BLOCK_DV, RANK, RQ,
-                    RP, STEP, RANK_STEP, HOT_SETS, HOT_WAYS, HAS_SINKS, HAS_TALLY, HAS_SCALES, RENORMALISE, UPCAST,
+                    out, mass, tally, hot_store, hot_tags, hot_stamps, hot_clock, hot_claims, hot_counts, hot_order,
+                    hot_slots, hot_hits, source, source_at, length, row, rows, stride_vb, stride_vh, stride_vl,
+                    stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh, capacity, blocks,
+                    splits, tail_splits, programs, PICK, HEADS, REPEAT, G, G2, GP, SP, BLOCK, MOST, TILE, MP, BP, GS,
+                    WEIGHED, ROWS, DV, BLOCK_DV, RANK, RQ, RP, STEP, RANK_STEP, HOT_SETS, HOT_WAYS, HAS_SINKS,
+                    HAS_TALLY, HAS_SCALES, RENORMALISE, UPCAST,
                 )  # fmt: skip
     else:
         if RANK > 0:
@@ -170,7 +181,7 @@ def fetch_kernel(
     length_ptr,
     values, value_scales, coefficients, base, basis, sinks, threshold, scores, block_top, part_max, part_sum, lse,
     listed, found, done, partial, shares, held, tickets, picks, pick_weights, weights, out, mass, tally, hot_store,
-    hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_hits, source, source_at,
+    hot_tags, hot_stamps, hot_clock, hot_claims, hot_counts, hot_order, hot_slots, hot_hits, source, source_at,
     stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
     capacity, blocks, splits, tail_splits, programs, PICK: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
     G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
@@ -184,9 +195,10 @@ def fetch_kernel(
     fetch_picked(
         values, value_scales, coefficients, base, basis, sinks, threshold, scores, block_top, part_max, part_sum, lse,
         listed, found, done, partial, shares, held, tickets, picks, pick_weights, weights, out, mass, tally,
-        hot_store, hot_tags, hot_stamps, hot_clock, hot_claims, hot_slots, hot_hits, source,
-        source_at, tl.load(length_ptr), tl.program_id(0), stride_vb, stride_vh, stride_vl, stride_wb, stride_wh,
-        stride_cb, stride_ch, stride_cr, stride_ob, stride_oh, capacity, blocks, splits, tail_splits, programs, PICK,
-        HEADS, REPEAT, G, G2, GP, SP, BLOCK, MOST, TILE, MP, BP, GS, WEIGHED, ROWS, DV, BLOCK_DV, RANK, RQ, RP,
-        STEP, RANK_STEP, HOT_SETS, HOT_WAYS, HAS_SINKS, HAS_TALLY, HAS_SCALES, RENORMALISE, UPCAST,
+        hot_store, hot_tags, hot_stamps, hot_clock, hot_claims, hot_counts, hot_order, hot_slots, hot_hits, source,
+        source_at, tl.load(length_ptr), tl.program_id(0), tl.num_programs(0), stride_vb, stride_vh, stride_vl,
+        stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh, capacity, blocks, splits,
+        tail_splits, programs, PICK, HEADS, REPEAT, G, G2, GP, SP, BLOCK, MOST, TILE, MP, BP, GS, WEIGHED, ROWS, DV,
+        BLOCK_DV, RANK, RQ, RP, STEP, RANK_STEP, HOT_SETS, HOT_WAYS, HAS_SINKS, HAS_TALLY, HAS_SCALES, RENORMALISE,
+        UPCAST,
     )  # fmt: skip

@@ -217,7 +217,7 @@ class Workspace(DeviceLength):
         self.gather_rows = max(16, min(tune.gather_rows, most))
         # All directions of every head, 32 numbers to a thread.
         lanes = 1024 * self.warps // (power_of_two(self.group) * power_of_two(self.rank))
-        self.weigh_tile = max(16, min(256, power_of_two(self.width), lanes))
+        self.weigh_tile = max(16, min(128, power_of_two(self.width), lanes))
         # Tiles of scores are written, and read by the tail, as a whole.
         whole = max(self.block, self.tail_tile, self.score_block)
         self.stride = -(-self.capacity // whole) * whole
@@ -227,8 +227,8 @@ class Workspace(DeviceLength):
         tail_tiles = -(-self.capacity // self.tail_tile)
         self.tail_splits = 0
         if self.rank:
-            # For two waves at the end: those whose rows are being fetched have a place taken.
-            self.tail_splits = tune.tail_splits or cut(rows, tail_tiles, 2 * slots - slots // 10, least_tiles=2)
+            # More than fit at a time, so that some begin while the last pieces of K are scored.
+            self.tail_splits = tune.tail_splits or cut(rows, tail_tiles, 7 * slots // 5, least_tiles=2)
 
     def _allocate(self) -> None:
         rows, heads, parts = self.batch * self.heads, self.group, 1 + self.tail_splits
