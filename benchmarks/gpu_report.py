@@ -1,9 +1,17 @@
-"""From the jobs' figures to ratios, each beside what its own bytes allow, and to the table and the record of a run."""
+"""From the jobs' figures to ratios, each beside what its own bytes allow, and to the table and the record of a run.
+
+    python -m benchmarks.gpu_report RECORD EARLIER ...
+
+joins runs of one card into the first file: what a run had no time for comes from an earlier one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 Figures = Mapping[str, Any]
@@ -96,6 +104,40 @@ def record(
     }
 
 
+def joined(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several runs, the newest first, as one record: each ratio is of the newest run that has both its jobs.
+
+    No ratio is of two runs. A row says in ``run`` which it is of, the number of its ``env`` in ``runs``, and
+    ``ratio_runs`` says so of each ratio; the record's own ``env`` is that of the newest.
+    """
+    by_run = [{row["name"]: row for row in one["measurements"]} for one in records]
+    ratio_runs: dict[str, int] = {}
+    used: list[set[str]] = [set() for _ in records]
+    for ratio in RATIOS:
+        of = next((run for run, rows in enumerate(by_run) if value_of(ratio, rows) is not None), None)
+        if of is not None:
+            ratio_runs[ratio.key] = of
+            used[of] |= {ratio.of, ratio.over}
+    values = {key: records[run]["ratios"][key] for key, run in ratio_runs.items()}
+    ceilings = {key: records[run]["ceilings"][key] for key, run in ratio_runs.items()}
+    left_out = {name: why for one in reversed(records) for name, why in one["left_out"].items()}
+    return {
+        **records[0],
+        "runs": [one["env"] for one in records],
+        "ratio_runs": ratio_runs,
+        "ratios": values,
+        "ceilings": ceilings,
+        "measurements": [
+            {**row, "run": run}
+            for run, rows in enumerate(by_run)
+            for name, row in rows.items()
+            if name in used[run] or row["status"] != "ok"
+        ],
+        "left_out": {name: why for name, why in left_out.items() if not any(name in names for names in used)},
+        "took_s": sum(one["took_s"] for one in records),
+    }
+
+
 def job_line(name: str, figures: Figures) -> str:
     """One line of the table of jobs."""
     if figures["status"] != "ok":
@@ -140,3 +182,15 @@ def _verdict(ratio: Ratio, value: float) -> str:
 
 def _number(value: Any) -> float | None:
     return None if value is None else float(value)
+
+
+def main(paths: Sequence[str]) -> None:
+    """Join the records in these files into the first."""
+    records = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
+    if len({one["env"]["device"] for one in records}) != 1 or any("runs" in one for one in records):
+        raise SystemExit("only runs of the same card can be joined, each as the benchmark wrote it")
+    Path(paths[0]).write_text(json.dumps(joined(records), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

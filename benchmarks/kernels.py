@@ -4,8 +4,8 @@
 
 Each kernel is captured several times in a CUDA graph, over inputs that differ from launch to launch and exceed the
 L2 cache, and the median of the replays is given. Floors use ceilings measured in the same run: a device copy for HBM,
-a bulk copy from pinned memory for the link. Before anything is timed, every case is compared with the reference
-backend. Variants are compiled in parallel processes first. Prints a table and writes JSON.
+a bulk copy from pinned memory for the link (:mod:`kcache.machine`). Before anything is timed, every case is compared
+with the reference backend. Variants are compiled in parallel processes first. Prints a table and writes JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from benchmarks.kernel_inputs import CASES, SWEEP, Inputs, compile_shard, precom
 from kcache.backends.base import DecodeStep
 from kcache.backends.reference import ReferenceBackend
 from kcache.backends.triton import Chip, Tuning, chip_of, triton_decode
+from kcache.machine import measure as measure_machine
 from kcache.policy import Policy
 
 
@@ -49,16 +50,6 @@ def graph_us(calls: Sequence[Callable[[], object]], replays: int = 15) -> tuple[
         times.append(start.elapsed_time(end) * 1e3 / len(calls))
     low, middle, high = statistics.quantiles(times, n=4)
     return middle, (high - low) / 2
-
-
-def ceilings(device: torch.device, host: torch.Tensor) -> dict[str, float]:
-    """GB/s of HBM (bytes read plus written by a copy) and of the link (a bulk copy to the device)."""
-    source = torch.randn(2**30, device=device, dtype=torch.float32).to(torch.float32)
-    target = torch.empty_like(source)
-    copy_us, _ = graph_us([lambda: target.copy_(source)], replays=7)
-    bulk = torch.empty(host.shape, dtype=host.dtype, device=device)
-    link_us, _ = graph_us([lambda: bulk.copy_(host, non_blocking=True)], replays=5)
-    return {"hbm_gb_s": 2 * source.nbytes / copy_us / 1e3, "link_gb_s": host.nbytes / link_us / 1e3}
 
 
 @dataclass
@@ -187,7 +178,8 @@ def main() -> None:
     compile_s = precompile(same)
     base = Tuning(chip=chip)
     host = torch.empty(max(case.kv_bytes for case in cases) // 2, dtype=torch.bfloat16).pin_memory()
-    ceiling = ceilings(device, host)
+    machine = measure_machine(device)
+    ceiling = {"hbm_gb_s": machine.memory_gb_s, "link_gb_s": machine.h2d_gb_s}
     report: dict[str, object] = {
         "env": {
             "device": name, "chip": asdict(chip), "torch": torch.__version__,

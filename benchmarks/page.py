@@ -76,17 +76,25 @@ def llama_table(record: Row) -> str:
 
 def gpu_table(record: Row) -> str:
     """The ratios of a GPU's record, each with its ceiling and target, and then its jobs."""
-    lines = ["| ratio | measured | ceiling | wanted |", "|---|---:|---:|---:|"]
+    runs = record.get("runs", [record["env"]])
+    lines = ["| ratio | measured | ceiling | wanted | run |", "|---|---:|---:|---:|---:|"]
     for key in dict.fromkeys([*record["targets"], *record["ratios"]]):
         value, target, ceiling = (record[name].get(key) for name in ("ratios", "targets", "ceilings"))
         bound = "≤" if key.endswith(("multiple", "time_vs_dense", "peak_vs_dense")) else "≥"
-        wanted = "" if target is None else f"{bound} {target:g}"
-        measured = "not taken" if value is None else f"{value:.2f}"
-        lines.append(f"| {key} | {measured} | {'' if ceiling is None else f'{ceiling:.2f}'} | {wanted} |")
-    lines += ["", "| job | batch | ms p50 | floor ms | tok/s | hits | KV on the device, GiB |", "|---|" + "---:|" * 6]
+        cells = [
+            key,
+            "not taken" if value is None else f"{value:.2f}",
+            "" if ceiling is None else f"{ceiling:.2f}",
+            "" if target is None else f"{bound} {target:g}",
+            "" if value is None else str(record.get("ratio_runs", {}).get(key, 0) + 1),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| job | run | batch | ms p50 | floor ms | tok/s | hits | KV on the device, GiB |"]
+    lines += ["|---|" + "---:|" * 7]
     for job in record["measurements"]:
+        head = f"| {job['name']} | {job.get('run', 0) + 1} | {job['batch']}"
         if job["status"] != "ok":
-            lines.append(f"| {job['name']} | {job['batch']} | {job['status']} | | | | |")
+            lines.append(f"{head} | {job['status']} | | | | |")
             continue
         prompt = "prefill_ms_p50" in job
         low, high = (job["prefill_ms_" + end if prompt else "decode_ms_" + end] for end in ("low", "high"))
@@ -96,14 +104,15 @@ def gpu_table(record: Row) -> str:
             if prompt
             else [f"{job['floor_ms']:.2f}", f"{job['decode_tok_s']:.0f}", _percent(job["hit_rate"])]
         )
-        cells = [job["name"], str(job["batch"]), time, *rest, f"{job['device_kv_bytes'] / 2**30:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    env = record["env"]
-    for name, reason in record["left_out"].items():
-        lines.append(f"| {name} | | left out: {reason} | | | | |")
-    versions = " · ".join(f"{name} {env[name]}" for name in ("torch", "triton", "transformers"))
-    speeds = f"memory {env['memory_gb_s']:.0f} GB/s, rows over the link {env['gather_gb_s']:.1f} GB/s"
-    lines += ["", f"{env['device']} · {versions} · {speeds} · {env['time']} · commit {env['commit']}"]
+        cells = [time, *rest, f"{job['device_kv_bytes'] / 2**30:.1f}"]
+        lines.append(f"{head} | {' | '.join(cells)} |")
+    lines += [f"| {name} | | | left out: {reason} | | | | |" for name, reason in record["left_out"].items()]
+    lines.append("")
+    for run, env in enumerate(runs):
+        versions = " · ".join(f"{name} {env[name]}" for name in ("torch", "triton", "transformers"))
+        speeds = f"memory {env['memory_gb_s']:.0f} GB/s, rows over the link {env['gather_gb_s']:.1f} GB/s"
+        where = f"{env['device']} · {versions} · {speeds} · {env['time']} · commit {env['commit']}"
+        lines.append(f"{run + 1}. {where}")
     return "\n".join(lines) + "\n"
 
 

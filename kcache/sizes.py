@@ -122,7 +122,7 @@ def hot_capacity(rows: int) -> int:
 
 
 def hot_bytes(policy: Policy, v_row: int, heads: int) -> int:
-    """Bytes of one layer's hot rows, for so many heads in all sequences: V, position, age; claims, and a few numbers."""
+    """Bytes of one layer's hot rows, for so many heads in all sequences: V, position, age; claims, some numbers."""
     wanted = hot_rows_of(policy)
     if not wanted:
         return 0

@@ -18,6 +18,8 @@ from benchmarks.gpu import Bench, commit, file_of, main
 from benchmarks.gpu_jobs import GIB, Job, all_jobs, batch_of, largest_batch, measure, measure_prefill, spec_of
 from benchmarks.gpu_models import SHAPES, make_model
 from benchmarks.gpu_report import RATIOS, ceiling_of, ratio_lines, record, value_of
+from benchmarks.gpu_report import main as join_files
+from benchmarks.page import gpu_table
 from kcache.bench.context import LayerShape
 from kcache.bench.engines import make_engine
 from kcache.cache import KCache
@@ -283,3 +285,34 @@ def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_commit_is_known_in_a_repository() -> None:
     found = commit()
     assert found is None or len(found) == 40
+
+
+def test_runs_of_a_card_become_one_record_without_ratios_across_them(tmp_path: Path) -> None:
+    """A run that had no time for all: what it has is its own, the rest is the earlier one's."""
+    env = {"device": "H9", "memory_gb_s": 1.0, "gather_gb_s": 2.0, "time": "now", "commit": "new"}
+    env |= dict.fromkeys(("torch", "triton", "transformers"), "1")
+    figures = {job.name: {**figures_of(job), "device_kv_bytes": GIB} for job in all_jobs()}
+    late = "batch8_32k/dense", "batch8_32k/kcache", "equal_hbm_32k/kcache", "prefill_32k/kcache"
+    newer = {name: figures[name] for name in late}
+    newer["batch8_32k/kcache"] = {**row(ms=4.0, floor_ms=5.0), "device_kv_bytes": GIB}
+    newer["prefill_32k/kcache"] = {**row(), "status": "failed"}
+    files = tmp_path / "h9.json", tmp_path / "earlier.json"
+    files[0].write_text(json.dumps(record(env, newer, {"batch8_32k/no-hits": "no time", "x": "no time"}, 1.0)))
+    files[1].write_text(json.dumps(record({**env, "commit": "old"}, figures, {"y": "no time"}, 2.0)))
+    join_files([str(file) for file in files])
+    found = json.loads(files[0].read_text())
+    assert found["ratios"]["batch8_32k_vs_dense"] == 2.5 and found["ratio_runs"]["batch8_32k_vs_dense"] == 0
+    for key in ("equal_hbm_32k_vs_dense", "batch8_32k_vs_hf_dynamic", "prefill_32k_time_vs_dense"):
+        assert found["ratio_runs"][key] == 1
+    assert found["ratios"]["batch8_32k_vs_hf_dynamic"] == 1.0, "both of the earlier run"
+    rows = [(each["name"], each["run"]) for each in found["measurements"]]
+    assert ("batch8_32k/kcache", 0) in rows and ("batch8_32k/kcache", 1) in rows
+    assert ("equal_hbm_32k/kcache", 0) not in rows, "no ratio is of it"
+    assert ("prefill_32k/kcache", 0) in rows, "what failed is told"
+    assert found["left_out"] == {"x": "no time", "y": "no time"}
+    assert [each["commit"] for each in found["runs"]] == ["new", "old"]
+    table = gpu_table(found)
+    assert "| batch8_32k_vs_dense | 2.50 |" in table
+    assert "2. H9" in table
+    with pytest.raises(SystemExit, match="each as the benchmark wrote it"):
+        join_files([str(file) for file in files])

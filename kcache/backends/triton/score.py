@@ -113,8 +113,7 @@ def score_piece(
             score = tl.where(allowed[:, None], score, float("-inf"))
         score = tl.where(inside[:, None], score, float("-inf"))
         s_ptrs = s_base + heads.to(tl.int64)[None, :] * capacity + pos[:, None]
-        # Whole tiles, for wide stores. They are read again when far more of K has passed through the L2 cache.
-        tl.store(s_ptrs, score, mask=(heads < G)[None, :], eviction_policy="evict_last")
+        tl.store(s_ptrs, score, mask=(heads < G)[None, :])  # whole tiles, for wide stores
         tops = tl.max(tl.reshape(score, [BLOCK_L // BLOCK, BLOCK, WIDE]), 1)
         t_ptrs = t_base + heads[None, :] * blocks + (first // BLOCK + block)[:, None]
         tl.store(t_ptrs, tops, mask=(first + block * BLOCK < end)[:, None] & (heads < G)[None, :])

@@ -3,9 +3,9 @@
 ``step_kernel`` is all of it in one launch. Programs score pieces of K, row of work by row of work, those that pick most
 first (:mod:`.hot`); whoever finishes a row's last piece selects its rows, fetches and combines them, while others go on
 scoring: the link works while K is read. Other programs sum shares of the tail, those of a row of work some rows after
-those that score it: early enough to find the scores in the L2 cache, late enough not to wait, and the last of them keep
-the device's memory busy while the last rows are fetched. ``fetch_kernel`` selects and fetches in a launch of its own,
-for selections that take more registers than scoring has to spare.
+those that score it, late enough not to wait; the last of them keep the device's memory busy while the last rows are
+fetched. ``fetch_kernel`` selects and fetches in a launch of its own, for selections that take more registers than
+scoring has to spare.
 
 A program that waits (for scores, before its share of the tail) comes after all those it waits for, and programs start
 in order: what it waits for has begun and waits for nothing.
@@ -130,10 +130,11 @@ def step_kernel(
         # Both are asked for at once: which it is, the length tells, and that is still on its way.
         even, odd = tl.load(hot_order + row), tl.load(hot_order + rows + row)
         row = tl.where(length % 2 == 0, even, odd)
-        if scoring & (nth == 0):
-            place = hot_rank(hot_counts + length % 2 * rows, row, rows, TILE)
-            tl.store(hot_order + (1 - length % 2) * rows + place, row)
     if scoring:
+        if HOT_WAYS > 0:  # noqa: SIM102 - a constant
+            if nth == 0:
+                place = hot_rank(hot_counts + length % 2 * rows, row, rows, TILE)
+                tl.store(hot_order + (1 - length % 2) * rows + place, row)
         score_piece(
             query, keys, key_scales, mask, scores, block_top, part_max, part_sum, length, row, nth, splits,
             stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_sb, stride_sh, stride_mb,
