@@ -161,9 +161,12 @@ class Residency:
             place.sizes = replace(sizes, layers=len(place.layers))
             place.budget = self._budget(place)
             place.working = self._working(place, rows, batch) if self.policy.kv_budget is None else 0
-        limits = self._ranks.least([place.budget for place in found if place.budget is not None])
+        # Ranks keep V of the same layers: each step they count rows together.
+        bounds = self._ranks.least([number for place in found for number in place.bounds])
         for place in found:
-            place.budget = None if place.budget is None else limits.pop(0)
+            if place.bounds:
+                place.budget, room = bounds.pop(0), bounds.pop(0)
+                place.working = place.budget - room
         return found
 
     def _aim(self, needed: int) -> int:
@@ -268,6 +271,11 @@ class Place:
     def room(self) -> int | None:
         """Bytes for V that might as well leave, and all else of the cache."""
         return None if self.budget is None else max(0, self.budget - self.working)
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """The budget and the room; nothing where only RAM bounds them."""
+        return () if self.budget is None or self.room is None else (self.budget, self.room)
 
     def longest(self, below: int) -> int:
         """The most rows that fit with as little V there as may be."""

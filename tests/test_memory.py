@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,9 @@ from kcache.errors import DoesNotFitError
 from kcache.fitting import Fitter, Pools
 from kcache.memory import batch_sizes, cache_bytes, check_fits
 from kcache.need import ModelShape
+from kcache.parallel import Ranks
 from kcache.policy import Policy
+from kcache.residency import Residency
 from tests.models import config, make, tokens
 from tests.pair import WHOLE, Pair, forward
 
@@ -323,3 +327,31 @@ def test_half_precision_rows_are_half_the_bytes() -> None:
     need = cache_bytes(model.config, 128, 2, WHOLE)
     assert need.host_bytes == cache.stats.host_bytes
     assert need.device_bytes == cache.stats.device_bytes
+
+
+@dataclass(frozen=True)
+class Beside(Ranks):
+    """Ranks of which another one has so many bytes for a cache, and so many of these for V that may leave."""
+
+    other: tuple[int, int] = (0, 0)
+
+    def least(self, numbers: Sequence[int]) -> list[int]:
+        assert len(numbers) in (1, 2)
+        return list(map(min, numbers, self.other)) if len(numbers) == 2 else list(numbers)
+
+
+def test_ranks_with_unequal_room_keep_v_of_the_same_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that has work for its memory keeps less V, and so do the others: all wait for each other in each step."""
+    policy = Policy(dense_below=0, dense_layers=0)
+    plenty, tight = (budget_for(64, 2, resident, policy) for resident in (2, 1))
+    monkeypatch.setattr(Residency, "_budget", lambda self, place: plenty)
+    monkeypatch.setattr(Residency, "_working", lambda self, place, rows, batch: 0)
+    resident = []
+    for other in ((plenty, plenty), (plenty, tight), (tight, tight)):
+        model = make("llama")
+        cache = KCache(model, policy, max_length=64)
+        cache.shared.residency._ranks = Beside(size=2, other=other)
+        with attach(model):
+            forward(model, cache, tokens(1, 2, 8))
+        resident.append(sum(not layer.offloaded for layer in cache.tiered_layers))
+    assert resident == [2, 1, 1]
