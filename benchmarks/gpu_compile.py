@@ -31,7 +31,7 @@ SHARDS = 12
 _MOST_S = 150.0
 
 
-def launch_all(job: Job, batch: int, chip: Chip) -> None:
+def launch_all(job: Job, batch: int, tuning: Tuning) -> None:
     """Launch what a decode step of a job launches, on tensors of its sizes that nobody fills, on the CPU."""
     sizes = SHAPES[job.shape]
     heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
@@ -40,7 +40,7 @@ def launch_all(job: Job, batch: int, chip: Chip) -> None:
     keys, values = torch.empty(batch, kv_heads, room, dim, **half), torch.empty(batch, kv_heads, room, dim, **half)
     token = torch.empty(batch, kv_heads, dim, **half)
     length = torch.ones(1, dtype=torch.int32)
-    backend = TritonBackend(torch.device("cuda"), Tuning(chip=chip))
+    backend = TritonBackend(torch.device("cuda"), tuning)
     step = DecodeStep(
         torch.empty(batch, heads, dim, **half), keys, values, room, dim**-0.5, job.policy, device_length=length
     )
@@ -86,7 +86,7 @@ def compile_shard(shard: int, chosen: Mapping[str, int], chip: Chip, shards: int
             key = (job.shape, job.engine, job.ctx, batch, job.policy, job.traced)
             if batch and key not in done:
                 done.add(key)
-                launch_all(job, batch, chip)
+                launch_all(job, batch, Tuning(chip=chip))
 
 
 def _end_of(shard: subprocess.Popen[bytes], began: float) -> int:

@@ -10,7 +10,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -27,6 +27,7 @@ from kcache.bench.floor import Bandwidths
 from kcache.bench.peak import PeakMemory
 from kcache.bench.rows import Row
 from kcache.bench.run import run
+from kcache.bench.runner import Runner
 from kcache.cache import KCache
 from kcache.forward import prefill
 from kcache.loading import LoadedModel
@@ -157,6 +158,19 @@ def batch_of(
     return largest_batch(lambda batch: engine.need(shapes, room, batch), allowed, ram)
 
 
+def make_runner(job: Job, lm: LoadedModel, device_bytes: int, spec: Spec) -> Runner:
+    """What decodes a job's steps, turn by turn; it has no cache yet."""
+    engine, shapes = make_engine(job.engine, job.policy), layer_shapes(lm.model)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in lm.model.parameters())
+    batch = batch_of(job, engine, shapes, device_bytes, weights, spare_of(lm.model).nbytes)
+    return Runner(lm, engine, Case(job.ctx, batch, (engine,)), spec, shapes)
+
+
+def trace_of(job: Job, device: torch.device) -> AbstractContextManager[None]:
+    """Inside this block, a traced job's steps fetch the picks of the trace."""
+    return replayed(Trace(FILE, job.ctx, device)) if job.traced else nullcontext()
+
+
 def measure(
     job: Job, lm: LoadedModel, machine: Bandwidths, device_bytes: int, spec: Spec | None = None
 ) -> dict[str, Any]:
@@ -169,7 +183,7 @@ def measure(
     batch = batch_of(job, engine, shapes, device_bytes, weights, spare_of(lm.model).nbytes)
     if batch == 0:
         return Row(job.engine, lm.name, job.ctx, 0, status="does not fit", reason="not one sequence fits").to_dict()
-    with replayed(Trace(FILE, job.ctx, lm.device)) if job.traced else nullcontext():
+    with trace_of(job, lm.device):
         (rows,) = run(lm, spec, [Case(job.ctx, batch, (engine,))], machine)
     return {**rows[0].to_dict(), "picks": "of a trace" if job.traced else "of random rows"}
 

@@ -13,20 +13,14 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu_jobs import Job, all_jobs, batch_of, spec_of
+from benchmarks.gpu_jobs import Job, all_jobs, make_runner, spec_of, trace_of
 from benchmarks.gpu_models import Models
-from benchmarks.pick_trace import FILE, Trace, replayed
 from kcache.attention import attach
-from kcache.bench.cases import Case
-from kcache.bench.context import layer_shapes
-from kcache.bench.engines import make_engine
-from kcache.bench.runner import Runner
 from kcache.cache import KCache
 from kcache.forward import prefill
 from kcache.loading import LoadedModel
@@ -79,12 +73,9 @@ def show(title: str, kernels: list[Kernel], idle: dict[str, float], runs: int, w
 
 def profile_steps(job: Job, lm: LoadedModel, device_bytes: int, lines: int) -> None:
     """A turn of decode steps."""
-    spec, shapes = replace(spec_of(job), warmup=1, steps=16), layer_shapes(lm.model)
-    engine = make_engine(job.engine, job.policy)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in lm.model.parameters())
-    batch = batch_of(job, engine, shapes, device_bytes, weights)
-    runner = Runner(lm, engine, Case(job.ctx, batch, (engine,)), replace(spec, warmup=24), shapes)
-    with replayed(Trace(FILE, job.ctx, lm.device)) if job.traced else nullcontext():
+    spec = replace(spec_of(job), warmup=1, steps=16)
+    runner = make_runner(job, lm, device_bytes, replace(spec, warmup=24))
+    with trace_of(job, lm.device):
         began = time.perf_counter()
         runner.prepare()
         prepared_s = time.perf_counter() - began
@@ -94,7 +85,7 @@ def profile_steps(job: Job, lm: LoadedModel, device_bytes: int, lines: int) -> N
         wall = statistics.median(runner.measured.turns[-1])
         kernels, idle = kernels_of(runner.turn)
     runs = len(runner.measured.turns[-1]) + spec.warmup
-    title = f"{job.name} batch {batch}, {runner.measured.graph}, filled in {prepared_s:.1f} s"
+    title = f"{job.name} batch {runner.case.batch}, {runner.measured.graph}, filled in {prepared_s:.1f} s"
     show(title, kernels, idle, runs, wall, lines)
     runner.free()
 

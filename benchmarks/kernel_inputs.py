@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,11 +60,6 @@ CASES = [
     Case("llama-3.1-8b, batch 1, 128k", 1, 8, 4, 131072),
     Case("llama-2-7b, batch 4, 15k", 4, 32, 1, 15360),
 ]
-# What a sweep changes of a step, one after the other.
-SWEEP: list[dict[str, int]] = [
-    {"ahead": 20}, {"ahead": 40}, {"select_tile": 2048}, {"tail_splits": 4}, {"score_splits": 16},
-    {"gather_rows": 128},
-]  # fmt: skip
 
 
 class Inputs:
@@ -162,15 +157,13 @@ class Inputs:
         append(self.token, self.token, self.keys, self.values, self.length, offset=-1, lowrank=self.lowrank)
 
 
-def compile_shard(shard: int, cases: list[Case], chip: Chip, sweep: bool) -> None:
+def compile_shard(shard: int, cases: list[Case], chip: Chip) -> None:
     """Compile this shard's share of all kernels into Triton's cache, without touching the device."""
     cpu, host = torch.device("cpu"), torch.empty(max(case.kv_bytes for case in cases) // 2, dtype=torch.bfloat16)
     base = Tuning(chip=chip)
     jobs = [
         (case, stage, base) for case in cases for stage in ("step", "hot", "scores", "tail", "even", "dense", "append")
     ]
-    if sweep:
-        jobs += [(cases[0], "hot", replace(base, **change)) for change in SWEEP]
     with compile_only(chip.capability):
         for case, stage, tuning in jobs[shard::SHARDS]:
             inputs = Inputs(case, cpu, host, fill=False)

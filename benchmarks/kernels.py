@@ -1,6 +1,6 @@
 """Time every Triton kernel of the decode step at real shapes on a CUDA device, beside the bytes it cannot avoid.
 
-    python3 -m benchmarks.kernels [--json FILE] [--cases A,B] [--sweep] [--budget-s 55]
+    python3 -m benchmarks.kernels [--json FILE] [--cases A,B] [--budget-s 55]
 
 Each kernel is captured several times in a CUDA graph, over inputs that differ from launch to launch and exceed the
 L2 cache, and the median of the replays is given. Floors use ceilings measured in the same run: a device copy for HBM,
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import triton
 
-from benchmarks.kernel_inputs import CASES, SWEEP, Inputs, compile_shard, precompile
+from benchmarks.kernel_inputs import CASES, Inputs, compile_shard, precompile
 from kcache.backends.base import DecodeStep
 from kcache.backends.reference import ReferenceBackend
 from kcache.backends.triton import Chip, Tuning, chip_of, triton_decode
@@ -110,14 +110,6 @@ def measure(inputs: Inputs, base: Tuning) -> Iterator[Row]:
     yield Row(case.name, "torch sdpa", "for comparison", *graph_us(calls), 2 * case.kv_bytes)
 
 
-def sweep_row(inputs: Inputs, change: dict[str, int], base: Tuning) -> Iterator[Row]:
-    """Time a step with some launch parameters changed."""
-    case, variant = inputs.case, " ".join(f"{name}={value}" for name, value in change.items())
-    warm = inputs.step(inputs.workspace(replace(base, **change)), 0, inputs.hot())
-    warm.run()
-    yield Row(case.name, "step", f"{variant}, all hot", *graph_us([warm.run] * 8), case.kv_bytes + case.tail_bytes)
-
-
 def check(inputs: Inputs, base: Tuning) -> dict[str, float]:
     """Relative errors against the reference backend and against fp32 attention, on fresh inputs."""
     query, case = inputs.queries[0], inputs.case
@@ -160,7 +152,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write everything here")
     parser.add_argument("--cases", default="", help="numbers of cases, comma separated (default: all)")
-    parser.add_argument("--sweep", action="store_true", help="vary launch parameters on the first case")
     parser.add_argument("--budget-s", type=float, default=55.0, help="start nothing new after this many seconds")
     parser.add_argument("--compile-shard", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--chip", default="{}", help=argparse.SUPPRESS)
@@ -168,13 +159,13 @@ def main() -> None:
     began = time.perf_counter()
     cases = [CASES[int(number)] for number in options.cases.split(",") if number] or CASES
     if options.compile_shard is not None:
-        compile_shard(options.compile_shard, cases, Chip(**json.loads(options.chip)), options.sweep)
+        compile_shard(options.compile_shard, cases, Chip(**json.loads(options.chip)))
         return
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device here: kernel times can only be taken on one")
     device = torch.device("cuda", torch.cuda.current_device())
     name, chip = torch.cuda.get_device_name(device), chip_of(device)
-    same = ["--chip", json.dumps(asdict(chip)), "--cases", options.cases, *(["--sweep"] if options.sweep else [])]
+    same = ["--chip", json.dumps(asdict(chip)), "--cases", options.cases]
     compile_s = precompile(same)
     base = Tuning(chip=chip)
     host = torch.empty(max(case.kv_bytes for case in cases) // 2, dtype=torch.bfloat16).pin_memory()
@@ -199,16 +190,10 @@ def main() -> None:
         inputs = Inputs(case, device, host)
         checks[case.name] = check(inputs, base)
         print(case.name, " ".join(f"{key} {value:.2e}" for key, value in checks[case.name].items()), flush=True)
-        plans = [measure(inputs, base)]
-        if options.sweep and case is cases[0]:
-            plans += [sweep_row(inputs, change, base) for change in SWEEP]
-        for plan in plans:
-            if time.perf_counter() - began > options.budget_s:
-                break
-            for row in plan:
-                rows.append(row.with_floor(ceiling))
-                print(rows[-1].line(), flush=True)
-        del inputs, plans
+        for row in measure(inputs, base):
+            rows.append(row.with_floor(ceiling))
+            print(rows[-1].line(), flush=True)
+        del inputs
     report |= {"checks": checks, "rows": [asdict(row) for row in rows], "total_s": time.perf_counter() - began}
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 
 import pytest
+
+from benchmarks.gpu_sweep import variant
 
 _SHARD = """
 import json, sys
@@ -19,10 +22,10 @@ _LAUNCHES = """
 from benchmarks.gpu_compile import launch_all
 from benchmarks.gpu_jobs import all_jobs
 from benchmarks.precompile import compile_only
-from kcache.backends.triton import Chip
+from kcache.backends.triton import Chip, Tuning
 jobs = {job.name: job for job in all_jobs()}
 with compile_only(shard=int("SHARD"), shards=1000) as compiled:
-    launch_all(jobs["NAME"], 2, Chip())
+    launch_all(jobs["NAME"], 2, Tuning(chip=Chip()))
 print(*(name for name, _ in compiled))
 """
 
@@ -51,3 +54,25 @@ def test_triton_a_shard_compiles_where_there_is_no_device() -> None:
     command = [sys.executable, "-c", _SHARD, chosen]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["benchmarks/gpu_stamps.py", "batch8_32k/kcache", "--compile-only"], "decode_kernel append_kernel"),
+        (["-m", "benchmarks.gpu_sweep", "batch8_32k/kcache", "tail_splits=4", "--chip", "{}", "--batch", "2"], ""),
+    ],
+)
+def test_triton_what_is_timed_on_a_card_compiles_without_one(command: list[str], said: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(said)
+
+
+def test_triton_a_sweep_knows_its_parameters() -> None:
+    assert variant("tail_splits=4,ahead=20") == {"tail_splits": 4, "ahead": 20}
+    for text in ("tail=4", "tail_splits", "tail_splits=x"):
+        with pytest.raises(ArgumentTypeError, match=text.split("=")[0]):
+            variant(text)

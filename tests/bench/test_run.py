@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 import kcache.bench.run as run_module
 import kcache.bench.runner as runner_module
@@ -267,17 +266,20 @@ def test_chat_and_generate_run_that_loop(lm: LoadedModel, monkeypatch: pytest.Mo
 
 
 def test_the_time_of_a_step_is_in_the_figures(lm: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
     step = decoding.step_logits
 
-    def slow(model: Any, cache: Any, ids: torch.Tensor, mask: Any = None) -> torch.Tensor:
-        if isinstance(cache, DynamicCache) and not isinstance(cache, KCache):
-            time.sleep(0.05)
+    def timed(model: Any, cache: Any, ids: torch.Tensor, mask: Any = None) -> torch.Tensor:
+        nonlocal now
+        now += 0.01 if isinstance(cache, KCache) else 0.05
         return step(model, cache, ids, mask)
 
-    monkeypatch.setattr(decoding, "step_logits", slow)
+    monkeypatch.setattr(decoding, "step_logits", timed)
+    monkeypatch.setattr(runner_module, "time", SimpleNamespace(perf_counter=lambda: now))
     ours, theirs = rows_of(lm, replace(SPEC, engines=("kcache", "hf-dynamic"), topns=(4,)))
-    assert theirs.decode_ms_p50 and theirs.decode_ms_p50 >= 50
-    assert ours.ratio and ours.ratio > 1.5
+    assert theirs.decode_ms_p50 == pytest.approx(50)
+    assert ours.decode_ms_p50 == pytest.approx(10)
+    assert ours.ratio == pytest.approx(5)
 
 
 def test_the_step_that_ran_while_counters_were_read_is_not_timed(

@@ -37,8 +37,8 @@ class Tuning:
         Rows of K per tile (0 chooses by the size of a row), tiles in flight, programs per row of work (0 chooses).
     select_warps, select_tile : int
         Least warps of a program that selects for itself; how many rows select looks at in a step.
-    gather_rows : int
-        Picked rows that are read, and weighed, at once.
+    gather_rows, weigh_tile : int
+        Picked rows that are read, and that are weighed, at once (fewer where they are long, or many heads share them).
     tail_tile, tail_stages, tail_splits : int
         Rows of the tail per tile (fewer where many heads share them), tiles in flight, programs per row of work (0
         chooses).
@@ -58,6 +58,7 @@ class Tuning:
     select_warps: int = 8
     select_tile: int = 1024
     gather_rows: int = 64
+    weigh_tile: int = 128
     tail_tile: int = 512
     tail_stages: int = 3
     tail_splits: int = 0
@@ -217,7 +218,7 @@ class Workspace(DeviceLength):
         self.gather_rows = max(16, min(tune.gather_rows, most))
         # All directions of every head, 32 numbers to a thread.
         lanes = 1024 * self.warps // (power_of_two(self.group) * power_of_two(self.rank))
-        self.weigh_tile = max(16, min(128, power_of_two(self.width), lanes))
+        self.weigh_tile = max(16, min(tune.weigh_tile, power_of_two(self.width), lanes))
         # Tiles of scores are written, and read by the tail, as a whole.
         whole = max(self.block, self.tail_tile, self.score_block)
         self.stride = -(-self.capacity // whole) * whole
