@@ -212,6 +212,8 @@ class Fitter:
         if batch > 1:
             smaller = self.largest_batch(ctx, batch)
             ways.append("use a smaller batch" + (f" ({smaller:,} would fit)" if smaller else ""))
+        if self.policy.kv_budget is not None and self._under(kv_budget=None).fits(ctx, batch):
+            ways.append("it would fit with more allowed (--kv-budget)")
         if longest := self.largest_ctx(batch, ctx):
             ways.append(f"about {longest:,} tokens would fit (--ctx {longest})")
         return ", or ".join(ways) if ways else "no context would fit"

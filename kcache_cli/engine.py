@@ -158,7 +158,9 @@ class KCacheEngine:
                 f"--ctx {asked}: the context of {model.name} is {context} tokens; ask for at most that, or use "
                 "--allow-overflow"
             )
-        planned = asked if need is None else need if allow_overflow else min(asked, need)
+        planned = asked if need is None else need
+        if context is not None and not allow_overflow:
+            planned = min(planned, context)
         asked_dtype = parse_dtype(model.dtype or "auto")
         wanted = config.dtype if asked_dtype == "auto" else asked_dtype
         dtype = wanted if isinstance(wanted, torch.dtype) else None

@@ -26,6 +26,10 @@ USAGE = 2
 DOES_NOT_FIT = 3
 INTERRUPTED = 130
 SIGNALLED = 128
+_COMES_BY = {
+    "generate": "prompts are read with -i FILE",
+    "chat": "a message comes by standard input, a document with -f FILE",
+}
 _NOT_A = {"int_parsing": "a whole number", "float_parsing": "a number", "bool_parsing": "true or false"}
 
 
@@ -67,6 +71,9 @@ def _in_our_words(error: typer.TyperException) -> str:
         what = _NOT_A.get(problem["type"])
         said = problem["msg"] if what is None else f"{problem['input']!r} is not {what}"
         message = message.replace(problem["msg"], said.removeprefix("Value error, "))
+    command = getattr(getattr(error, "ctx", None), "info_name", None)
+    if "unexpected extra argument" in message and (where := _COMES_BY.get(command or "")):
+        message = f"{message.rstrip('.')}; {where}"
     if "'--format'" in message and "." in message.partition(": ")[2].partition(" is not")[0]:
         message = f"{message.rstrip('.')}; a file is named with --output"
     return message

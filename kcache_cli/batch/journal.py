@@ -71,6 +71,8 @@ class Journal:
         Results that were made with other settings.
     skipped : list of int or None
         Lines a complete job left out; None while it is not complete.
+    holds_results : bool
+        Whether there is anything for the next run to go on from.
 
     Raises
     ------
@@ -86,6 +88,7 @@ class Journal:
         self.finished: dict[int, list[Result]] = {}
         self.kept: list[Result] = []
         self.skipped: list[int] | None = None
+        self.holds_results = False
         self._file: BinaryIO | None = _open(self.path, output) if self.path.exists() else None
         try:
             if not overwrite:
@@ -154,6 +157,7 @@ class Journal:
         if not isinstance(value.get("batch"), int) or not isinstance(results, list):
             return False
         self.finished[value["batch"]] = results
+        self.holds_results = True
         self.skipped = None
         return True
 
@@ -176,10 +180,12 @@ class Journal:
             }
         )
         self.sizes, self.finished, self.skipped = sizes, {}, None
+        self.holds_results = bool(self.kept)
 
     def record(self, number: int, results: list[Result]) -> None:
         """Keep the results of a finished batch; they are on the disk when this returns."""
         self._append({"batch": number, "results": results})
+        self.holds_results = True
 
     def close_job(self, skipped: list[int]) -> None:
         """Say that the output is whole but for the input lines ``skipped``; the batches are no longer needed."""

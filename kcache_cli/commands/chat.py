@@ -88,6 +88,8 @@ def chat(
     once = not (at_terminal or shown)
     conversation = Conversation(session, model.name, length, plan.host_only, document, quiet=shown, once=once)
     conversation.check_document()
+    if planned is not None and document is not None and (tokens := session.prompt_tokens(document)) >= planned:
+        note(f"the document is {tokens:,} tokens; more memory is taken than for {planned:,}")
     with watching(engine, lm, "chat", watch_options) as publication:
         if shown and publication is not None:
             from kcache_cli.ending import show

@@ -203,12 +203,15 @@ def _generate(
         _report_bad(bad, strict)
         if not work:
             raise InputError("none of the prompts can be used, so there is nothing to do")
+        asked, need = policy_options.ctx or settings.ctx, max(len(item.ids) for item in work) + max_tokens
+        if asked is not None and asked < need:
+            note(f"the longest prompt and its answer may be {need:,} tokens; more memory is taken than for {asked:,}")
         with working(f"loading {model.name}"):
             plan = engine.plan(
                 model,
                 policy,
-                ctx=policy_options.ctx or settings.ctx,
-                need=max(len(item.ids) for item in work) + max_tokens,
+                ctx=asked,
+                need=need,
                 batch_size=batch_size,
                 allow_overflow=overflow,
             )
@@ -273,7 +276,11 @@ def _run(
         except KeyboardInterrupt:
             if journal is not None:
                 anew = ", with another --record" if watch_options.record is not None else ""
-                note(f"stopped; the same command goes on from the last finished batch{anew}")
+                if journal.holds_results:
+                    note(f"stopped; the same command goes on from the last finished batch{anew}")
+                else:
+                    note(f"stopped before a batch was finished; the same command begins again{anew} (a smaller "
+                         "--batch-size loses less)")  # fmt: skip
             raise
         if journal is not None:
             output.sync()

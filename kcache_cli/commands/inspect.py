@@ -25,7 +25,8 @@ def inspect(
         Path | None, typer.Argument(metavar="FILE", help="A recording (.kcr).", show_default="what runs now")
     ] = None,
     pid: Annotated[
-        int | None, typer.Option("--pid", metavar="PID", help="Which process.", show_default="the newest")
+        int | None,
+        typer.Option("--pid", metavar="PID", help="Which process.", show_default="the newest; a dashboard asks"),
     ] = None,
     address: Annotated[
         str | None,

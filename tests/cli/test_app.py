@@ -177,6 +177,8 @@ def test_errors_become_one_line_and_a_code(run: Run, error: BaseException, code:
         (["chat", "--policy", "nowhere.toml"], "nowhere.toml"),
         (["chat", "--offload", "none", "--resident-layers", "2"], "resident"),
         (["chat", "-f", "nowhere.txt"], "nowhere.txt"),
+        (["chat", "smollm2", "hello"], "a message comes by standard input"),
+        (["generate", "smollm2", "prompts.jsonl"], "(prompts.jsonl); prompts are read with -i FILE"),
         (["models", "--verify", "llama", "--output", "x.json"], "a page of Markdown; end its name in .md"),
         (["models", "--verify", "llama", "--json", "--output", "x.md"], "leave out -o and --json"),
     ],

@@ -321,6 +321,11 @@ def test_what_is_remarkable_is_told(run: Run, prompts: Path) -> None:
     assert "kcache: no two ways about it\n" in job(run, prompts, engine=engine).stderr
 
 
+def test_a_context_that_is_asked_for_and_too_small_is_told(run: Run, prompts: Path) -> None:
+    assert "may be 261 tokens; more memory is taken than for 16" in job(run, prompts, "--ctx", "16").stderr
+    assert "more memory is taken" not in job(run, prompts, "--ctx", "8k", "--overwrite").stderr
+
+
 @pytest.mark.parametrize("stop_after", [0, 1, 2, 3])
 def test_stopped_and_continued_gives_the_same_bytes(run: Run, prompts: Path, stop_after: int) -> None:
     out = prompts.with_name("out.jsonl")
@@ -331,7 +336,7 @@ def test_stopped_and_continued_gives_the_same_bytes(run: Run, prompts: Path, sto
     engine = stopping(stop_after)
     result = job(run, prompts, *sampling, engine=engine)
     assert result.exit_code == 130
-    assert "goes on" in result.stderr
+    assert ("goes on from the last finished batch" if stop_after else "begins again") in result.stderr
     assert whole.startswith(out.read_bytes())
     engine = FakeEngine()
     result = job(run, prompts, *sampling, engine=engine)

@@ -123,6 +123,13 @@ def test_a_budget_beyond_the_card_is_the_card_s(run: Run, config: str) -> None:
     assert generous["methods"] == plain["methods"]
 
 
+def test_more_may_be_allowed_where_there_is_more(run: Run, config: str) -> None:
+    args = ("plan", config, "--gpu", "h100", "--host", "64GiB", "--ctx", "32k", "--batch", "1")
+    assert "it would fit with more allowed (--kv-budget)" in run(*args, "--kv-budget", "1GiB").stderr
+    large = ("plan", config, "--gpu", "rtx4090", "--host", "64GiB", "--ctx", "128k", "--batch", "9")
+    assert "--kv-budget" not in run(*large, "--kv-budget", "100GiB").stderr
+
+
 def test_what_fits_in_no_batch_is_not_called_the_fastest(run: Run, config: str) -> None:
     result = run("plan", config, "--gpu", "rtx4090", "--host", "64GiB", "--ctx", "128k")
     assert result.exit_code == 3
