@@ -76,8 +76,8 @@ class Engine(Protocol):
     ) -> Plan:
         """Check that the model exists and its cache fits, before anything is loaded.
 
-        ``ctx`` is what the user asked to plan for; ``need`` is the longest that will occur where that is known;
-        ``batch_size`` is the largest that is wanted, None for what is sensible.
+        ``ctx`` is what the user asked to plan for; ``need`` is the longest that will occur, and goes first where it is
+        known; ``batch_size`` is the largest that is wanted, None for what is sensible.
         """
 
     def sampling(self, options: SamplingOptions) -> Sampling:

@@ -131,6 +131,7 @@ def step_kernel(
         even, odd = tl.load(hot_order + row), tl.load(hot_order + rows + row)
         row = tl.where(length % 2 == 0, even, odd)
     if scoring:
+        # Within this branch: with the same in front of it, Triton 3.6 copies the tail's numbers one by one.
         if HOT_WAYS > 0:  # noqa: SIM102 - a constant
             if nth == 0:
                 place = hot_rank(hot_counts + length % 2 * rows, row, rows, TILE)
