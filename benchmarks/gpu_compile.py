@@ -53,12 +53,14 @@ def launch_all(job: Job, batch: int, tuning: Tuning) -> None:
         torch.empty(batch, kv_heads, dim), torch.empty(batch, kv_heads, rank, dim),
         torch.empty(batch, kv_heads, rank, -(-room // 16) * 16, **half),
     )  # fmt: skip
-    scales = torch.empty(batch, kv_heads, room) if job.policy.k_bits == 8 else None
-    keys = keys if scales is None else torch.empty(keys.shape, dtype=torch.int8)
-    append(token, token, keys, values, length, offset=-1, lowrank=tail, key_scales=scales)
+    planes = job.policy.key_planes
+    scales = torch.empty(batch, kv_heads, room) if planes else None
+    keys = torch.empty(keys.shape, dtype=torch.int8) if planes else keys
+    lower = torch.empty_like(keys) if planes == 2 else None
+    append(token, token, keys, values, length, offset=-1, lowrank=tail, key_scales=scales, key_lower=lower)
     tally = torch.zeros(batch, dtype=torch.int64)
     above = torch.empty(batch)
-    step = replace(step, keys=keys, lowrank=tail, threshold=above, tally=tally, key_scales=scales)
+    step = replace(step, keys=keys, lowrank=tail, threshold=above, tally=tally, key_scales=scales, key_lower=lower)
     hot = backend.keep_hot(step)
     with replayed(Trace(FILE, job.ctx, torch.device("cpu"))) if job.traced else nullcontext():
         backend.decode(replace(step, hot=hot))

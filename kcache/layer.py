@@ -35,12 +35,13 @@ if TYPE_CHECKING:
 
 
 class Buffers(NamedTuple):
-    """Where a layer's rows are: K and V ``[B, Hkv, capacity, D]``, the tail, and scales of rows in 8 bits."""
+    """Where a layer's rows are: K and V ``[B, Hkv, capacity, D]``, the tail, and what belongs to rows in 8 bits."""
 
     keys: torch.Tensor
     values: torch.Tensor
     tail: LowRankTail | None
     key_scales: torch.Tensor | None
+    key_lower: torch.Tensor | None
     value_scales: torch.Tensor | None
 
 
@@ -142,8 +143,10 @@ class TieredLayer(CountedLayer):
     def _store_keys(self, rows: torch.Tensor) -> None:
         """Keep K of new rows, in 8 bits once V has left if the policy says so."""
         assert self._k is not None
-        if self.shared.policy.k_bits == 8 and self.offloaded and isinstance(self._k, RowBuffer):
-            exact, self._k = self._k, ByteRows(self.device, self.device, self.shared.residency.room)
+        policy = self.shared.policy
+        if policy.key_planes and self.offloaded and isinstance(self._k, RowBuffer):
+            planes, room = policy.key_planes, self.shared.residency.room
+            exact, self._k = self._k, ByteRows(self.device, self.device, room, planes=planes)
             if self.length:
                 self._k.put(exact.view(self.length), 0)
         self._k.put(rows, self.length)
@@ -292,6 +295,7 @@ class TieredLayer(CountedLayer):
             sinks=call.sinks,
             hot=self.hot,
             key_scales=held.key_scales,
+            key_lower=held.key_lower,
             value_scales=held.value_scales,
         )
 
@@ -332,6 +336,7 @@ class TieredLayer(CountedLayer):
             held.data,
             self._v.tail,
             self._k.scales if isinstance(self._k, ByteRows) else None,
+            self._k.lower if isinstance(self._k, ByteRows) else None,
             held.scales if isinstance(held, ByteRows) else None,
         )
 

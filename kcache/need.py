@@ -191,7 +191,7 @@ class ModelShape:
         widest = 2 * self.hidden + max(3 * self.query_width + 2 * kv_width, 3 * self.inner)
         logits = batch * self.vocabulary * (self.dtype_bytes + _SCORE_BYTES)
         passing = (2 * (self.v_row // self.dtype_bytes) + self.v_row) if policy.v_bits == 8 else 2 * self.v_row
-        passing += self.k_row if policy.k_bits == 8 else 0
+        passing += self.k_row if policy.key_planes else 0
         return tokens * widest * self.dtype_bytes + logits + masks + (passing * ctx * batch if offloads else 0)
 
 

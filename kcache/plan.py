@@ -204,7 +204,9 @@ class Planner:
             link_ms = 0.0
         else:
             product_bytes = weights_bytes
-            memory_bytes = weights_bytes + need.device_bytes + scores + picked - link_bytes
+            # Of K in two planes a step reads the upper one, and a few rows of the lower.
+            lower = offloaded * batch * ctx * shape.k_row // shape.dtype_bytes if self.policy.key_planes == 2 else 0
+            memory_bytes = weights_bytes + need.device_bytes - lower + scores + picked - link_bytes
             link_ms = link_bytes / self.speeds.gather_gb_s / 1e6
         attended = (shape.layers + shape.untiered) * ctx + sum(min(ctx, window) for window in shape.windows)
         flops = 2 * batch * (self.weights.used_per_token + 2 * shape.query_width * attended)

@@ -17,6 +17,7 @@ Select = Literal["group", "head"]
 Tail = Literal["lowrank", "renormalise", "none"]
 Spread = Literal["need", "even"]
 Bits = Literal[16, 8]
+KeyBits = Literal[16, 8, "8+8"]
 Offload = Literal["auto", "all", "none"]
 BackendName = Literal["auto", "reference", "cpu", "triton"]
 Graph = Literal["auto", "off"]
@@ -46,6 +47,11 @@ def parse_bytes(size: int | str) -> int:
     if match is None or match[2].lower() not in _UNITS:
         raise PolicyError(f"not a size: {size!r}; write it as 20GiB, 512MiB or a number of bytes")
     return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def parse_bits(given: Any) -> Any:
+    """Numbers of bits as numbers, where text has them; anything else as it is."""
+    return int(given) if isinstance(given, str) and given.isdecimal() else given
 
 
 def parse_tokens(count: int | str) -> int:
@@ -110,11 +116,14 @@ class Policy:
         cross the link again; 0 for none, ``None`` for eight times ``topn`` but at most 4,096. Rounded up to a power of
         two, at least 8.
         Where both tiers are RAM, and with ``select="head"``, nothing is kept.
-    k_bits : {16, 8}
+    k_bits : {16, 8, "8+8"}
         With 8, K of offloaded layers is kept as whole numbers with a scale for each row, in half the device memory, and
         scored from them. Scores are then no longer exact: neither is a later piece of a prompt, which attends to what
         was kept, nor N at least the context. "16" stands for whatever type the model computes in. Made for CUDA: on the
         CPU such layers are answered by the reference, many times slower.
+        With ``"8+8"`` the other half is kept beside it: all rows are scored in 8 bits, which is half of what a step
+        reads of K, and those picked are weighed in 16 (nearly: see docs/design.md), as is K for later pieces of a
+        prompt. Memory is that of 16.
     v_bits : {16, 8}
         With 8, V crosses to the host and back in the same form: half the link's bytes and half the RAM. What was said
         of later pieces and of N at least the context holds here, too.
@@ -146,7 +155,7 @@ class Policy:
     tail: Tail = "lowrank"
     tail_rank: int | None = None
     hot_rows: int | None = None
-    k_bits: Bits = 16
+    k_bits: KeyBits = 16
     v_bits: Bits = 16
     offload: Offload = "auto"
     kv_budget: int | str | None = None
@@ -162,9 +171,12 @@ class Policy:
         _check_choice("spread", self.spread, get_args(Spread))
         _check_choice("select", self.select, get_args(Select))
         _check_choice("tail", self.tail, get_args(Tail))
-        for name in ("k_bits", "v_bits"):
-            if getattr(self, name) not in get_args(Bits):
-                raise PolicyError(f"{name} must be 16 or 8, got {getattr(self, name)!r}; 16 keeps rows as they are")
+        for name, known in (("k_bits", get_args(KeyBits)), ("v_bits", get_args(Bits))):
+            bits = parse_bits(getattr(self, name))
+            if bits not in known:
+                choice = f"{', '.join(map(str, known[:-1]))} or {known[-1]}"
+                raise PolicyError(f"{name} must be {choice}, got {bits!r}; 16 keeps rows as they are")
+            object.__setattr__(self, name, bits)
         _check_choice("offload", self.offload, get_args(Offload))
         _check_choice("backend", self.backend, get_args(BackendName))
         _check_choice("graph", self.graph, get_args(Graph))
@@ -189,6 +201,11 @@ class Policy:
         since with every piece what V has left comes back once.
         """
         return min(self.prefill_chunk, max(_PIECE // max(1, batch), _LEAST_PIECE))
+
+    @property
+    def key_planes(self) -> int:
+        """Halves of K that offloaded layers keep in 8 bits each: one, or both; 0 where rows are kept as they are."""
+        return {16: 0, 8: 1, "8+8": 2}[self.k_bits]
 
     def replace(self, **changes: Any) -> Policy:
         """Return a copy with some fields changed; it is validated like a new one."""

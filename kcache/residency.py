@@ -92,7 +92,7 @@ class Residency:
 
     def key_room(self, layer: TieredLayer) -> int:
         """Rows K as it comes grows to: all, unless it is narrowed to 8 bits when V leaves."""
-        return self.resident_room(layer) if self.policy.k_bits == 8 else self.planned
+        return self.resident_room(layer) if self.policy.key_planes else self.planned
 
     def leaves(self, layer: TieredLayer, length: int) -> bool:
         """Whether V of a layer goes to the host tier at ``length`` rows."""

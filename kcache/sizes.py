@@ -47,7 +47,7 @@ class TierSizes:
         """Sizes under a policy, for heads of ``dim`` values of ``itemsize`` bytes; ``hot`` if hot rows are kept."""
         heads = v_row // (dim * itemsize)
         scales = SCALE_BYTES * heads
-        k_left = k_row // itemsize + scales if policy.k_bits == 8 else k_row
+        k_left = policy.key_planes * k_row // itemsize + scales if policy.key_planes else k_row
         v_left = v_row // itemsize if policy.v_bits == 8 else v_row
         tail_row, tail_fixed = tail_unit(policy, v_row, dim, heads)
         tail_row += scales if policy.v_bits == 8 else 0

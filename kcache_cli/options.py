@@ -137,13 +137,14 @@ class PolicyOptions:
         _policy("--dense-layers", help="First layers that always attend exactly.", default=str(Policy.dense_layers)),
     ] = None
     k_bits: Annotated[
-        int | None,
+        str | None,
         _policy(
             "--k-bits",
-            help="8: K in half the memory once V has left, scores nearly exact. Slow on a CPU.",
+            help="8: K in half the memory once V has left, scores nearly exact. 8+8: as much memory, half the reading, "
+            "picks weighed exactly. Slow on a CPU.",
             default=str(Policy.k_bits),
-            metavar="16|8",
-            autocompletion=lambda: ["16", "8"],
+            metavar="16|8|8+8",
+            autocompletion=lambda: ["16", "8", "8+8"],
         ),
     ] = None
     v_bits: Annotated[

@@ -256,6 +256,6 @@ def _notes(question: Question, planner: Planner, config: Any, ctx: int, context:
             "this is a CPU: both tiers are the same RAM, so KCache saves no memory here and is about as fast as exact "
             f"attention; to plan for a card:\n  kcache plan {shlex.quote(question.model.name)} --gpu h100"
         )
-        if 8 in (policy.k_bits, policy.v_bits):
+        if policy.key_planes or policy.v_bits == 8:
             notes.append("rows in 8 bits are slow on a CPU, many times slower than predicted: they are made for CUDA")
     return notes

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kcache.errors import InputError
-from kcache.policy import BackendName, Bits, Graph, Offload, parse_tokens
+from kcache.policy import BackendName, Bits, Graph, KeyBits, Offload, parse_bits, parse_tokens
 from kcache_cli import paths
 from kcache_cli.options import DtypeName
 from kcache_cli.variables import PREFIX
@@ -46,8 +46,10 @@ class Settings(BaseSettings):
     kv_budget: str | int | None = Field(None, description="device memory for the cache, like 20GiB")
     resident_layers: int | None = Field(None, ge=0, description="first layers whose V stays on the device")
     dense_layers: int | None = Field(None, ge=0, description="first layers that always attend exactly")
-    k_bits: Annotated[Bits, BeforeValidator(int)] | None = Field(None, description="of a number of K: 16 or 8")
-    v_bits: Annotated[Bits, BeforeValidator(int)] | None = Field(
+    k_bits: Annotated[KeyBits, BeforeValidator(parse_bits)] | None = Field(
+        None, description="of a number of K: 16, 8 or 8+8"
+    )
+    v_bits: Annotated[Bits, BeforeValidator(parse_bits)] | None = Field(
         None, description="of a number of offloaded V: 16 or 8"
     )
     backend: BackendName | None = Field(None, description="auto, reference, cpu, triton")

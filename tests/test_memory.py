@@ -66,6 +66,7 @@ def give_ram(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
         Policy(offload="all", dense_below=0, dense_layers=0, tail_rank=3),
         Policy(dense_below=0, dense_layers=1, k_bits=8),
         Policy(dense_below=0, dense_layers=1, k_bits=8, v_bits=8, tail="none"),
+        Policy(dense_below=0, dense_layers=1, k_bits="8+8"),
     ],
 )
 @pytest.mark.parametrize("kind", ["llama", "mha", "mqa", "qwen3", "gpt2", "phi3"])

@@ -48,6 +48,8 @@ class DecodeStep:
     query : Tensor ``[B, Hq, D]``
     keys : Tensor ``[B, Hkv, capacity, D]``
         The whole K buffer on the device; rows from ``length`` on are not valid memory. int8 with ``key_scales``.
+    key_lower : Tensor like ``keys``, or None
+        What rounding to int8 has left of K: picks are weighed by both (:mod:`kcache.tiers.bytes`).
     values : Tensor ``[B, Hkv, capacity, Dv]``
         The whole V buffer in the host tier (pinned where there is a CUDA device); for ``dense``, on the device.
         int8 with ``value_scales``.
@@ -90,6 +92,7 @@ class DecodeStep:
     hot: HotStore | None = None
     device_length: torch.Tensor | None = None
     key_scales: torch.Tensor | None = None
+    key_lower: torch.Tensor | None = None
     value_scales: torch.Tensor | None = None
 
 

@@ -11,6 +11,7 @@ import torch
 from kcache import dense
 from kcache.backends.base import DecodeResult, DecodeStep, HotStore, count_picks
 from kcache.spread import MOST
+from kcache.tiers.bytes import LOWER_STEPS
 
 
 class ReferenceBackend:
@@ -24,6 +25,8 @@ class ReferenceBackend:
         probs = self.score(step)
         picks = self.select(probs, step)
         count_picks(picks, step)
+        if step.key_lower is not None:
+            probs = self.refine(probs, picks, step)
         rows = self.fetch(picks, step)
         return self.combine(probs, picks, rows, step)
 
@@ -46,6 +49,26 @@ class ReferenceBackend:
         heads = keys.shape[1]
         query = step.query.float().unflatten(1, (heads, -1))
         return probabilities(torch.matmul(query, keys.transpose(2, 3)) * step.scaling, step)
+
+    def refine(self, probs: torch.Tensor, picks: torch.Tensor, step: DecodeStep) -> torch.Tensor:
+        """Probabilities as they are if the picked rows are scored by both planes of K, all others by the upper one."""
+        assert step.key_lower is not None and step.key_scales is not None
+        batch, heads, group, _ = probs.shape
+        per_head = picks if picks.dim() == 4 else picks.unsqueeze(2).expand(-1, -1, group, -1)
+        flat = per_head.flatten(2).clamp(min=0)
+        index = flat.unsqueeze(-1).expand(-1, -1, -1, step.keys.shape[-1])
+        scale = step.key_scales.gather(2, flat).unsqueeze(-1)
+        upper = step.keys.gather(2, index).float()
+        both = upper + step.key_lower.gather(2, index).float() / LOWER_STEPS
+        query = step.query.float().view(batch, heads, group, 1, -1)
+        before, after = (
+            capped((query * (rows * scale).unflatten(2, (group, -1))).sum(-1) * step.scaling, step)
+            for rows in (upper, both)
+        )
+        part = probs.gather(3, per_head.clamp(min=0)).masked_fill(per_head < 0, 0)
+        change = torch.where(part > 0, part * torch.expm1(after - before), 0)
+        probs = probs.scatter_add(3, per_head.clamp(min=0), change)
+        return probs / (1 + change.sum(-1, keepdim=True))
 
     def select(self, probs: torch.Tensor, step: DecodeStep) -> torch.Tensor:
         """Positions of the largest probabilities (the largest of the group), ``[B, Hkv, N]`` or ``[B, Hkv, G, N]``."""
@@ -104,10 +127,14 @@ class ReferenceBackend:
         return rest.sum(-1, keepdim=True) * tail.base.unsqueeze(2) + torch.matmul(along, tail.basis)
 
 
+def capped(scores: torch.Tensor, step: DecodeStep) -> torch.Tensor:
+    """Scores, soft-capped if the step has them so."""
+    return scores if step.softcap is None else torch.tanh(scores / step.softcap) * step.softcap
+
+
 def probabilities(scores: torch.Tensor, step: DecodeStep) -> torch.Tensor:
     """Soft-cap, mask and normalise scores ``[B, Hkv, G, L]`` fp32; an all-masked sequence gets zeros."""
-    if step.softcap is not None:
-        scores = torch.tanh(scores / step.softcap) * step.softcap
+    scores = capped(scores, step)
     if step.mask is not None:
         scores = scores.masked_fill(~step.mask[:, None, None, :], float("-inf"))
     if step.sinks is not None:

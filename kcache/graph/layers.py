@@ -100,7 +100,7 @@ class CapturedTiered(_Captured):
         append(
             _row(key_states), _row(value_states), held.keys, held.values, inputs.length, offset=-1,
             lowrank=None if held.tail is None else held.tail.state(), mask=inputs.valid, key_scales=held.key_scales,
-            value_scales=held.value_scales,
+            key_lower=held.key_lower, value_scales=held.value_scales,
         )  # fmt: skip
         return key_states, with_handle(value_states, self)
 
@@ -119,7 +119,7 @@ class CapturedTiered(_Captured):
     def fingerprint(self) -> tuple[object, ...]:
         """What a recording depends on."""
         layer, held = self.layer, self.layer.buffers()
-        tensors = [held.keys, held.values, held.key_scales, held.value_scales]
+        tensors = [held.keys, held.values, held.key_scales, held.key_lower, held.value_scales]
         if held.tail is not None:
             state = held.tail.state()
             tensors += [state.base, state.basis, state.coefficients]

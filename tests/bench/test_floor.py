@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -43,11 +45,12 @@ def test_kcache_reads_k_scores_tail_and_its_rows() -> None:
     assert not traffic.link_in_bulk
 
 
-def test_rows_in_8_bits_are_counted_and_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("k_bits", [8, "8+8"])
+def test_rows_in_8_bits_are_counted_and_not_read(monkeypatch: pytest.MonkeyPatch, k_bits: Any) -> None:
     """Of K each byte and its scale; exact copies of K and V, as large as both, are not made for that."""
     for name in ("keys", "values"):
         monkeypatch.setattr(TieredLayer, name, property(lambda self: pytest.fail("a copy of the rows was made")))
-    _, traffic = filled("kcache", POLICY.replace(k_bits=8, v_bits=8))
+    _, traffic = filled("kcache", POLICY.replace(k_bits=k_bits, v_bits=8))
     rows, offloaded = BATCH * HKV * (CTX + 1), LAYERS - 1
     assert traffic.k_bytes == rows * (ROW + offloaded * (D + 4))
     assert traffic.v_bytes == rows * ROW

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,13 @@ def test_flags(run: Run) -> None:
         topn=7, offload="all", kv_budget="20GiB", resident_layers=3, dense_layers=1, backend="reference", graph="off",
         k_bits=8,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "bits"), [("16", 16), ("8", 8), ("8+8", "8+8")])
+def test_bits_of_k(run: Run, settings_file: Path, given: str, bits: Any) -> None:
+    assert policy_of(run, "--k-bits", given).k_bits == bits
+    settings_file.write_text(f'k_bits = "{given}"\n')
+    assert policy_of(run).k_bits == bits
 
 
 def test_file_then_flags(run: Run, tmp_path: Path) -> None:

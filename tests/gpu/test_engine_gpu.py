@@ -115,6 +115,7 @@ def test_half_precision_is_as_near_the_truth_as_stock(backend: str, dtype: torch
         Policy(dense_below=0, tail="none"),
         Policy(dense_below=0, hot_rows=0),
         Policy(dense_below=0, k_bits=8, v_bits=8),
+        Policy(dense_below=0, k_bits="8+8"),
     ],
 )
 def test_fast_backend_equals_reference_below_full_topn(policy: Policy) -> None:

@@ -71,7 +71,11 @@ def test_padded_batches_turns_and_sequences_that_end_apart(policy: Policy) -> No
     replays(twins, 12)
 
 
-@pytest.mark.parametrize("policy", [MIXED, OFFLOADED.replace(k_bits=8, v_bits=8)], ids=["need", "8 bits"])
+@pytest.mark.parametrize(
+    "policy",
+    [MIXED, OFFLOADED.replace(k_bits=8, v_bits=8), OFFLOADED.replace(k_bits="8+8")],
+    ids=["need", "8 bits", "two planes"],
+)
 def test_sequences_that_leave_a_batch(policy: Policy) -> None:
     twins = twins_of(big(), policy, max_length=4000)
     twins.prefill(ids_of(1, 4, 2500), left_padding([2500, 1300, 2100, 1900]).cuda())

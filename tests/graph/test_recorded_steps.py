@@ -115,8 +115,9 @@ def test_triton_a_sequence_that_ends_first_makes_a_mask(llama: PreTrainedModel) 
     [
         (MIXED.replace(spread="need", hot_rows=8), [11, 9, 14]),
         (MIXED.replace(spread="need", k_bits=8, v_bits=8), None),
+        (MIXED.replace(spread="need", hot_rows=8, k_bits="8+8"), [11, 9, 14]),
     ],
-    ids=["padded", "8 bits"],
+    ids=["padded", "8 bits", "two planes"],
 )
 def test_triton_sequences_that_leave_a_batch(llama: PreTrainedModel, policy: Policy, lengths: list[int] | None) -> None:
     """Those that stay are shown what they would be without; the step is recorded anew for so many."""
@@ -146,8 +147,9 @@ def test_triton_other_tails_and_selections(llama: PreTrainedModel, tail: Any, se
     assert twins.graph.replayed == 4 - PROOFS
 
 
-def test_triton_rows_in_8_bits(llama: PreTrainedModel) -> None:
-    twins = Twins(llama, OFFLOADED.replace(k_bits=8, v_bits=8), RecordedTape, max_length=40)
+@pytest.mark.parametrize("bits", [{"k_bits": 8, "v_bits": 8}, {"k_bits": "8+8"}], ids=str)
+def test_triton_rows_in_8_bits(llama: PreTrainedModel, bits: dict[str, Any]) -> None:
+    twins = Twins(llama, OFFLOADED.replace(**bits), RecordedTape, max_length=40)
     twins.prefill(tokens(1, 1, 20))
     twins.decode(4)
     assert twins.graph.replayed == 4 - PROOFS

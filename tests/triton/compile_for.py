@@ -33,6 +33,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama-3.1-8b, even": {**LLAMA3, "spread": "even"},
     "llama-3.1-8b hot padded": {**LLAMA3, "hot": 512, "padded": True},
     "llama-3.1-8b, 8 bits": {**LLAMA3, "hot": 256, "bits": 8},
+    "llama-3.1-8b, two planes": {**LLAMA3, "hot": 512, "padded": True, "bits": "8+8"},
     "llama-3.1-8b hot, even": {**LLAMA3, "hot": 512, "spread": "even"},
     "llama-2-7b": {**LLAMA3, "kv_heads": 32, "group": 1, "capacity": 15360},
     "gemma-like": {**LLAMA3, "group": 2, "dim": 256, "softcap": 50.0, "padded": True},

@@ -27,7 +27,7 @@ def launch_all(
     padded: bool = False,
     hot: int = 0,
     rank: int | None = None,
-    bits: int = 16,
+    bits: int | str = 16,
     tuning: Tuning | None = None,
 ) -> None:
     """Run append, one TopN step, one dense step and what lies between products."""
@@ -43,15 +43,20 @@ def launch_all(
     length = torch.full((1,), capacity, dtype=torch.int32)
     heads = kv_heads if select == "group" else kv_heads * group
     sink = torch.zeros(kv_heads * group) if sinks else None
-    scales = None
-    if bits == 8:
+    scales = lower = None
+    if bits != 16:
         keys, scales = keys.to(torch.int8), torch.empty(batch, kv_heads, capacity)
+        lower = torch.empty_like(keys) if bits == "8+8" else None
+    values, value_scales = (new.new_empty(keys.shape), None) if bits == "8+8" else (keys, scales)
     above = spread == "need"
-    append(new, new, keys, keys, length, offset=-1, lowrank=lowrank, mask=mask, key_scales=scales, value_scales=scales)
+    append(
+        new, new, keys, values, length, offset=-1, lowrank=lowrank, mask=mask, key_scales=scales, key_lower=lower,
+        value_scales=value_scales,
+    )  # fmt: skip
     triton_decode(
-        query, keys, keys, length, scaling=dim**-0.5, lowrank=lowrank if tail == "lowrank" else None, mask=mask,
-        softcap=softcap, sinks=sink, hot=HotRows(batch, heads, hot, dim, keys.dtype, cpu) if hot else None,
-        key_scales=scales, value_scales=scales,
+        query, keys, values, length, scaling=dim**-0.5, lowrank=lowrank if tail == "lowrank" else None, mask=mask,
+        softcap=softcap, sinks=sink, hot=HotRows(batch, heads, hot, dim, values.dtype, cpu) if hot else None,
+        key_scales=scales, key_lower=lower, value_scales=value_scales,
         threshold=torch.empty(batch) if above else None,
         tally=torch.empty(batch, dtype=torch.int64) if above else None,
         workspace=Workspace(

@@ -8,7 +8,7 @@ import torch
 
 from kcache.lowrank import LowRank, LowRankTail
 from kcache.spread import MOST
-from kcache.tiers.bytes import quantise
+from kcache.tiers.bytes import quantise, remainder
 
 
 @dataclass
@@ -29,6 +29,7 @@ class Problem:
     lowrank: LowRank | None = None
     threshold: torch.Tensor | None = None
     key_scales: torch.Tensor | None = None
+    key_lower: torch.Tensor | None = None
     value_scales: torch.Tensor | None = None
 
     @property
@@ -66,7 +67,7 @@ def make_problem(
     sharpness: float = 2.0,
     seed: int = 0,
     threshold: float | None = None,
-    k_bits: int = 16,
+    k_bits: int | str = 16,
     v_bits: int = 16,
 ) -> Problem:
     """Draw a problem. Rows past the length are NaN: nothing may read them.
@@ -103,8 +104,12 @@ def make_problem(
     )
     if tail == "lowrank":
         problem.lowrank = fit_tail(problem, rank)
-    if k_bits == 8:
-        problem.keys, problem.key_scales = in_bytes(problem.keys, length)
+    if k_bits != 16:
+        exact = problem.keys
+        problem.keys, problem.key_scales = in_bytes(exact, length)
+        if k_bits == "8+8":
+            problem.key_lower = remainder(exact.nan_to_num(0.0), problem.keys, problem.key_scales.unsqueeze(3))
+            problem.key_lower[:, :, length:] = 77
     if v_bits == 8:
         problem.values, problem.value_scales = in_bytes(problem.values, length)
     if threshold is not None:
@@ -165,11 +170,14 @@ def valid_rows(problem: Problem) -> torch.Tensor:
     return problem.mask[:, : problem.length]
 
 
-def probabilities(problem: Problem) -> torch.Tensor:
-    """``[B, Hkv, G, length]`` fp64."""
+def probabilities(problem: Problem, chosen: torch.Tensor | None = None) -> torch.Tensor:
+    """``[B, Hkv, G, length]`` fp64; of K in two planes by the upper one, where ``chosen`` by both."""
     keys = wide(problem.keys, problem.key_scales, problem.length)
     query = problem.query.double().unflatten(1, (keys.shape[1], -1))
     scores = torch.einsum("bhgd,bhld->bhgl", query, keys) * problem.scaling
+    if chosen is not None and problem.key_lower is not None:
+        lower = wide(problem.key_lower, problem.key_scales, problem.length) / 254
+        scores += torch.einsum("bhgd,bhld->bhgl", query, lower) * problem.scaling * chosen
     if problem.softcap is not None:
         scores = problem.softcap * torch.tanh(scores / problem.softcap)
     scores = scores.masked_fill(~valid_rows(problem)[:, None, None], float("-inf"))
@@ -181,17 +189,17 @@ def probabilities(problem: Problem) -> torch.Tensor:
 
 def expected(problem: Problem, picks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out [B, Hq, Dv], mass [B, Hkv, G])`` in fp64, given the picks ``[B, Hkv, n]`` or ``[B, Hkv, G, n]``."""
-    probs = probabilities(problem)
-    values = wide(problem.values, problem.value_scales, problem.length).to(probs.device)
+    values = wide(problem.values, problem.value_scales, problem.length).to(problem.query.device)
     valid = valid_rows(problem)
     values = torch.where(valid[:, None, :, None], values, 0.0)
-    picks = picks.long().to(probs.device)
+    picks = picks.long().to(values.device)
     if picks.dim() == 3:
         picks = picks.unsqueeze(2).expand(-1, -1, problem.group, -1)
     # -1, which fills picks up, falls on a column of its own.
     places = torch.where(picks < 0, problem.length, picks)
-    chosen = torch.zeros(*probs.shape[:3], problem.length + 1, dtype=torch.bool, device=probs.device)
+    chosen = torch.zeros(*picks.shape[:3], problem.length + 1, dtype=torch.bool, device=values.device)
     chosen = chosen.scatter_(3, places, True)[..., :-1]
+    probs = probabilities(problem, chosen)
     weights = torch.where(chosen, probs, 0.0)
     mass = weights.sum(-1)
     if problem.tail == "renormalise":

@@ -24,8 +24,13 @@ POLICY = Policy(topn=4, dense_layers=0, dense_below=0, resident_layers=0)
 
 @pytest.mark.parametrize(
     "policy",
-    [POLICY, POLICY.replace(select="head", tail_rank=3), POLICY.replace(k_bits=8, v_bits=8)],
-    ids=["group", "head", "8 bits"],
+    [
+        POLICY,
+        POLICY.replace(select="head", tail_rank=3),
+        POLICY.replace(k_bits=8, v_bits=8),
+        POLICY.replace(k_bits="8+8"),
+    ],
+    ids=["group", "head", "8 bits", "two planes"],
 )
 def test_triton_cache_decodes_as_the_reference(policy: Policy) -> None:
     model = make("llama", head_dim=16, num_hidden_layers=2)

@@ -33,17 +33,24 @@ def compile_for(capability: int, config: str) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "config",
-    ["llama-3.1-8b hot padded", "group of 16", "llama-3.1-8b, 8 bits", "llama-3.1-8b hot, even", "all directions"],
+    [
+        "llama-3.1-8b hot padded",
+        "group of 16",
+        "llama-3.1-8b, 8 bits",
+        "llama-3.1-8b, two planes",
+        "llama-3.1-8b hot, even",
+        "all directions",
+    ],
 )
 def test_triton_kernels_compile_for_sm90(config: str) -> None:
     kernels = compile_for(90, config)
     names = (
         "append", "step", *(["fetch"] if "even" in config else []), "decode", "norm", "rotate", "gated", "prompt",
-        *(["span"] if "padded" in config else []),
+        *(["span"] if "padded" in config or "two planes" in config else []),
     )  # fmt: skip
     assert set(kernels) == {f"{name}_kernel" for name in names}
     step = kernels["step_kernel"]
-    product = "IGMMA" if "8 bits" in config else "HGMMA"
+    product = "IGMMA" if "8 bits" in config or "two planes" in config else "HGMMA"
     assert any(op.startswith(product) for op in step["ops"])
     copies = {op: count for op, count in step["ops"].items() if op.startswith("LDGSTS")}
     assert copies.pop("LDGSTS.E.BYPASS.128") >= 24

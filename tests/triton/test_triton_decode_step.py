@@ -22,7 +22,7 @@ def make_workspace(problem: Problem, tuning: Tuning = SMALL) -> Workspace:
         select=problem.select, tail=problem.tail, spread="even" if problem.threshold is None else "need",
         tail_rank=None if problem.lowrank is None else problem.lowrank.basis.shape[2], tuning=tuning,
     )  # fmt: skip
-    for name in ("scores", "lse", "block_top", "partial", "shares", "held", "listed", "found"):
+    for name in ("scores", "lse", "grown", "block_top", "partial", "shares", "held", "listed", "found"):
         scratch = getattr(made, name, None)
         if scratch is not None:
             scratch.fill_(float("nan") if scratch.is_floating_point() else 12345)
@@ -35,7 +35,7 @@ def run(problem: Problem, workspace: Workspace, length: int | torch.Tensor | Non
         problem.query, problem.keys, problem.values, problem.length if length is None else length,
         scaling=problem.scaling, workspace=workspace, lowrank=problem.lowrank, mask=problem.mask,
         softcap=problem.softcap, sinks=problem.sinks, threshold=problem.threshold, out=out,
-        key_scales=problem.key_scales, value_scales=problem.value_scales,
+        key_scales=problem.key_scales, key_lower=problem.key_lower, value_scales=problem.value_scales,
     )  # fmt: skip
 
 
@@ -102,6 +102,25 @@ CASES: dict[str, dict[str, Any]] = {
     "V in 8 bits": {"v_bits": 8, "padded": True, "threshold": 0.1},
     "8 bits": {"k_bits": 8, "v_bits": 8, "threshold": 0.1, "dtype": torch.bfloat16, "dim": 128, "group": 4},
     "8 bits, fp16, per head": {"k_bits": 8, "v_bits": 8, "dtype": torch.float16, "select": "head", "softcap": 3.0},
+    "K in two planes": {"k_bits": "8+8"},
+    "two planes, above, padded": {"k_bits": "8+8", "threshold": 0.1, "padded": True, "group": 3},
+    "two planes, all at once": {
+        "k_bits": "8+8",
+        "v_bits": 8,
+        "threshold": 0.1,
+        "padded": True,
+        "softcap": 4.0,
+        "sinks": True,
+        "group": 4,
+        "batch": 3,
+    },
+    "two planes, bf16": {"k_bits": "8+8", "threshold": 0.1, "dtype": torch.bfloat16, "dim": 128, "group": 4},
+    "two planes, fp16, per head": {"k_bits": "8+8", "dtype": torch.float16, "select": "head", "softcap": 3.0},
+    "two planes, more picks than rows": {"k_bits": "8+8", "topn": 32, "length": 20, "padded": True},
+    "two planes, renormalised": {"k_bits": "8+8", "threshold": 0.1, "tail": "renormalise", "sinks": True},
+    "two planes, no tail": {"k_bits": "8+8", "tail": "none", "dim": 80},
+    "two planes, nothing picked": {"k_bits": "8+8", "threshold": 0.0, "sharpness": 1e-3},
+    "two planes, long": {"k_bits": "8+8", "threshold": 0.3, "length": 777, "topn": 200, "sharpness": 6.0},
     "above, large capacity": {"threshold": 0.1, "length": 130, "capacity": 600},
 }
 

@@ -31,7 +31,8 @@ def steps(problem: Problem, hot: HotRows, count: int, drift: float) -> list[floa
         out, picks, _ = triton_decode(
             problem.query, problem.keys, problem.values, problem.length, scaling=problem.scaling,
             workspace=workspace, lowrank=problem.lowrank, mask=problem.mask, sinks=problem.sinks,
-            threshold=problem.threshold, key_scales=problem.key_scales, value_scales=problem.value_scales, hot=hot,
+            threshold=problem.threshold, key_scales=problem.key_scales, key_lower=problem.key_lower,
+            value_scales=problem.value_scales, hot=hot,
         )  # fmt: skip
         assert_near(out, expected(problem, picks)[0], torch.float32)
         check_picks(problem, picks)
@@ -117,6 +118,7 @@ EDGES: dict[str, tuple[dict[str, Any], int, int]] = {
     "a group of 16": ({"length": 90, "topn": 8, "rank": 17, "group": 16, "batch": 1, "kv_heads": 1}, 64, 4),
     "all directions": ({"length": 90, "topn": 8, "dim": 128, "rank": 128, "threshold": 0.3, "batch": 1}, 64, 4),
     "8 bits": ({"length": 130, "topn": 8, "k_bits": 8, "v_bits": 8, "threshold": 0.4, "padded": True}, 64, 4),
+    "two planes": ({"length": 130, "topn": 8, "k_bits": "8+8", "threshold": 0.4, "padded": True}, 64, 4),
     "renormalised": ({"length": 130, "topn": 8, "tail": "renormalise", "threshold": 0.4, "sinks": True}, 64, 4),
     "more claims than ways": ({"length": 400, "topn": 10, "dim": 32, "threshold": 0.9, "batch": 3}, 16, 2),
 }

@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "above, 17 directions": {"threshold": 0.1, "rank": 17, "dim": 32, "batch": 1},
     "exactly N": {"padded": True},
     "K and V in 8 bits": {"threshold": 0.1, "k_bits": 8, "v_bits": 8, "dim": 32},
+    "K in two planes": {"threshold": 0.1, "k_bits": "8+8", "padded": True, "dim": 32},
 }
 
 

@@ -17,14 +17,17 @@ from kcache.lowrank import LowRank
 
 
 @triton.jit
-def store_row(row, rows_ptr, scale_ptr, live, AS_BYTES: tl.constexpr):
-    """Store a row ``[D]``, as whole numbers with a scale if ``AS_BYTES``."""
-    if AS_BYTES:
+def store_row(row, rows_ptr, lower_ptr, scale_ptr, live, PLANES: tl.constexpr):
+    """Store a row ``[D]``, with ``PLANES`` as whole numbers with a scale, and with two what rounding leaves as well."""
+    if PLANES > 0:
         wide = row.to(tl.float32)
         scale = tl.max(tl.abs(wide), 0) / 127.0
         steps = wide / tl.where(scale > 0.0, scale, 1.0)
         nearest = (steps + 12582912.0) - 12582912.0  # the nearest whole number, an even one in the middle
         tl.store(rows_ptr, nearest.to(tl.int8), mask=live)
+        if PLANES == 2:
+            lower = ((steps - nearest) * 254.0 + 12582912.0) - 12582912.0
+            tl.store(lower_ptr, lower.to(tl.int8), mask=live)
         tl.store(scale_ptr, scale)
     else:
         tl.store(rows_ptr, row, mask=live)
@@ -32,13 +35,14 @@ def store_row(row, rows_ptr, scale_ptr, live, AS_BYTES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["offset", "stride_mb"])
 def append_kernel(
-    new_keys, new_values, keys, values, key_scales, value_scales, basis, coefficients, mask, length_ptr, offset,
+    new_keys, new_values, keys, values, key_lower, key_scales, value_scales, basis, coefficients, mask, length_ptr,
+    offset,
     stride_nkb, stride_nkh, stride_nvb, stride_nvh, stride_kb, stride_kh, stride_kl,
     stride_vb, stride_vh, stride_vl, stride_ksb, stride_ksh, stride_vsb, stride_vsh,
     stride_cb, stride_ch, stride_cr, stride_mb,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    RANK: tl.constexpr, AT_ONCE: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_MASK: tl.constexpr, K8: tl.constexpr,
-    V8: tl.constexpr,
+    RANK: tl.constexpr, AT_ONCE: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_MASK: tl.constexpr,
+    KEY_PLANES: tl.constexpr, VALUE_PLANES: tl.constexpr,
 ):  # fmt: skip
     """One program per row of work."""
     row = tl.program_id(0)
@@ -47,12 +51,14 @@ def append_kernel(
     pos = (tl.load(length_ptr) + offset).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
     key = tl.load(new_keys + batch * stride_nkb + head * stride_nkh + dims, mask=dims < D, other=0.0)
-    k_ptr = keys + batch * stride_kb + head * stride_kh + pos * stride_kl
-    store_row(key, k_ptr + dims, key_scales + batch * stride_ksb + head * stride_ksh + pos, dims < D, K8)
+    k_at = batch * stride_kb + head * stride_kh + pos * stride_kl + dims
+    k_scale = key_scales + batch * stride_ksb + head * stride_ksh + pos
+    store_row(key, keys + k_at, key_lower + k_at, k_scale, dims < D, KEY_PLANES)
     vdims = tl.arange(0, BLOCK_DV)
     value = tl.load(new_values + batch * stride_nvb + head * stride_nvh + vdims, mask=vdims < DV, other=0.0)
-    v_ptr = values + batch * stride_vb + head * stride_vh + pos * stride_vl
-    store_row(value, v_ptr + vdims, value_scales + batch * stride_vsb + head * stride_vsh + pos, vdims < DV, V8)
+    v_ptr = values + batch * stride_vb + head * stride_vh + pos * stride_vl + vdims
+    v_scale = value_scales + batch * stride_vsb + head * stride_vsh + pos
+    store_row(value, v_ptr, v_ptr, v_scale, vdims < DV, VALUE_PLANES)
     if HAS_TAIL:
         for first in range(0, RANK, AT_ONCE):
             directions = first + tl.arange(0, AT_ONCE)
@@ -78,6 +84,7 @@ def append(
     lowrank: LowRank | None = None,
     mask: torch.Tensor | None = None,
     key_scales: torch.Tensor | None = None,
+    key_lower: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
 ) -> None:
     """Write one token's K and V at position ``length + offset``, and the tail's coefficients of it.
@@ -98,6 +105,8 @@ def append(
         True where a row is valid, the new token's included; the coefficients of others are 0.
     key_scales, value_scales : Tensor ``[B, Hkv, capacity]`` fp32 on the device, or None
         Where ``keys`` or ``values`` are int8: the row is stored in 8 bits, and its scale here.
+    key_lower : Tensor like ``keys``, or None
+        Gets what rounding leaves of the row of K.
     """
     batch, heads, dim = new_keys.shape
     dim_v = new_values.shape[-1]
@@ -107,15 +116,16 @@ def append(
     valid = mask if mask is not None else length.view(1, -1)
     k_scales = new_keys if key_scales is None else key_scales
     v_scales = new_keys if value_scales is None else value_scales
+    lower = keys if key_lower is None else key_lower
     with on_device(new_keys.device):
         append_kernel[(batch * heads,)](
-            new_keys, new_values, keys, values, k_scales, v_scales, basis, coefficients, valid, length, offset,
+            new_keys, new_values, keys, values, lower, k_scales, v_scales, basis, coefficients, valid, length, offset,
             new_keys.stride(0), new_keys.stride(1), new_values.stride(0), new_values.stride(1),
             keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
             k_scales.stride(0), k_scales.stride(1), v_scales.stride(0), v_scales.stride(1),
             coefficients.stride(0), coefficients.stride(1), coefficients.stride(2), valid.stride(0),
             HEADS=heads, D=dim, DV=dim_v, BLOCK_D=power_of_two(dim), BLOCK_DV=power_of_two(dim_v),
             RANK=rank, AT_ONCE=min(power_of_two(rank), 2048 // power_of_two(dim_v)), HAS_TAIL=lowrank is not None,
-            HAS_MASK=mask is not None, K8=key_scales is not None, V8=value_scales is not None, num_warps=1,
-            enable_fp_fusion=True,
+            HAS_MASK=mask is not None, KEY_PLANES=(key_scales is not None) + (key_lower is not None),
+            VALUE_PLANES=int(value_scales is not None), num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip

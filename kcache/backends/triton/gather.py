@@ -23,18 +23,19 @@ from kcache.backends.triton.hot import hot_admit
 
 @triton.jit
 def weigh_picks(
-    scores, norm, coefficients, picks, pick_weights, weights, tags, stamps, clock, claims, slots, hits, shares, held,
-    row, count, stride_cr, capacity,
+    scores, norm, exact_norm, coefficients, picks, pick_weights, weights, mass, tags, stamps, clock, claims, slots,
+    hits, shares, held, row, count, stride_cr, capacity,
     G: tl.constexpr, G2: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr, RQ: tl.constexpr,
-    RP: tl.constexpr, HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr,
+    RP: tl.constexpr, HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr, HAS_LOWER: tl.constexpr,
 ):  # fmt: skip
     """Write what a row of work's picks weigh, ``weights`` ``[G, M]``, and where they are, ``slots`` ``[2, M]``.
 
     That is a pick's slot among the hot rows, or -1 less its position, and the slot where it is to be stored, or -1.
 
-    Leaves in ``shares`` ``[G, RP]`` and ``held`` ``[G]`` minus the picks' part of the tail's sums. What a pick needs is
-    asked for at once, before any of it is used: under load a round trip takes two microseconds. ``RQ``: a power of two
-    that holds the directions.
+    Leaves in ``mass`` ``[G]`` what they weigh together, and in ``shares`` ``[G, RP]`` and ``held`` ``[G]`` minus the
+    picks' part of the tail's sums. With ``HAS_LOWER``, ``weights`` has their scores by both planes of K, for which
+    ``exact_norm`` is the log-sum-exp. What a pick needs is asked for at once, before any of it is used: under load a
+    round trip takes two microseconds. ``RQ``: a power of two that holds the directions.
     """
     heads = tl.arange(0, G2)
     real = heads < G
@@ -42,6 +43,7 @@ def weigh_picks(
     lanes = tl.arange(0, TILE)
     along = tl.zeros([G2, RQ], tl.float32)
     total = norm * 0.0  # no number where the scores are none, of which nothing is picked
+    taken = total
     if HOT_WAYS > 0:
         now = tl.load(clock + row) + 1
         hit = tl.load(hits + row)
@@ -51,6 +53,9 @@ def weigh_picks(
         pick = tl.load(picks + row * WIDTH + nth, mask=live, other=0)
         s_ptrs = scores + (row.to(tl.int64) * G + heads)[:, None] * capacity + pick[None, :]
         score = tl.load(s_ptrs, mask=real[:, None] & live[None, :], other=float("-inf"))
+        w_ptrs = weights + (row * G + heads)[:, None] * WIDTH + nth[None, :]
+        if HAS_LOWER:
+            refined = tl.load(w_ptrs, mask=real[:, None] & live[None, :], other=float("-inf"))
         if RANK > 0:
             c_ptrs = coefficients + directions[:, None] * stride_cr + pick[None, :]
             part = tl.load(c_ptrs, mask=(directions < RANK)[:, None] & live[None, :], other=0.0)
@@ -59,20 +64,26 @@ def weigh_picks(
             tl.store(slots + 2 * row * WIDTH + nth, tl.where(slot >= 0, slot, -1 - pick), mask=live)
             tl.store(slots + (2 * row + 1) * WIDTH + nth, fresh, mask=live)
             hit += tl.sum((slot >= 0).to(tl.int64), 0)
-        weight = tl.exp2(score - norm[:, None])
-        w_ptrs = weights + (row * G + heads)[:, None] * WIDTH + nth[None, :]
+        part_of_tail = tl.exp2(score - norm[:, None])
+        weight = part_of_tail
+        if HAS_LOWER:
+            weight = tl.exp2(refined - exact_norm[:, None])
+            taken += tl.sum(part_of_tail, 1)
         tl.store(w_ptrs, weight, mask=real[:, None] & live[None, :])
         tl.store(pick_weights + row * WIDTH + nth, tl.sum(weight, 0) / G, mask=live)
         total += tl.sum(weight, 1)
         if RANK > 0:
             # A product for each of a few parts of the tile, of 16 picks at least: a sum over lanes is many shuffles.
             PARTS: tl.constexpr = min(8, TILE // 16)
-            w_parts = tl.permute(tl.reshape(weight, [G2, PARTS, TILE // PARTS]), [1, 0, 2])
+            w_parts = tl.permute(tl.reshape(part_of_tail, [G2, PARTS, TILE // PARTS]), [1, 0, 2])
             c_parts = tl.permute(tl.reshape(part.to(tl.float32), [RQ, PARTS, TILE // PARTS]), [1, 2, 0])
             along += tl.sum(tl.dot(w_parts, c_parts, input_precision="ieee"), 0)
         if HOT_WAYS > 0:
             tl.debug_barrier()
-    tl.store(held + heads, -total, mask=real)
+    tl.store(mass + row * G + heads, total, mask=real)
+    if not HAS_LOWER:
+        taken = total
+    tl.store(held + heads, -taken, mask=real)
     if RANK > 0:
         tl.store(shares + heads[:, None] * RP + directions[None, :], -along, mask=real[:, None])
     if HOT_WAYS > 0:
@@ -183,9 +194,9 @@ def read_directions(basis, lowest, D: tl.constexpr, BLOCK_D: tl.constexpr, RANK:
 
 @triton.jit
 def finish_row(
-    partial, shares, held, base, basis, out, mass, row, head, tail_splits, stride_oh,
+    partial, shares, held, base, basis, out, mass, grown, row, head, tail_splits, stride_oh,
     G: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
-    RANK_STEP: tl.constexpr, STEP: tl.constexpr, RENORMALISE: tl.constexpr,
+    RANK_STEP: tl.constexpr, STEP: tl.constexpr, RENORMALISE: tl.constexpr, HAS_LOWER: tl.constexpr,
 ):  # fmt: skip
     """Add a row's partial sums in a fixed order, the tail's turned back to V's coordinates, and write the output.
 
@@ -198,14 +209,15 @@ def finish_row(
     origin, total = row * (1 + tail_splits), 1 + tail_splits
     p_ptrs = partial + (row * G + heads)[:, None] * D + dims[None, :]
     result = tl.load(p_ptrs, mask=real[:, None] & columns[None, :], other=0.0, cache_modifier=".cg")
-    picked = -tl.load(held + (origin + tail_splits) * G + heads, mask=real, other=0.0, cache_modifier=".cg")
+    picked = tl.load(mass + row * G + heads, mask=real, other=0.0, cache_modifier=".cg")
+    if HAS_LOWER:
+        times = tl.load(grown + row * G + heads, mask=real, other=1.0, cache_modifier=".cg")
     if RANK > 0:
         weighs = read_held(held, origin, 0, total, G, G2, STEP)
         share = read_shares(shares, origin, 0, 0, total, G, G2, RANK, RP, RANK_STEP, STEP)
         rows = read_directions(basis, 0, D, BLOCK_D, RANK, RANK_STEP)
         base_row = tl.load(base + dims, mask=columns, other=0.0)
         tl.debug_barrier()  # else the assembler asks for them one after the other
-    tl.store(mass + row * G + heads, picked, mask=real)
     if RENORMALISE:
         result = result / tl.maximum(picked, 1.0e-37)[:, None]
     result += (picked * 0.0)[:, None]
@@ -213,12 +225,16 @@ def finish_row(
         rest = tl.sum(weighs, 0)
         for first in tl.range(STEP, total, STEP, num_stages=1):
             rest += tl.sum(read_held(held, origin, first, total, G, G2, STEP), 0)
+        if HAS_LOWER:
+            rest = rest / times
         result += rest[:, None] * base_row[None, :]
         for lowest in tl.range(0, RANK, RANK_STEP, num_stages=1):
             along = tl.sum(share, 0)
             for first in tl.range(STEP, total, STEP, num_stages=1):
                 more = read_shares(shares, origin, first, lowest, total, G, G2, RANK, RP, RANK_STEP, STEP)
                 along += tl.sum(more, 0)
+            if HAS_LOWER:
+                along = along / times[None, :]
             # Summed over the first axis: over the middle one the compiler would make it a product in tf32.
             result += tl.sum(along[:, :, None] * rows[:, None, :], 0)
             share = read_shares(shares, origin, 0, lowest + RANK_STEP, total, G, G2, RANK, RP, RANK_STEP, STEP)
@@ -229,10 +245,10 @@ def finish_row(
 
 @triton.jit
 def finish(
-    tickets, done, partial, shares, held, base, basis, out, mass, row, batch, head, kv_row, tail_splits, programs,
-    stride_ob, stride_oh,
+    tickets, done, partial, shares, held, base, basis, out, mass, grown, row, batch, head, kv_row, tail_splits,
+    programs, stride_ob, stride_oh,
     G: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
-    RANK_STEP: tl.constexpr, STEP: tl.constexpr, RENORMALISE: tl.constexpr,
+    RANK_STEP: tl.constexpr, STEP: tl.constexpr, RENORMALISE: tl.constexpr, HAS_LOWER: tl.constexpr,
 ):  # fmt: skip
     """Take a ticket for the sums that this program has stored; who takes the last of ``programs`` writes the output.
 
@@ -244,8 +260,8 @@ def finish(
     if ticket == programs - 1:
         tl.debug_barrier()
         finish_row(
-            partial, shares, held, base + kv_row * D, basis + kv_row * RANK * D, out + batch * stride_ob, mass,
-            row, head, tail_splits, stride_oh, G, G2, D, BLOCK_D, RANK, RP, RANK_STEP, STEP, RENORMALISE,
+            partial, shares, held, base + kv_row * D, basis + kv_row * RANK * D, out + batch * stride_ob, mass, grown,
+            row, head, tail_splits, stride_oh, G, G2, D, BLOCK_D, RANK, RP, RANK_STEP, STEP, RENORMALISE, HAS_LOWER,
         )  # fmt: skip
         tl.store(tickets + row, 0)
         tl.store(done + row, 0)

@@ -26,6 +26,7 @@ class StepInputs:
     threshold: torch.Tensor | None = None
     tally: torch.Tensor | None = None
     key_scales: torch.Tensor | None = None
+    key_lower: torch.Tensor | None = None
     value_scales: torch.Tensor | None = None
 
 

@@ -52,9 +52,9 @@ class Step:
             self.launch(self.shares, at_once)
             if not at_once:
                 fetch_kernel[(self.rows,)](
-                    self.inputs.length, *self._tensors, *self._strides, ws.stride, ws.blocks, ws.score_splits,
-                    ws.tail_splits, self.shares + 1, **self._sizes, num_warps=ws.select_warps, num_stages=1,
-                    enable_fp_fusion=True,
+                    self.inputs.length, *self._tensors, *self._strides, ws.stride, ws.blocks, *self._scoring,
+                    ws.score_splits, ws.tail_splits, self.shares + 1, **self._sizes, num_warps=ws.select_warps,
+                    num_stages=1, enable_fp_fusion=True,
                 )  # fmt: skip
         except BaseException:  # an interrupt between two launches, too: the next step would wait for ever
             ws.set_back()
@@ -65,16 +65,15 @@ class Step:
         ws = self.ws
         ahead = min(ws.ahead, self.rows) if shares else self.rows
         step_kernel[(self.rows * (ws.score_splits + shares),)](
-            *self._scored, self.inputs.length, *self._tensors, *self._score_strides, *self._strides,
-            ws.stride, ws.blocks, self.inputs.scaling, self.inputs.softcap or 1.0, ws.score_splits, ws.tail_splits,
-            self.shares + 1, self.rows, ahead, shares, **self._sizes, **self._score_sizes, FETCHES=fetches,
+            self._mask, self.inputs.length, *self._tensors, self._mask.stride(0), *self._strides, ws.stride, ws.blocks,
+            *self._scoring, ws.score_splits, ws.tail_splits, self.shares + 1, self.rows, ahead, shares,
+            **self._sizes, **self._score_sizes, FETCHES=fetches,
             num_warps=ws.warps, num_stages=1, maxnreg=ws.registers, enable_fp_fusion=True,
         )  # fmt: skip
 
     @property
-    def _scored(self) -> tuple[torch.Tensor, ...]:
-        given = self.inputs
-        return given.query, given.keys, self._key_scales, self._mask
+    def _scoring(self) -> tuple[float, float]:
+        return self.inputs.scaling, self.inputs.softcap or 1.0
 
     @property
     def _mask(self) -> torch.Tensor:
@@ -111,24 +110,22 @@ class Step:
         stored = (none,) * 7 if hot is None else (
             hot.store, hot.tags, hot.stamps, hot.clock, hot.claims, hot.counts, hot.order,
         )  # fmt: skip
+        lower = given.keys if given.key_lower is None else given.key_lower
         return (
-            given.values, self._value_scales, tail.coefficients, tail.base, tail.basis,
-            none if given.sinks is None else given.sinks, none if given.threshold is None else given.threshold,
-            ws.scores, ws.block_top, ws.part_max, ws.part_sum, ws.lse, ws.listed, ws.found, ws.done, ws.partial,
-            ws.shares, ws.held, ws.tickets, results.picks, results.weights, ws.weights, given.out, results.mass,
+            given.query, given.keys, lower, self._key_scales, given.values, self._value_scales, tail.coefficients,
+            tail.base, tail.basis, none if given.sinks is None else given.sinks,
+            none if given.threshold is None else given.threshold, ws.scores, ws.block_top, ws.part_max, ws.part_sum,
+            ws.lse, ws.listed, ws.found, ws.done, ws.partial, ws.shares, ws.held, ws.tickets, results.picks,
+            results.weights, ws.weights, given.out, results.mass, ws.grown,
             none if given.tally is None else given.tally, *stored, ws.hot_slots,
             none if hot is None else hot.hits, self.source, self.source_at,
         )  # fmt: skip
 
     @property
-    def _score_strides(self) -> tuple[int, ...]:
-        given = self.inputs
-        return *given.query.stride()[:2], *given.keys.stride()[:3], *self._key_scales.stride()[:2], self._mask.stride(0)
-
-    @property
     def _strides(self) -> tuple[int, ...]:
         given, tail = self.inputs, self._tail
         return (
+            *given.query.stride()[:2], *given.keys.stride()[:3], *self._key_scales.stride()[:2],
             *given.values.stride()[:3], *self._value_scales.stride()[:2], *tail.coefficients.stride()[:3],
             *given.out.stride()[:2],
         )  # fmt: skip
@@ -138,10 +135,9 @@ class Step:
         """Compile-time constants of scoring and of the tail."""
         ws, given = self.ws, self.inputs
         return {
-            "D": ws.dim, "BLOCK_D": max(_LEAST_DIMS if given.key_scales is not None else 1, power_of_two(ws.dim)),
             "BLOCK_L": ws.score_block, "STAGES": ws.score_stages,
             "AT_ONCE": self._directions, "BLOCK_T": ws.tail_tile, "TAIL_STAGES": ws.tuning.tail_stages,
-            "HAS_MASK": given.mask is not None, "HAS_SOFTCAP": given.softcap is not None,
+            "HAS_MASK": given.mask is not None,
             "HAS_KEY_SCALES": given.key_scales is not None,
             "ALIGNED": is_aligned(self._tail.coefficients),
         }  # fmt: skip
@@ -153,13 +149,15 @@ class Step:
         group2, block_dv = power_of_two(ws.group), power_of_two(ws.dim_v)
         return {
             "PICK": self.pick, "HEADS": ws.heads, "REPEAT": ws.repeat, "G": ws.group, "G2": group2, "GP": 16,
+            "D": ws.dim, "BLOCK_D": max(_LEAST_DIMS if given.key_scales is not None else 1, power_of_two(ws.dim)),
             "SP": power_of_two(ws.score_splits), "BLOCK": ws.block, "MOST": ws.width, "TILE": ws.select_tile,
             "MP": power_of_two(ws.width), "BP": power_of_two(ws.blocks), "GS": ws.heads_at_once,
-            "WEIGHED": ws.weigh_tile, "ROWS": ws.gather_rows, "DV": ws.dim_v,
+            "REFINED": ws.refine_tile, "WEIGHED": ws.weigh_tile, "ROWS": ws.gather_rows, "DV": ws.dim_v,
             "BLOCK_DV": block_dv, "RANK": ws.rank, "RQ": power_of_two(ws.rank), "RP": ws.shares.shape[3],
             "STEP": reduction_step(group2 * ws.shares.shape[3], 1 + ws.tail_splits),
             "RANK_STEP": reduction_step(group2 * block_dv, max(1, ws.rank)),
             "HOT_SETS": 1 if hot is None else hot.sets, "HOT_WAYS": 0 if hot is None else hot.ways,
+            "HAS_SOFTCAP": given.softcap is not None, "HAS_LOWER": given.key_lower is not None,
             "HAS_SINKS": given.sinks is not None,
             "HAS_TALLY": given.tally is not None, "HAS_SCALES": given.value_scales is not None,
             "RENORMALISE": ws.tail == "renormalise", "UPCAST": ws.upcast,
@@ -186,6 +184,7 @@ def triton_decode(
     threshold: torch.Tensor | None = None,
     tally: torch.Tensor | None = None,
     key_scales: torch.Tensor | None = None,
+    key_lower: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
     hot: HotRows | None = None,
     out: torch.Tensor | None = None,
@@ -214,6 +213,8 @@ def triton_decode(
         With a threshold, the rows picked for each sequence are added to it.
     key_scales, value_scales : Tensor ``[B, Hkv, capacity]`` fp32 on the device, or None
         What rows of int8 ``keys`` and ``values`` are multiplied by.
+    key_lower : Tensor like ``keys``, or None
+        What rounding has left of K; picks are weighed by both.
     hot : HotRows or None
     out : Tensor ``[B, Hq, Dv]`` or None
         Written and returned; by default a new tensor in the query's dtype.
@@ -234,11 +235,13 @@ def triton_decode(
         raise ValueError(
             f"a workspace with spread={ws.spread!r} was given {'no' if threshold is None else 'a'} threshold"
         )
+    if key_lower is not None and key_lower.stride() != keys.stride():
+        raise ValueError("the planes of K lie differently in memory")
     if out is None:
         out = query.new_empty(query.shape[0], query.shape[1], ws.dim_v)
     inputs = StepInputs(
         query, keys, values, ws.length_tensor(length), scaling, out, lowrank, mask, softcap, sinks, threshold, tally,
-        key_scales, value_scales,
+        key_scales, key_lower, value_scales,
     )  # fmt: skip
     rows = ws.batch * ws.heads
     if weights is None:

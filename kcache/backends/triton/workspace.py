@@ -219,6 +219,8 @@ class Workspace(DeviceLength):
         # All directions of every head, 32 numbers to a thread.
         lanes = 1024 * self.warps // (power_of_two(self.group) * power_of_two(self.rank))
         self.weigh_tile = max(16, min(tune.weigh_tile, power_of_two(self.width), lanes))
+        # Of each plane of K, 64 numbers to a thread.
+        self.refine_tile = max(16, min(power_of_two(self.width), 2048 * self.warps // power_of_two(self.dim)))
         # Tiles of scores are written, and read by the tail, as a whole.
         whole = max(self.block, self.tail_tile, self.score_block)
         self.stride = -(-self.capacity // whole) * whole
@@ -242,6 +244,7 @@ class Workspace(DeviceLength):
 
         self.scores = floats(rows, heads, self.stride)
         self.part_max, self.part_sum = floats(rows, self.score_splits, heads), floats(rows, self.score_splits, heads)
+        self.grown = floats(rows, heads)
         self.lse, self.block_top = floats(rows, heads), floats(rows, heads, self.blocks)
         self.listed = integers(rows, self.blocks)
         self.found = integers(*((rows, self.stride) if self.spread == "need" else (1, 1)), dtype=torch.int64)
