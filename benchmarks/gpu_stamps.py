@@ -21,8 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = (
-    "begun", "scored", "log-sum-exp", "blocks", "rows", "picked", "weighed", "fetched", "tail from", "tail to",
-    "last sum", "output",
+    "begun", "scored", "log-sum-exp", "blocks", "rows", "picked", "refined", "weighed", "fetched", "tail from",
+    "tail to", "last sum", "output",
 )  # fmt: skip
 """In the order of their stamps: a row's first program begins; its scores are complete; and so on to its output."""
 ROOM = 16
@@ -44,8 +44,9 @@ BEFORE: dict[str, dict[str, str]] = {
     "topn.py": {
         "    kept = PICK(": "scored",
         "    tl.debug_barrier()\n    norm = tl.load(lse": "picked",
+        "    own = (row *": "refined",
         "    tl.debug_barrier()\n    v_rows = values": "weighed",
-        "    finish(\n        tickets, done, partial, shares, held, base, basis, out, mass, row, batch, head,\n"
+        "    finish(\n        tickets, done, partial, shares, held, base, basis, out, mass, grown, row, batch, head,\n"
         "        batch *": "fetched",
         "        score_piece(\n            query, keys": "begun",
         "            tail_share(\n": "tail from",
@@ -84,7 +85,7 @@ def copy_with_stamps(to: Path) -> None:
             guarded = f"{indent}if nth == 0:\n{indent}    {call}" if part in FIRST_ONLY else f"{indent}{call}"
             text = text.replace(place, guarded + place)
         # ``finish`` is given neither the memory nor its row's length.
-        text = re.sub(r"(tail_splits, programs,\s+stride_ob, stride_oh,)\n", r"\1 found, capacity,\n", text)
+        text = re.sub(r"(tail_splits,\s+programs,\s+stride_ob, stride_oh,)\n", r"\1 found, capacity,\n", text)
         first_import = "from kcache.backends.triton."
         text = text.replace(first_import, f"from kcache.backends.triton.common import stamp\n{first_import}", 1)
         (kernels / name).write_text(text)
