@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from kcache_cli.terminal import hushed
 from kcache_cli.text import one_line, size
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def working(label: str) -> Iterator[Callable[[str], None]]:
         yield lambda label: print(f"kcache: {one_line(label)}", file=sys.stderr, flush=True)
         return
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
-    with Bars(*columns, console=console(), transient=True) as bars:
+    with hushed(sys.stderr), Bars(*columns, console=console(), transient=True) as bars:
         task = bars.add_task(one_line(label), total=None)
         yield lambda label: bars.update(task, description=one_line(label), refresh=True)
 
@@ -71,7 +72,7 @@ def download_bar(label: str) -> Iterator[Progress]:
         TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
     )
-    with Bars(*columns, console=console(), transient=True) as bars:
+    with hushed(sys.stderr), Bars(*columns, console=console(), transient=True) as bars:
         task = bars.add_task(one_line(label), total=None, amount="")
 
         def report(done_bytes: int, total_bytes: int, what: str) -> None:

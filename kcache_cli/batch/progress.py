@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from kcache_cli.console import console
 from kcache_cli.exits import note
+from kcache_cli.terminal import hushed
 
 if TYPE_CHECKING:
     from kcache import TokenEvent
@@ -116,7 +117,7 @@ def progress_bar(meter: Meter) -> Iterator[Watch]:
         console=console(),
         expand=True,
     )
-    with bars:
+    with hushed(sys.stderr), bars:
         task = bars.add_task(_state(meter), total=meter.total * meter.max_tokens, completed=meter.units)
         yield Told(meter, lambda: bars.update(task, completed=meter.units, description=_state(meter)))
 

@@ -5,11 +5,10 @@ The answer goes to standard output, everything else to standard error.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kcache.errors import ContextLengthError, InputError
 from kcache_cli.chat.figures import Figures
 from kcache_cli.console import working
+from kcache_cli.terminal import hushed
 
 if TYPE_CHECKING:
     from kcache import Session
@@ -166,45 +166,7 @@ def stop_on_ctrl_c(conversation: Conversation) -> Iterator[None]:
 
     before = signal.signal(signal.SIGINT, handle)
     try:
-        with _no_echo():
+        with hushed(sys.stdin):
             yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def in_foreground(terminal: int) -> bool:
-    """Whether a terminal listens to us; one that controls no processes does."""
-    try:
-        return os.tcgetpgrp(terminal) == os.getpgrp()
-    except OSError:
-        return True
-
-
-@contextmanager
-def _no_echo() -> Iterator[None]:
-    """Keep keys that are pressed meanwhile out of the answer; they are read at the next prompt."""
-    try:
-        import termios
-    except ImportError:  # no such thing on this platform
-        yield
-        return
-    if sys.stdin is None or not sys.stdin.isatty():
-        yield
-        return
-    descriptor = sys.stdin.fileno()
-    before = termios.tcgetattr(descriptor)
-    quiet = list(before)
-    quiet[3] &= ~termios.ECHO
-
-    def hush(number: int = 0, frame: FrameType | None = None) -> None:
-        if in_foreground(descriptor):  # in the background the terminal is somebody else's
-            termios.tcsetattr(descriptor, termios.TCSADRAIN, quiet)
-
-    resumed = signal.signal(signal.SIGCONT, hush)  # a shell sets its terminal as it likes while we are stopped
-    hush()
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCONT, resumed)
-        with suppress(termios.error):  # the terminal has been taken away
-            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)

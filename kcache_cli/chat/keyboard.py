@@ -5,7 +5,7 @@ from __future__ import annotations
 from prompt_toolkit.input.vt100 import Vt100Input
 from prompt_toolkit.key_binding import KeyPress
 
-from kcache_cli.chat.conversation import in_foreground
+from kcache_cli.terminal import in_foreground
 
 
 class Keyboard(Vt100Input):

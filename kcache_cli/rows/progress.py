@@ -9,6 +9,7 @@ from typing import Protocol
 
 from kcache_cli.console import console
 from kcache_cli.exits import note
+from kcache_cli.terminal import hushed
 from kcache_cli.text import one_line
 
 
@@ -48,7 +49,7 @@ def steps_bar(total: int | None, verb: str, case_of: Callable[[str], str]) -> It
         transient=True,
         speed_estimate_period=600,
     )
-    with bars:
+    with hushed(sys.stderr), bars:
         task = bars.add_task("", total=total)
 
         def watch(label: str, turns: int) -> None:

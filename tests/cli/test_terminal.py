@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from kcache_cli.terminal import hushed
+
 pty = pytest.importorskip("pty", reason="no such terminals on this platform")
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 20
@@ -177,32 +179,43 @@ def test_ctrl_z_stops_it_and_fg_brings_it_back(command: list[str], shell: Termin
     shell.wait_for(b"left with 0")
 
 
-def test_a_terminal_that_controls_nobody_is_hushed_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    import termios
+def test_keys_stay_out_of_a_progress_bar(tmp_path: Path) -> None:
+    """An echo at the end of a bar as wide as the terminal begins a line, and the bar would be drawn once more."""
+    prompts = tmp_path / "in.txt"
+    prompts.write_text("".join(f"prompt {number}\n" for number in range(2000)))
+    files = "-i", str(prompts), "-o", str(tmp_path / "out.jsonl")
+    terminal = Terminal(sys.executable, "-m", "tests.cli.killable", "generate", *files)
+    terminal.wait_for(b"/2,000 prompts")
+    before = len(terminal.seen)
+    terminal.press(b"qqq")
+    terminal.wait_for(b"/2,000 prompts")
+    terminal.press(b"\x03")
+    terminal.wait_for(b"stopped")
+    assert terminal.exit_code() == 130
+    drawn = terminal.seen[before:]
+    assert b"qqq" not in drawn and b"^C" not in drawn
+    terminal.close()
 
-    from kcache_cli.chat.conversation import _no_echo
+
+def test_a_terminal_that_controls_nobody_is_hushed_too() -> None:
+    import termios
 
     def echoes() -> bool:
         return bool(termios.tcgetattr(near)[3] & termios.ECHO)
 
     far, near = pty.openpty()
     with open(near, closefd=False) as terminal:
-        monkeypatch.setattr("sys.stdin", terminal)
-        with _no_echo():
+        with hushed(terminal):
             assert not echoes()
         assert echoes()
     os.close(near)
     os.close(far)
 
 
-def test_a_terminal_may_be_taken_away_while_it_is_hushed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kcache_cli.chat.conversation import _no_echo
-
+def test_a_terminal_may_be_taken_away_while_it_is_hushed() -> None:
     far, near = pty.openpty()
-    with open(near, closefd=False) as terminal:
-        monkeypatch.setattr("sys.stdin", terminal)
-        with _no_echo():
-            os.close(far)
+    with open(near, closefd=False) as terminal, hushed(terminal):
+        os.close(far)
     with pytest.raises(OSError, match="Input/output error"):
         os.write(near, b"x")
     os.close(near)
