@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
+
+from kcache_cli.text import printable
+
+_KEY = re.compile("\x1b(?:\\[[0-?]*[ -/]*[@-~]|O.|.)?", re.DOTALL)
+"""What a terminal sends for a key that writes nothing."""
 
 
 def in_foreground(terminal: int) -> bool:
@@ -62,6 +68,36 @@ def hushed(stream: Any) -> Iterator[None]:
         if before is not None and in_foreground(terminal):
             with suppress(termios.error):
                 termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+
+
+def typed_ahead(stream: Any) -> str:
+    """Take what was typed at a terminal and read by nobody yet, the line that has not ended with it.
+
+    Parameters
+    ----------
+    stream : file or None
+        Leads to the terminal; where it does not, nothing is taken.
+    """
+    try:
+        import termios
+    except ImportError:  # no such thing on this platform
+        return ""
+    terminal = _descriptor(stream)
+    if terminal is None or not in_foreground(terminal):
+        return ""
+    found = b""
+    with suppress(termios.error, OSError):  # the terminal has been taken away
+        before = termios.tcgetattr(terminal)
+        at_once = termios.tcgetattr(terminal)
+        at_once[3] &= ~(termios.ICANON | termios.ECHO)
+        at_once[6][termios.VMIN] = at_once[6][termios.VTIME] = 0
+        termios.tcsetattr(terminal, termios.TCSANOW, at_once)
+        try:
+            while part := os.read(terminal, 4096):
+                found += part
+        finally:
+            termios.tcsetattr(terminal, termios.TCSANOW, before)
+    return printable(_KEY.sub("", found.decode("utf-8", "replace").replace("\r", "\n")))
 
 
 def _descriptor(stream: Any) -> int | None:

@@ -55,6 +55,8 @@ class Dashboard(Actions):
         What time it goes by.
     talk : Talk, optional
         A conversation of this process, for the input at the bottom.
+    typed : callable, optional
+        Returns what was written to it before there was an input: lines to send, and the beginning of one.
     stop : callable, optional
         What Ctrl-C does to the work that is watched; returns whether there was any to stop.
     ascii : bool
@@ -86,6 +88,7 @@ class Dashboard(Actions):
         *,
         clock: Clock | None = None,
         talk: Talk | None = None,
+        typed: Callable[[], str] | None = None,
         stop: Callable[[], bool] | None = None,
         ascii: bool = False,
         theme: str | None = None,
@@ -95,6 +98,9 @@ class Dashboard(Actions):
         self.shelf = Shelf(source)
         self.feed = Feed(self.shelf, clock or SystemClock(), self._tell_of_arrival)
         self.conversation, self.stop_work = talk, stop
+        self._typed = typed
+        self._lines: list[str] = []
+        self._draft = ""
         self.folder = Path.cwd()
         self.look = Look(DARK, ASCII if ascii else UNICODE, colour=not self.no_color)
         for palette in (DARK, LIGHT):
@@ -102,6 +108,11 @@ class Dashboard(Actions):
         self.theme = theme or "kcache-dark"
         if keymap:
             self.set_keymap(dict(keymap))
+
+    def on_load(self) -> None:
+        """Take what was typed, before the terminal's keys are keys of the dashboard."""
+        if self._typed is not None:
+            *self._lines, self._draft = self._typed().split("\n")
 
     def compose(self) -> ComposeResult:
         """The panels, in three rows."""
@@ -116,7 +127,8 @@ class Dashboard(Actions):
             yield WordsPanel(id="words")
         yield Notice(id="notice")
         yield Timeline(id="timeline")
-        say = Input(placeholder="write to the model; /help lists commands", id="say")
+        hint = "write to the model; /help lists commands"
+        say = Input(self._draft, placeholder=hint, select_on_focus=False, id="say")
         say.border_subtitle = "esc: panels   ctrl-c: stop the reply   ctrl-d: leave"
         yield say
         yield Footer(show_command_palette=True)
@@ -128,10 +140,12 @@ class Dashboard(Actions):
         self._repaint(self.current_theme)
         self.set_class(self.look.ascii, "ascii")
         self.set_class(self.conversation is not None, "talking")
-        self.query_one("#say" if self.conversation is not None else "#heat").focus()
+        self.screen.set_focus(self.query_one("#say" if self.conversation is not None else "#heat"))
         self.call_after_refresh(self.place_panels)
         if self.conversation is not None:
             self.conversation.begin(self)
+            for line in filter(str.strip, self._lines):
+                self.conversation.say(line)
         self.feed.start()
 
     def on_unmount(self) -> None:

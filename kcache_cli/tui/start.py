@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kcache.errors import InputError
 from kcache_cli.ending import show
 from kcache_cli.settings import load_settings
+from kcache_cli.terminal import typed_ahead
 
 if TYPE_CHECKING:
     from kcache.watch.source import Source
@@ -47,6 +49,7 @@ def dashboard(source: Source, stop: Callable[[], bool] | None = None, *, talk: T
     return Dashboard(
         source,
         talk=talk,
+        typed=None if talk is None else partial(typed_ahead, sys.stdin),
         stop=stop,
         ascii=settings.ascii or not _writes_blocks(),
         theme=settings.theme,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kcache_cli.terminal import hushed
+from kcache_cli.terminal import hushed, typed_ahead
 
 pty = pytest.importorskip("pty", reason="no such terminals on this platform")
 ROOT = Path(__file__).parents[2]
@@ -195,6 +195,20 @@ def test_keys_stay_out_of_a_progress_bar(tmp_path: Path) -> None:
     drawn = terminal.seen[before:]
     assert b"qqq" not in drawn and b"^C" not in drawn
     terminal.close()
+
+
+def test_what_was_typed_ahead_is_taken_once_as_text() -> None:
+    import termios
+
+    far, near = pty.openpty()
+    with open(near, closefd=False) as terminal:
+        before = termios.tcgetattr(near)
+        os.write(far, "one\rné\x1b[A\x1bOPxt\x7f\x1b".encode())
+        assert typed_ahead(terminal) == "one\nnéx"
+        assert typed_ahead(terminal) == typed_ahead(None) == ""
+        assert termios.tcgetattr(near) == before
+    os.close(near)
+    os.close(far)
 
 
 def test_a_terminal_that_controls_nobody_is_hushed_too() -> None:

@@ -86,6 +86,20 @@ def test_a_question_is_answered_on_the_screen() -> None:
     asyncio.run(whole())
 
 
+def test_what_was_typed_before_there_was_an_input_is_kept() -> None:
+    talk, session = chat(["One."], ["Two."])
+
+    async def whole() -> None:
+        source = FakeSource(conversation())
+        async with running(source, talk=talk, typed=lambda: "first\n\nsecond\nbegun q") as driver:
+            await until(driver, lambda: "Two." in said(driver))
+            assert [message["content"] for message in session.messages] == ["first", "One.", "second", "Two."]
+            await driver.press("escape", "i", "exclamation_mark")  # coming back to it does not replace it
+            assert driver.app.query_one("#say", Input).value == "begun q!"
+
+    asyncio.run(whole())
+
+
 def test_save_replaces_nothing_but_saved_conversations(tmp_path: Path) -> None:
     talk, _ = chat()
     file = tmp_path / "notes.txt"
