@@ -96,7 +96,11 @@ def chat(
             from kcache_cli.tui.conversation import Conversing
             from kcache_cli.tui.start import dashboard
 
-            show(dashboard(publication.source(), talk=Conversing(conversation)))
+            talk = Conversing(conversation)
+            try:
+                show(dashboard(publication.source(), talk=talk))
+            finally:
+                talk.print_all()
             return
         if not at_terminal:
             answer_once(conversation, message, as_json)

@@ -15,6 +15,9 @@ from textual.message import Message
 
 from kcache_cli.chat import slash
 from kcache_cli.chat.conversation import Conversation
+from kcache_cli.chat.figures import between_figures
+from kcache_cli.chat.writer import answer_writer
+from kcache_cli.console import console, terminal_width
 from kcache_cli.exits import describe
 from kcache_cli.text import printable
 from kcache_cli.tui.look import Look
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from textual.app import App
 
 Who = Literal["you", "model", "remark", "error"]
+_STYLES = {"you": None, "remark": "dim", "error": "red"}
 _GREETING = "write below; /help lists commands, esc goes to the panels, ctrl-c stops a reply"
 
 
@@ -82,16 +86,31 @@ class Conversing:
         palette = look.palette
         tones = {"you": palette.prompt, "model": palette.answer, "remark": palette.muted, "error": palette.bad}
         text = Text()
-        with self._lock:
-            lines = [(who, "".join(parts)) for who, parts in self._lines]
-        lines = [(who, said) for who, said in lines if said or who != "model"]
-        for number, (who, said) in enumerate(lines):
+        for number, (who, said) in enumerate(self._so_far()):
             if number:
                 text.append("\n")
             if who == "you":
                 text.append(f"{look.signs.play} ", f"bold {palette.accent}")
             text.append(printable(said), tones[who])
         return text
+
+    def print_all(self) -> None:
+        """Leave at the terminal what was said, as a chat without a dashboard does; nothing if nothing was asked."""
+        lines = self._so_far()[1:]  # the greeting is of keys that are gone
+        if not any(who == "you" for who, _ in lines):
+            return
+        terminal = console()
+        for who, said in lines:
+            if who == "model":
+                answer_writer()(said if said.endswith("\n") else said + "\n")
+            else:
+                shown = between_figures(said, terminal_width()) if who == "remark" else said
+                terminal.print(printable(f">>> {said}" if who == "you" else shown), style=_STYLES[who])
+
+    def _so_far(self) -> list[tuple[Who, str]]:
+        with self._lock:
+            lines = [(who, "".join(parts)) for who, parts in self._lines]
+        return [(who, said) for who, said in lines if said or who != "model"]
 
     # -- the engine's thread ---------------------------------------------------------------------------------------
 

@@ -100,6 +100,32 @@ def test_what_was_typed_before_there_was_an_input_is_kept() -> None:
     asyncio.run(whole())
 
 
+def test_what_was_said_is_left_at_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    talk, session = chat(["[b]Hello\x1b[2J", " there."], document="a word")
+    reached, go = hold(session, 1)
+    talk.print_all()
+    assert capfd.readouterr() == ("", "")
+
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=talk) as driver:
+            await write(driver, "hi [b]\x07")
+            await until(driver, reached.is_set)
+            go.set()
+            await until(driver, lambda: "tok/s" in said(driver))
+            await write(driver, "/nonsense")
+            await until(driver, lambda: "no command" in said(driver))
+            capfd.readouterr()
+
+    asyncio.run(whole())
+    talk.print_all()
+    out, err = capfd.readouterr()
+    assert out == "[b]Hello[2J there.\n"
+    assert [line.partition(" · ")[0] for line in err.splitlines()[:4]] == [
+        "the document is read with your first question", ">>> hi [b]", "prompt 4", ">>> /nonsense"
+    ]  # fmt: skip
+    assert "no command" in err and "esc goes to the panels" not in err
+
+
 def test_save_replaces_nothing_but_saved_conversations(tmp_path: Path) -> None:
     talk, _ = chat()
     file = tmp_path / "notes.txt"
