@@ -66,16 +66,18 @@ def read_source(name: str) -> bytes:
         raise InputError(f"-i {name}: cannot be read: {error.strerror or error}") from None
 
 
-def parse_inputs(data: bytes) -> Inputs:
+def parse_inputs(data: bytes, source: str = "-") -> Inputs:
     """Take the prompts out of ``data``; blank lines count in the numbering and are skipped.
 
     Raises
     ------
     InputError
-        If two lines have the same id, or the file is in UTF-16.
+        If two lines have the same id, or the file, which is called ``source``, is binary or in UTF-16.
     """
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InputError("the prompts are in UTF-16; convert them to UTF-8 first")
+        raise InputError(f"-i {source}: is in UTF-16; convert it to UTF-8 first")
+    if b"\0" in data:
+        raise InputError(f"-i {source}: is not text (byte {data.index(0) + 1:,} is zero); prompts are lines of UTF-8")
     inputs = Inputs(hashlib.sha256(data).hexdigest())
     seen: dict[str, int] = {}
     plain: list[int] = []

@@ -180,7 +180,7 @@ def _generate(
         raise InputError("--overwrite and --keep contradict each other; use one")
     path = check_target(target, source)
     watch_options.check()
-    inputs = parse_inputs(read_source(source))
+    inputs = parse_inputs(read_source(source), source)
     _report_bad(inputs.bad, strict)
     for remark in inputs.remarks:
         warn(remark)

@@ -49,6 +49,11 @@ def test_utf_16_is_refused_by_its_name(encoding: str) -> None:
         parse_inputs(("" if encoding == "utf-16" else "\ufeff").encode(encoding) + "hi\nyou".encode(encoding))
 
 
+def test_a_binary_file_is_refused_by_its_name() -> None:
+    with pytest.raises(InputError, match=r"^-i a\.gz: is not text \(byte 5 is zero\)"):
+        parse_inputs(b"one\n\0two\nthree", "a.gz")
+
+
 def test_byte_order_mark_and_letters() -> None:
     assert parse_inputs("\ufeff漢字\n".encode()).entries == [Entry(1, 1, "漢字")]
 
