@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kcache.errors import InputError
+from kcache_cli.batch.keys import Unread
 from kcache_cli.text import json_line
 
 Id = str | int
@@ -81,9 +82,10 @@ def parse_inputs(data: bytes, source: str = "-") -> Inputs:
     inputs = Inputs(hashlib.sha256(data).hexdigest())
     seen: dict[str, int] = {}
     plain: list[int] = []
+    unread = Unread()
     for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         try:
-            entry = _parse_line(number, raw.removesuffix(b"\r"))
+            entry = _parse_line(number, raw.removesuffix(b"\r"), unread)
         except _Unusable as error:
             inputs.bad.append(BadLine(number, str(error)))
             continue
@@ -100,10 +102,11 @@ def parse_inputs(data: bytes, source: str = "-") -> Inputs:
     if 0 < len(plain) < len(inputs.entries):
         which = f"line {plain[0]} is" if len(plain) == 1 else f"lines {plain[0]} and {len(plain) - 1:,} more are"
         inputs.remarks.append(f"{which} taken for a prompt as it stands, beside lines of JSON")
+    inputs.remarks += unread.remarks()
     return inputs
 
 
-def _parse_line(number: int, raw: bytes) -> Entry | None:
+def _parse_line(number: int, raw: bytes, unread: Unread) -> Entry | None:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -119,6 +122,7 @@ def _parse_line(number: int, raw: bytes) -> Entry | None:
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "a number too long or nesting too deep"
         raise _Unusable(f"not valid JSON: {reason} (a line that begins with {{ is read as JSON)") from None
+    unread.take(number, value)
     return Entry(number, _id_of(value, number), _prompt_of(value))
 
 

@@ -49,6 +49,24 @@ def test_utf_16_is_refused_by_its_name(encoding: str) -> None:
         parse_inputs(("" if encoding == "utf-16" else "\ufeff").encode(encoding) + "hi\nyou".encode(encoding))
 
 
+def test_keys_that_are_meant_to_be_read_and_are_not() -> None:
+    lines = [
+        '{"id": 1, "prompt": "x", "max_token": 5, "answer": "y", "idx": 1, "_id": 2, "prompt_id": 3, "speed": 4}',
+        '{"prompt": "x", "max-tokens": 5, "ID": "a"}',
+        '{"prompt": "x", "max_token": 5, "temperature": 0}',
+        '{"mesages": []}',
+    ]
+    inputs = parse_inputs("\n".join(lines).encode())
+    assert len(inputs.entries) == 3 and len(inputs.bad) == 1
+    assert inputs.remarks == [
+        'line 1 and 1 more: "max_token" is not read; --max-tokens says it for all prompts',
+        'line 2: "max-tokens" is not read; --max-tokens says it for all prompts',
+        'line 2: "ID" is not read; did you mean "id"?',
+        'line 3: "temperature" is not read; --temperature says it for all prompts',
+        'line 4: "mesages" is not read; did you mean "messages"?',
+    ]
+
+
 def test_a_binary_file_is_refused_by_its_name() -> None:
     with pytest.raises(InputError, match=r"^-i a\.gz: is not text \(byte 5 is zero\)"):
         parse_inputs(b"one\n\0two\nthree", "a.gz")
