@@ -88,7 +88,7 @@ def _of_host_only(machine: Machine, host: Host) -> list[Finding]:
                 "use --dtype float32",
             )
         )
-    return [*found, *_of_locked_memory(host, "a GPU's driver may refuse to pin V")]
+    return found
 
 
 def _of_cuda(machine: Machine, host: Host, slot: PciSlot | None) -> list[Finding]:
@@ -130,8 +130,10 @@ def _of_cuda(machine: Machine, host: Host, slot: PciSlot | None) -> list[Finding
                 *_RAISE_THE_LIMIT,
             )
         )
-    elif found_limit := _of_locked_memory(host, "the driver pinned 256 MiB all the same; more may be refused"):
-        found += found_limit
+    elif host.locked_limit is not None and host.locked_limit < _SMALL_LOCK:
+        limit = f"{host.locked_limit / 2**20:.0f} MiB"
+        why = "the driver pinned 256 MiB all the same; more may be refused"
+        found.append(Finding("note", f"the locked-memory limit is {limit}: {why}", *_RAISE_THE_LIMIT))
     if slot is not None and slot.link and slot.best_link and slot.link != slot.best_link:
         found.append(
             Finding(
@@ -159,13 +161,6 @@ def _of_cuda(machine: Machine, host: Host, slot: PciSlot | None) -> list[Finding
             )
         )
     return found
-
-
-def _of_locked_memory(host: Host, why: str) -> list[Finding]:
-    if host.locked_limit is None or host.locked_limit >= _SMALL_LOCK:
-        return []
-    limit = f"{host.locked_limit / 2**20:.0f} MiB"
-    return [Finding("note", f"the locked-memory limit is {limit}: {why}", *_RAISE_THE_LIMIT)]
 
 
 def how_busy(cores: int, load: float | None = None) -> str | None:

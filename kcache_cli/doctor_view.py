@@ -98,8 +98,9 @@ def _system(machine: Machine, host: Host, slot: PciSlot | None) -> Table:
     flags = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in host.flags.items())
     table.add_row("instructions", flags or "not known")
     table.add_row("RAM", f"{size(host.memory_bytes)}, free {size(host.free_bytes)}")
-    limit = "unlimited" if host.locked_limit is None else size(host.locked_limit)
-    table.add_row("pinned memory", f"locked-memory limit (ulimit -l) {limit}; free RAM bounds it in any case")
+    if not machine.host_only:  # else nothing is pinned
+        limit = "unlimited" if host.locked_limit is None else size(host.locked_limit)
+        table.add_row("pinned memory", f"locked-memory limit (ulimit -l) {limit}; free RAM bounds it in any case")
     for node in host.nodes:
         gpu = ", the GPU's" if slot is not None and slot.numa_node == node.index else ""
         table.add_row(f"NUMA node {node.index}{gpu}", f"CPUs {node.cpus}, {size(node.memory_bytes)}")

@@ -39,7 +39,7 @@ def test_host_only_claims_nothing_of_a_device(run: Run, monkeypatch: pytest.Monk
     assert result.exit_code == 0, result.stderr
     for words in ("host-only", "RAM, copy", "32,768", "missing: no CUDA device", "→", "with a GPU"):
         assert words in result.stdout
-    for words in ("device memory, copy", "host to device"):
+    for words in ("device memory, copy", "host to device", "ulimit"):
         assert words not in result.stdout
     found = json.loads(run("doctor", "--json").stdout)
     assert found["host_only"] is True
