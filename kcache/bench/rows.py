@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Status = Literal["ok", "unavailable", "does not fit", "failed"]
+Status = Literal["ok", "unavailable", "does not fit", "too long", "failed"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Row:
         Context in tokens before the first decoded one, and sequences decoded together.
     topn : int or None
         Rows fetched per KV head; None for engines that read them all.
-    status : {"ok", "unavailable", "does not fit", "failed"}
+    status : {"ok", "unavailable", "does not fit", "too long", "failed"}
     reason : str or None
         Why there are no figures.
     speed_only : bool

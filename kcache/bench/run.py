@@ -133,11 +133,18 @@ class _Race:
             runner.turn()
             self.watch(label, 1)
         except Exception as error:
-            self.problems[engine] = Problem.of(error)
+            self.problems[engine] = self._too_long(error) or Problem.of(error)
             together = False
         if not together:
             runner.free()
             _tidy()
+
+    def _too_long(self, error: Exception) -> Problem | None:
+        """What an index out of range says of a model that has learned as many positions as its context has tokens."""
+        known, wanted = self.lm.context_length, self.case.ctx + self.spec.new_tokens
+        if not isinstance(error, IndexError) or known is None or wanted <= known:
+            return None
+        return Problem("too long", f"the model has {known:,} positions; context and timed steps take {wanted:,}")
 
     def _known_problem(self, engine: Engine) -> Problem | None:
         """What keeps an engine from running at all."""

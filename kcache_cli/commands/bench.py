@@ -129,7 +129,8 @@ def bench(
     Engines take turns in one process, on the loop that chat and generate run, so the ratios hold on a noisy machine;
     ratio is speed over the first hf engine (above 1 is faster). Contexts are random rows filled into the caches unless
     --real-prefill is given, and may be longer than the model's (speed only). What does not fit or fails is a row with
-    the reason. Rows go to standard output, progress to standard error.
+    the reason; with no other rows the exit code is 3 (it does not fit), 2 (longer than the model's positions) or 1.
+    Rows go to standard output, progress to standard error.
 
     A step's floor is what its bytes (weights, K, scores, resident V, tail, rows over the link) take at the bandwidths
     measured on this machine when the command starts.
@@ -195,6 +196,7 @@ def bench(
 
             draw(store.rows, chart)
     _report(store, target, chart, len(cases) - len(left))
+    _check_measured(store.rows)
 
 
 def _layout(form: Format | None, target: Path | None) -> Markdown:
@@ -257,6 +259,20 @@ def _split(lm: Any, spec: Spec, cases: Sequence[Case], there: list[Row]) -> tupl
         left.append(case)
         replaced |= {identity(row) for row in wanted}
     return [row for row in there if identity(row) not in replaced], left
+
+
+def _check_measured(rows: Sequence[Row]) -> None:
+    """Leave with an exit code that says why, if nothing could be measured."""
+    from kcache_cli.exits import DOES_NOT_FIT, FAILED, USAGE, note
+
+    statuses = [row.get("status") for row in rows]
+    if not rows or "ok" in statuses:
+        return
+    codes = {"does not fit": DOES_NOT_FIT, "too long": USAGE}
+    worst = next((status for status in codes if status in statuses), statuses[0])
+    row = rows[statuses.index(worst)]
+    note(f"nothing could be measured: {row['engine']} at a context of {row['ctx']:,}: {worst}: {row['reason']}")
+    raise typer.Exit(codes.get(str(worst), FAILED))
 
 
 def _report(store: Store, target: Path | None, chart: Path | None, skipped: int) -> None:

@@ -167,6 +167,13 @@ def test_what_cannot_fit_is_not_tried(lm: LoadedModel, monkeypatch: pytest.Monke
     assert "are free" in str(rows[0].reason)
 
 
+def test_a_context_that_a_model_has_no_positions_for() -> None:
+    lm = tiny("gpt2")
+    assert lm.context_length is not None
+    (row,) = rows_of(lm, replace(SPEC, ctxs=(lm.context_length,), engines=("hf-dynamic",)))
+    assert row.status == "too long" and f"has {lm.context_length:,} positions" in str(row.reason)
+
+
 def test_caches_that_do_not_fit_together_are_made_anew_each_turn(
     lm: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ class FakeBench:
     speed: float = 1.0
     model: Any = None
     context_length: int | None = 8192
+    problems: dict[int, Any] = field(default_factory=dict)
     specs: list[Any] = field(default_factory=list)
     ran: list[tuple[int, int]] = field(default_factory=list)
 
@@ -75,6 +76,12 @@ class FakeBench:
                 rows.append(replace(row, **figures, decode_tok_s=1e3 * case.batch / ms))
             if any(engine.name == "hf-offloaded" for engine in case.engines):
                 rows[-1] = replace(blank_row(lm, spec, case, case.engines[-1], env), status="failed", reason="a|b\nc")
+            status = self.problems.get(case.ctx)
+            if status is not None:
+                rows = [
+                    replace(blank_row(lm, spec, case, engine, env), status=status, reason="why")
+                    for engine in case.engines
+                ]
             yield rows
 
 
@@ -222,6 +229,25 @@ def test_the_name_of_the_file_tells_the_format(run: Run, tmp_path: Path) -> None
         assert result.stdout == "" and "8 rows in" in result.stderr
         assert path.read_text().startswith(start)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.csv", "r.json", "r.jsonl", "r.md", "r.txt"]
+
+
+@pytest.mark.parametrize(
+    ("problems", "code"),
+    [
+        ({1024: "does not fit"}, 0),
+        ({1024: "does not fit", 2048: "does not fit"}, 3),
+        ({1024: "failed", 2048: "does not fit"}, 3),
+        ({1024: "too long", 2048: "too long"}, 2),
+        ({1024: "failed", 2048: "failed"}, 1),
+        ({1024: "unavailable", 2048: "unavailable"}, 1),
+    ],
+)
+def test_the_exit_code_says_that_nothing_was_measured(run: Run, problems: dict[int, str], code: int) -> None:
+    result = run("bench", "--ctx", "1k,2k", engine=FakeBench(problems=problems))
+    assert result.exit_code == code
+    assert result.stdout.startswith("| engine")
+    assert ("nothing could be measured: kcache at a context of" in result.stderr) == (code > 0)
+    assert code != 3 or ": does not fit: why" in result.stderr
 
 
 # -- stopping, going on, comparing ---------------------------------------------------------------------------------
