@@ -40,6 +40,7 @@ from kcache_cli.tui.widgets.link import LinkPanel
 from kcache_cli.tui.widgets.memory import MemoryPanel
 from kcache_cli.tui.widgets.paint import flat, words
 from kcache_cli.tui.widgets.panel import Panel
+from kcache_cli.tui.widgets.say import Say
 from kcache_cli.tui.widgets.speed import SpeedPanel
 from kcache_cli.tui.widgets.words import WordsPanel
 
@@ -128,7 +129,7 @@ class Dashboard(Actions):
         yield Notice(id="notice")
         yield Timeline(id="timeline")
         hint = "write to the model; /help lists commands"
-        say = Input(self._draft, placeholder=hint, select_on_focus=False, id="say")
+        say = Say(self._draft, placeholder=hint, select_on_focus=False, id="say")
         say.border_subtitle = "esc: panels   ctrl-c: stop the reply   ctrl-d: leave"
         yield say
         yield Footer(show_command_palette=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from textual.events import Paste
 from textual.widgets import Input
 
 from kcache.policy import Policy
@@ -96,6 +97,17 @@ def test_what_was_typed_before_there_was_an_input_is_kept() -> None:
             assert [message["content"] for message in session.messages] == ["first", "One.", "second", "Two."]
             await driver.press("escape", "i", "exclamation_mark")  # coming back to it does not replace it
             assert driver.app.query_one("#say", Input).value == "begun q!"
+
+    asyncio.run(whole())
+
+
+def test_all_lines_that_are_pasted_are_written() -> None:
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=chat()[0]) as driver:
+            say = driver.app.query_one("#say", Input)
+            say.post_message(Paste("one\n\n  two\r\nthree\n"))
+            await driver.settle()
+            assert say.value == "one two three"
 
     asyncio.run(whole())
 
