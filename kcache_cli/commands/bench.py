@@ -235,7 +235,9 @@ def _run(
             for rows in engine.bench(lm, spec, cases, watch):
                 store.add(compared([row.to_dict() for row in rows]))
         except KeyboardInterrupt:
-            note("stopped; the rows of finished cases are there")
+            note(
+                "stopped; the rows of finished cases are there" if store.rows else "stopped before a case was finished"
+            )
             raise
 
 

@@ -184,7 +184,7 @@ def _run(engine: Engine, lm: Any, spec: Spec, prose: Prose, places: Sequence[Pla
             for case, figures in engine.fidelity(lm, spec, places, known, lambda label: watch(label, 1)):
                 grow(case, [figures])
         except KeyboardInterrupt:
-            note("stopped; what has been measured is there")
+            note("stopped; what has been measured is there" if store.rows else "stopped before a place was finished")
             raise
 
 

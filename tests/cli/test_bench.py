@@ -273,8 +273,8 @@ def test_stopped_at_once_leaves_an_old_file_alone(run: Run, tmp_path: Path) -> N
     assert run("bench", "--output", str(path), engine=FakeBench(stop_after=0)).exit_code == 130
     assert path.read_text() == before
     fresh = tmp_path / "fresh.jsonl"
-    run("bench", "--output", str(fresh), engine=FakeBench(stop_after=0))
-    assert not fresh.exists()
+    result = run("bench", "--output", str(fresh), engine=FakeBench(stop_after=0))
+    assert not fresh.exists() and "stopped before a case was finished" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
