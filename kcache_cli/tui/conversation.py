@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Who = Literal["you", "model", "remark", "error"]
 _STYLES = {"you": None, "remark": "dim", "error": "red"}
+_LOOK_S = 0.2
 _GREETING = "write below; /help lists commands, esc goes to the panels, ctrl-c stops a reply"
 
 
@@ -49,7 +50,7 @@ class Conversing:
         self._lock = threading.Lock()
         self._asked: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._app: App | None = None
-        self._busy = False
+        self._busy = self._closed = False
         self._told = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kcache-engine", daemon=True)
         if conversation.document is not None:
@@ -75,10 +76,11 @@ class Conversing:
     def close(self) -> None:
         """Stop the reply and the thread."""
         self._app = None
-        self.stop()
+        self._closed = True
         self._asked.put(None)
-        if self._thread.is_alive():
-            self._thread.join()
+        while self._thread.is_alive():
+            self.stop()  # again for one that was just beginning
+            self._thread.join(_LOOK_S)
 
     def text(self, look: Look) -> Text:
         """Everything that was said, styled."""
@@ -115,7 +117,7 @@ class Conversing:
     # -- the engine's thread ---------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while (asked := self._asked.get()) is not None:
+        while (asked := self._asked.get()) is not None and not self._closed:
             self._busy = True
             try:
                 self._answer(asked)

@@ -112,6 +112,21 @@ def test_all_lines_that_are_pasted_are_written() -> None:
     asyncio.run(whole())
 
 
+def test_leaving_waits_for_no_answer_that_has_not_begun() -> None:
+    talk, session = chat(["one", " two"], ["never"])
+    reached, go = hold(session, 2)
+
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=talk) as driver:
+            await write(driver, "first")
+            await until(driver, reached.is_set)
+            await write(driver, "second")
+            threading.Timer(0.2, go.set).start()
+
+    asyncio.run(whole())
+    assert [message["content"] for message in session.messages] == ["first", "one"]
+
+
 def test_what_was_said_is_left_at_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     talk, session = chat(["[b]Hello\x1b[2J", " there."], document="a word")
     reached, go = hold(session, 1)
