@@ -47,6 +47,7 @@ class Conversing:
     def __init__(self, conversation: Conversation) -> None:
         self.conversation = conversation
         self._lines: list[tuple[Who, list[str]]] = [("remark", [_GREETING])]
+        self._waiting = 0  # of the lines the last, which are questions that are not answered yet
         self._lock = threading.Lock()
         self._asked: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._app: App | None = None
@@ -119,6 +120,8 @@ class Conversing:
     def _run(self) -> None:
         while (asked := self._asked.get()) is not None and not self._closed:
             self._busy = True
+            with self._lock:
+                self._waiting -= 1
             try:
                 self._answer(asked)
             except slash.Leave:
@@ -151,10 +154,14 @@ class Conversing:
         self._tell()
 
     def _add(self, who: Who, text: str) -> list[str]:
-        """Begin a line; returns its parts, for :meth:`_write`."""
+        """Begin a line, before the questions that wait; returns its parts, for :meth:`_write`."""
         parts = [text]
         with self._lock:
-            self._lines.append((who, parts))
+            if who == "you":
+                self._waiting += 1
+                self._lines.append((who, parts))
+            else:
+                self._lines.insert(len(self._lines) - self._waiting, (who, parts))
         self._tell()
         return parts
 

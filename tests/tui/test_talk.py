@@ -112,6 +112,23 @@ def test_all_lines_that_are_pasted_are_written() -> None:
     asyncio.run(whole())
 
 
+def test_an_answer_follows_its_question_though_another_waits() -> None:
+    talk, session = chat(["one", " two"], ["three"])
+    reached, go = hold(session, 2)
+
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=talk) as driver:
+            await write(driver, "first")
+            await until(driver, reached.is_set)
+            await write(driver, "second")
+            await until(driver, lambda: said(driver).endswith("first\none\n▶ second"))
+            go.set()
+            await until(driver, lambda: "tok/s" in said(driver).split("three")[-1])
+            assert "▶ first\none two\nprompt 1 " in said(driver) and "▶ second\nthree\nprompt" in said(driver)
+
+    asyncio.run(whole())
+
+
 def test_leaving_waits_for_no_answer_that_has_not_begun() -> None:
     talk, session = chat(["one", " two"], ["never"])
     reached, go = hold(session, 2)
