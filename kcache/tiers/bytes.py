@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from kcache.devices import runs_kernels
 from kcache.tiers.arena import Arena
 from kcache.tiers.rows import RowBuffer
 
@@ -43,6 +44,16 @@ def remainder(rows: torch.Tensor, whole: torch.Tensor, scales: torch.Tensor) -> 
     return lower
 
 
+def narrowed(rows: torch.Tensor, planes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Whole numbers, scales, and with two ``planes`` what rounding has left; by a kernel on a device that runs ours."""
+    if runs_kernels(rows.device):
+        from kcache.backends.triton.narrow import narrow
+
+        return narrow(rows, planes)
+    whole, scales = quantise(rows)
+    return whole, scales, remainder(rows, whole, scales) if planes == 2 else None
+
+
 def dequantise(
     rows: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, lower: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -50,6 +61,11 @@ def dequantise(
 
     ``lower`` is what :func:`remainder` told, if that was kept.
     """
+    if runs_kernels(out.device):
+        from kcache.backends.triton.narrow import widen
+
+        widen(rows, scales, out, lower)
+        return out
     for at in range(0, rows.shape[-2], PIECE):
         part, scale, into = (each[..., at : at + PIECE, :] for each in (rows, scales, out))
         steps = part if lower is None else part + lower[..., at : at + PIECE, :] / LOWER_STEPS
@@ -155,11 +171,11 @@ class ByteRows:
     def take(self, rows: torch.Tensor, start: int, send: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
         """Like :meth:`put`, with the copy left to ``send(int8 rows, their place)``."""
         end, self.dtype = start + rows.shape[2], rows.dtype
-        whole, scales = quantise(rows)
+        whole, scales, lower = narrowed(rows, 1 if self._lower is None else 2)
         self.rows.reserve(whole, end)
         self._scales.put(scales, start)
-        if self._lower is not None:
-            self._lower.put(remainder(rows, whole, scales), start)
+        if self._lower is not None and lower is not None:
+            self._lower.put(lower, start)
         send(whole, self.rows.view(end)[:, :, start:])
 
     def view(self, length: int) -> torch.Tensor:

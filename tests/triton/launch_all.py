@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kcache.backends.triton import Chip, DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode, triton_decode
+from kcache.backends.triton.narrow import narrow, widen
 from kcache.backends.triton.pointwise import gated, rms_norm, rotate
 from kcache.backends.triton.prompt import attend_prompt
 from kcache.lowrank import LowRank
@@ -64,6 +65,10 @@ def launch_all(
             tail_rank=rank, itemsize=keys.element_size(), tuning=tuning,
         ),
     )  # fmt: skip
+    if scales is not None:
+        prompt = query[:, :, None].transpose(1, 2)
+        upper, steps, rest = narrow(prompt, 2 if bits == "8+8" else 1)
+        widen(upper, steps, prompt, rest)
     keys = keys.to(dtype)
     dense_decode(
         query, keys, keys, length, scaling=dim**-0.5, mask=mask, softcap=softcap, sinks=sink,

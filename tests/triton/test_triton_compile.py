@@ -47,6 +47,7 @@ def test_triton_kernels_compile_for_sm90(config: str) -> None:
     names = (
         "append", "step", *(["fetch"] if "even" in config else []), "decode", "norm", "rotate", "gated", "prompt",
         *(["span"] if "padded" in config or "two planes" in config else []),
+        *(["narrow", "widen"] if "8 bits" in config or "two planes" in config else []),
     )  # fmt: skip
     assert set(kernels) == {f"{name}_kernel" for name in names}
     step = kernels["step_kernel"]

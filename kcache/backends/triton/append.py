@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kcache.backends.triton.common import on_device, power_of_two
+from kcache.backends.triton.common import in_steps, on_device, power_of_two
 from kcache.lowrank import LowRank
 
 
@@ -22,11 +22,9 @@ def store_row(row, rows_ptr, lower_ptr, scale_ptr, live, PLANES: tl.constexpr):
     if PLANES > 0:
         wide = row.to(tl.float32)
         scale = tl.max(tl.abs(wide), 0) / 127.0
-        steps = wide / tl.where(scale > 0.0, scale, 1.0)
-        nearest = (steps + 12582912.0) - 12582912.0  # the nearest whole number, an even one in the middle
+        nearest, lower = in_steps(wide, scale)
         tl.store(rows_ptr, nearest.to(tl.int8), mask=live)
         if PLANES == 2:
-            lower = ((steps - nearest) * 254.0 + 12582912.0) - 12582912.0
             tl.store(lower_ptr, lower.to(tl.int8), mask=live)
         tl.store(scale_ptr, scale)
     else:

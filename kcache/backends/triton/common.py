@@ -14,8 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
+from kcache.tiers.bytes import LOWER_STEPS
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)
+LOWER = tl.constexpr(LOWER_STEPS)
 
 
 def interpreted() -> bool:
@@ -149,3 +152,11 @@ def weighted_rows(weights, rows, UPCAST: tl.constexpr):
 def whole_rows(rows, dtype: tl.constexpr):
     """Whole numbers as floats. By way of fp32, since the interpreter takes the bits of an int8 for those of a bf16."""
     return rows.to(tl.float32).to(dtype)
+
+
+@triton.jit
+def in_steps(wide, scale):
+    """The whole numbers of steps of ``scale`` nearest to numbers, and what is left, in 254ths of a step."""
+    steps = wide / tl.where(scale > 0.0, scale, 1.0)
+    nearest = (steps + 12582912.0) - 12582912.0  # the nearest whole number, an even one in the middle
+    return nearest, ((steps - nearest) * LOWER + 12582912.0) - 12582912.0

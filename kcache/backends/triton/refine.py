@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kcache.backends.triton.common import LOWER
 from kcache.backends.triton.score import digits_of, log2_score, whole_product
 
 
@@ -55,7 +56,7 @@ def refine_picks(
         s_ptrs = scores + (row.to(tl.int64) * G + heads)[None, :] * capacity + pick[:, None]
         before = tl.load(s_ptrs, mask=own, other=float("-inf"))
         product = whole_product(high, digits, unit, G2, COLUMNS, TILE)
-        product += whole_product(low, digits, unit, G2, COLUMNS, TILE) * (1.0 / 254.0)
+        product += whole_product(low, digits, unit, G2, COLUMNS, TILE) * (1.0 / LOWER)
         score = log2_score(product * scale[:, None], scaling, softcap, HAS_SOFTCAP)
         score = tl.where(before == float("-inf"), before, score)  # of masked rows
         tl.store(refined + (row * G + heads)[None, :] * WIDTH + nth[:, None], score, mask=own)
