@@ -17,7 +17,7 @@ run() { [[ " $parts " != *" $1 "* ]] || "${@:2}" || failed=1; }
 run look "$python" benchmarks/first_look.py --output "$out/first_look.json"
 run bench "$python" -m benchmarks.gpu --folder "$out" "$@"
 workers=$("$python" -c "import xdist" 2>/dev/null && echo "-n auto") # compiling kernels takes longest
-kernels=(tests/triton/test_triton_{device,hot_rows,decode_step,append,dense,prompt}.py)
+kernels=(tests/triton/test_triton_{device,hot_rows,decode_step,append,narrow,dense,prompt}.py)
 # One thread each, as the tests are many; a thread of its own ends a test that waits within the driver.
 export OMP_NUM_THREADS=1
 run tests "$python" -m pytest $workers -o timeout_method=thread --failures "$out/failures.txt" tests/gpu "${kernels[@]}"
