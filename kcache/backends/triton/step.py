@@ -147,11 +147,13 @@ class Step:
         """Compile-time constants of both kernels."""
         ws, given, hot = self.ws, self.inputs, self.hot
         group2, block_dv = power_of_two(ws.group), power_of_two(ws.dim_v)
+        # What picks above a threshold looks at a tile of blocks at a time: one variant for however many there are.
+        blocks = power_of_two(ws.blocks) if ws.spread == "even" else 1
         return {
             "PICK": self.pick, "HEADS": ws.heads, "REPEAT": ws.repeat, "G": ws.group, "G2": group2, "GP": 16,
             "D": ws.dim, "BLOCK_D": max(_LEAST_DIMS if given.key_scales is not None else 1, power_of_two(ws.dim)),
             "SP": power_of_two(ws.score_splits), "BLOCK": ws.block, "MOST": ws.width, "TILE": ws.select_tile,
-            "MP": power_of_two(ws.width), "BP": power_of_two(ws.blocks), "GS": ws.heads_at_once,
+            "MP": power_of_two(ws.width), "BP": blocks, "GS": ws.heads_at_once,
             "REFINED": ws.refine_tile, "WEIGHED": ws.weigh_tile, "ROWS": ws.gather_rows, "DV": ws.dim_v,
             "BLOCK_DV": block_dv, "RANK": ws.rank, "RQ": power_of_two(ws.rank), "RP": ws.shares.shape[3],
             "STEP": reduction_step(group2 * ws.shares.shape[3], 1 + ws.tail_splits),
