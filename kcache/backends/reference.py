@@ -22,11 +22,12 @@ class ReferenceBackend:
 
     def decode(self, step: DecodeStep) -> DecodeResult:
         """Run the four verbs for one layer."""
-        probs = self.score(step)
+        scores = None if step.key_lower is None else self.products(step)
+        probs = self.score(step) if scores is None else probabilities(scores, step)
         picks = self.select(probs, step)
         count_picks(picks, step)
-        if step.key_lower is not None:
-            probs = self.refine(probs, picks, step)
+        if scores is not None:
+            probs = self.refine(scores, picks, step)
         rows = self.fetch(picks, step)
         return self.combine(probs, picks, rows, step)
 
@@ -41,34 +42,33 @@ class ReferenceBackend:
         query = step.query.unsqueeze(2)
         return dense.attend(query, keys, values, mask, step.scaling, step.softcap, step.sinks)[:, :, 0]
 
-    def score(self, step: DecodeStep) -> torch.Tensor:
-        """Attention probabilities of every row, ``[B, Hkv, G, at least L]`` fp32; 0 where masked and from L on."""
+    def products(self, step: DecodeStep) -> torch.Tensor:
+        """Scores of every row, ``[B, Hkv, G, L]`` fp32, neither soft-capped nor masked."""
         keys = step.keys[:, :, : step.length].float()
         if step.key_scales is not None:
             keys = keys * step.key_scales[:, :, : step.length, None]
-        heads = keys.shape[1]
-        query = step.query.float().unflatten(1, (heads, -1))
-        return probabilities(torch.matmul(query, keys.transpose(2, 3)) * step.scaling, step)
+        query = step.query.float().unflatten(1, (keys.shape[1], -1))
+        return torch.matmul(query, keys.transpose(2, 3)) * step.scaling
 
-    def refine(self, probs: torch.Tensor, picks: torch.Tensor, step: DecodeStep) -> torch.Tensor:
-        """Probabilities as they are if the picked rows are scored by both planes of K, all others by the upper one."""
+    def score(self, step: DecodeStep) -> torch.Tensor:
+        """Attention probabilities of every row, ``[B, Hkv, G, at least L]`` fp32; 0 where masked and from L on."""
+        return probabilities(self.products(step), step)
+
+    def refine(self, scores: torch.Tensor, picks: torch.Tensor, step: DecodeStep) -> torch.Tensor:
+        """Probabilities as they are if the picked rows are scored by both planes of K, all others by the upper one.
+
+        ``scores`` are :meth:`products`.
+        """
         assert step.key_lower is not None and step.key_scales is not None
-        batch, heads, group, _ = probs.shape
+        batch, heads, group, _ = scores.shape
         per_head = picks if picks.dim() == 4 else picks.unsqueeze(2).expand(-1, -1, group, -1)
         flat = per_head.flatten(2).clamp(min=0)
         index = flat.unsqueeze(-1).expand(-1, -1, -1, step.keys.shape[-1])
-        scale = step.key_scales.gather(2, flat).unsqueeze(-1)
-        upper = step.keys.gather(2, index).float()
-        both = upper + step.key_lower.gather(2, index).float() / LOWER_STEPS
+        steps = step.key_lower.gather(2, index).float() / LOWER_STEPS
+        rows = (steps * step.key_scales.gather(2, flat).unsqueeze(-1)).unflatten(2, (group, -1))
         query = step.query.float().view(batch, heads, group, 1, -1)
-        before, after = (
-            capped((query * (rows * scale).unflatten(2, (group, -1))).sum(-1) * step.scaling, step)
-            for rows in (upper, both)
-        )
-        part = probs.gather(3, per_head.clamp(min=0)).masked_fill(per_head < 0, 0)
-        change = torch.where(part > 0, part * torch.expm1(after - before), 0)
-        probs = probs.scatter_add(3, per_head.clamp(min=0), change)
-        return probs / (1 + change.sum(-1, keepdim=True))
+        more = ((query * rows).sum(-1) * step.scaling).masked_fill(per_head < 0, 0)
+        return probabilities(scores.scatter_add(3, per_head.clamp(min=0), more), step)
 
     def select(self, probs: torch.Tensor, step: DecodeStep) -> torch.Tensor:
         """Positions of the largest probabilities (the largest of the group), ``[B, Hkv, N]`` or ``[B, Hkv, G, N]``."""

@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from kcache.backends.base import DecodeStep
+from kcache.backends.reference import ReferenceBackend
 from kcache.backends.triton import Chip, DenseWorkspace, Tuning, Workspace, triton_decode
+from kcache.backends.triton.backend import TritonBackend
+from kcache.policy import Policy
+from kcache.tiers.bytes import quantise, remainder
 from tests.triton.chips import CHIPS
 from tests.triton.problem import Problem, assert_near, check_picks, expected, make_problem
 
@@ -238,6 +243,32 @@ def test_triton_all_rows_masked_gives_zeros(device: torch.device) -> None:
     assert (out[1] == 0).all()
     assert (mass[1] == 0).all()
     assert out[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("tail", ["lowrank", "renormalise", "none"])
+@pytest.mark.parametrize("by", [-40.0, -10.0, -6.0, -4.0, 10.0, 40.0])
+def test_triton_two_planes_where_one_errs_by_more_than_all_the_rest_weighs(
+    by: float, tail: str, backend: str, device: torch.device
+) -> None:
+    """A row that the upper plane puts first comes last by both, or beyond what fp32 holds as a share of the old sum."""
+    problem = make_problem(1, 1, 1, length=40, topn=4, tail=tail)
+    problem.query[:], problem.query[..., 0] = abs(by), 4.0
+    rows = problem.keys.nan_to_num(0.0) * 0.3
+    rows[0, 0, 5] = 0.49 if by > 0 else -0.49
+    rows[0, 0, 5, 0] = 127.0
+    problem.keys, scales = quantise(rows)
+    problem.key_scales, problem.key_lower = scales.squeeze(3), remainder(rows, problem.keys, scales)
+    problem = problem.to(device)
+    step = DecodeStep(
+        problem.query, problem.keys, problem.values, problem.length, problem.scaling,
+        Policy(topn=4, tail=tail, spread="even", k_bits="8+8"), lowrank=problem.lowrank,  # type: ignore[arg-type]
+        key_scales=problem.key_scales, key_lower=problem.key_lower,
+    )  # fmt: skip
+    result = (ReferenceBackend() if backend == "reference" else TritonBackend(device)).decode(step)
+    want, mass = expected(problem, result.picks)
+    torch.testing.assert_close(result.out.double(), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result.mass.double(), mass, rtol=1e-4, atol=1e-4)
 
 
 def test_triton_masked_garbage_is_not_read(device: torch.device) -> None:

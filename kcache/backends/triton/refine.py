@@ -34,7 +34,8 @@ def refine_picks(
     """Write the scores of a row of work's picks by both planes, ``refined`` ``[G, M]`` (log2 units).
 
     ``query`` is that of its first head, both planes and ``scales`` are its KV head's. Its log-sum-exps ``lse`` are
-    brought up to date, and ``grown`` ``[G]`` tells by how many times the sum of exponentials has grown.
+    brought up to date, and ``grown`` ``[G]`` tells by how many times the sum of exponentials grew: without end where
+    nothing is left beside the picks.
     """
     COLUMNS: tl.constexpr = max(16, 4 * G2)
     heads = tl.arange(0, G2)
@@ -42,7 +43,9 @@ def refine_picks(
     lanes = tl.arange(0, TILE)
     digits, unit = digits_of(query, stride_qh, dims, G, G2, COLUMNS, D)
     norm = tl.load(lse + row * G + heads, mask=heads < G, other=0.0)
-    change = norm * 0.0
+    # Running maxima stay per lane of the tile. They begin with the old sum, to which all here is relative.
+    top = tl.zeros([TILE, G2], tl.float32)
+    total, taken = top, top
     for first in tl.range(0, count, TILE, num_stages=1):
         nth = first + lanes
         live = nth < count
@@ -60,7 +63,16 @@ def refine_picks(
         score = log2_score(product * scale[:, None], scaling, softcap, HAS_SOFTCAP)
         score = tl.where(before == float("-inf"), before, score)  # of masked rows
         tl.store(refined + (row * G + heads)[None, :] * WIDTH + nth[:, None], score, mask=own)
-        change += tl.sum(tl.exp2(score - norm[None, :]) - tl.exp2(before - norm[None, :]), 0)
+        taken += tl.exp2(before - norm[None, :])
+        higher = tl.maximum(top, score - norm[None, :])
+        total = total * tl.exp2(top - higher) + tl.exp2(score - norm[None, :] - higher)
+        top = higher
+    peak = tl.max(top, 0)
+    # What is not picked; nothing where that is no more than rounding, which a sum that shrinks as far would consist of.
+    left = 1.0 - tl.sum(taken, 0)
+    left = tl.where(left > 1.0e-7 * (tl.abs(norm) + 8.0), left, 0.0)
+    new = left * tl.exp2(-peak) + tl.sum(total * tl.exp2(top - peak[None, :]), 0)
     tl.debug_barrier()  # all have read the old log-sum-exp
-    tl.store(grown + row * G + heads, 1.0 + change, mask=heads < G)
-    tl.store(lse + row * G + heads, norm + tl.log2(1.0 + change), mask=heads < G)
+    change = peak + tl.log2(tl.maximum(new, 1.0e-37))
+    tl.store(grown + row * G + heads, tl.where(left > 0.0, tl.exp2(change), float("inf")), mask=heads < G)
+    tl.store(lse + row * G + heads, norm + change, mask=heads < G)
