@@ -38,6 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama-2-7b": {**LLAMA3, "kv_heads": 32, "group": 1, "capacity": 15360},
     "gemma-like": {**LLAMA3, "group": 2, "dim": 256, "softcap": 50.0, "padded": True},
     "gpt-oss-like": {**LLAMA3, "group": 8, "dim": 64, "sinks": True},
+    "gpt-oss-like, two planes": {**LLAMA3, "group": 8, "dim": 64, "sinks": True, "hot": 512, "bits": "8+8"},
     "group of 16": {**LLAMA3, "kv_heads": 2, "group": 16},
     "batch 1, 128k": {**LLAMA3, "batch": 1, "capacity": 131072},
     "fp16, head size 80, renormalised": {

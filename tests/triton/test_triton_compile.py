@@ -72,7 +72,13 @@ def test_triton_kernels_compile_for_sm90(config: str) -> None:
 
 @pytest.mark.parametrize(
     ("capability", "config"),
-    [(80, "gpt-oss-like"), (89, "llama-3.1-8b hot padded"), (89, "fp32, head size 128"), (120, "llama-3.1-8b, 8 bits")],
+    [
+        (80, "gpt-oss-like"),
+        (89, "llama-3.1-8b hot padded"),
+        (89, "fp32, head size 128"),
+        (90, "gpt-oss-like, two planes"),
+        (120, "llama-3.1-8b, 8 bits"),
+    ],
 )
 def test_triton_kernels_fit_other_cards(capability: int, config: str) -> None:
     kernels = compile_for(capability, config)
