@@ -51,7 +51,7 @@ def parse_bytes(size: int | str) -> int:
 
 def parse_bits(given: Any) -> Any:
     """Numbers of bits as numbers, where text has them; anything else as it is."""
-    return int(given) if isinstance(given, str) and given.isdecimal() else given
+    return {"16": 16, "8": 8}.get(given, given) if isinstance(given, str) else given
 
 
 def parse_tokens(count: int | str) -> int:
@@ -176,7 +176,7 @@ class Policy:
             if bits not in known:
                 choice = f"{', '.join(map(str, known[:-1]))} or {known[-1]}"
                 raise PolicyError(f"{name} must be {choice}, got {bits!r}; 16 keeps rows as they are")
-            object.__setattr__(self, name, bits)
+            object.__setattr__(self, name, known[known.index(bits)])  # not 8.0, nor a number of NumPy
         _check_choice("offload", self.offload, get_args(Offload))
         _check_choice("backend", self.backend, get_args(BackendName))
         _check_choice("graph", self.graph, get_args(Graph))

@@ -228,7 +228,8 @@ def test_who_wants_v_alone_does_not_have_k_widened(monkeypatch: pytest.MonkeyPat
 
 def test_other_numbers_of_bits_are_refused() -> None:
     for name, known in (("k_bits", "16, 8 or 8[+]8"), ("v_bits", "16 or 8")):
-        for value in (4, 32, "8.0", "16+8", None):
+        for value in (4, 32, "8.0", "16+8", None, True, "1" * 5000):
             with pytest.raises(PolicyError, match=f"{name} must be {known}, got"):
                 Policy(**{name: value})
-        assert getattr(Policy(**{name: "8"}), name) == 8
+        for value in ("8", 8.0, torch.tensor(8)):
+            assert repr(getattr(Policy(**{name: value}), name)) == "8"
