@@ -18,15 +18,20 @@ _NUMBERS = 4096
 
 
 @triton.jit
+def own_tile(heads, length, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
+    """A program's sequence and head, its rows ``[TILE]``, places ``[BLOCK_D]`` in them, and which of these exist."""
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    at, dims = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64), tl.arange(0, BLOCK_D)
+    return batch, head, at, dims, (at < length)[:, None] & (dims < D)[None, :]
+
+
+@triton.jit
 def narrow_kernel(
     rows, upper, lower, scales, heads, length, stride_b, stride_h, stride_t,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, HAS_LOWER: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows of one head; the results are contiguous."""
-    at = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    dims = tl.arange(0, BLOCK_D)
-    inside = (at < length)[:, None] & (dims < D)[None, :]
+    batch, head, at, dims, inside = own_tile(heads, length, D, BLOCK_D, TILE)
     own = rows + batch * stride_b + head * stride_h
     wide = tl.load(own + at[:, None] * stride_t + dims[None, :], mask=inside, other=0.0).to(tl.float32)
     scale = tl.max(tl.abs(wide), 1) / 127.0
@@ -45,10 +50,7 @@ def widen_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, HAS_LOWER: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows of one head; both planes lie alike."""
-    at = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    dims = tl.arange(0, BLOCK_D)
-    inside = (at < length)[:, None] & (dims < D)[None, :]
+    batch, head, at, dims, inside = own_tile(heads, length, D, BLOCK_D, TILE)
     place = batch * stride_ub + head * stride_uh + at[:, None] * stride_ut + dims[None, :]
     steps = tl.load(upper + place, mask=inside, other=0).to(tl.float32)
     if HAS_LOWER:
