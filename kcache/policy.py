@@ -51,7 +51,7 @@ def parse_bytes(size: int | str) -> int:
 
 def parse_bits(given: Any) -> Any:
     """Numbers of bits as numbers, where text has them; anything else as it is."""
-    return {"16": 16, "8": 8}.get(given, given) if isinstance(given, str) else given
+    return {"16": 16, "8": 8}.get(given.strip(), given) if isinstance(given, str) else given
 
 
 def parse_tokens(count: int | str) -> int:

@@ -68,6 +68,7 @@ def weigh_picks(
         weight = part_of_tail
         if HAS_LOWER:
             weight = tl.exp2(refined - exact_norm[:, None])
+            tl.debug_barrier()  # threads that hold copies of a small tile have all read what is written over now
             taken += tl.sum(part_of_tail, 1)
         tl.store(w_ptrs, weight, mask=real[:, None] & live[None, :])
         tl.store(pick_weights + row * WIDTH + nth, tl.sum(weight, 0) / G, mask=live)

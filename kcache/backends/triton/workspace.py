@@ -219,8 +219,8 @@ class Workspace(DeviceLength):
         # All directions of every head, 32 numbers to a thread.
         lanes = 1024 * self.warps // (power_of_two(self.group) * power_of_two(self.rank))
         self.weigh_tile = max(16, min(tune.weigh_tile, power_of_two(self.width), lanes))
-        # Of each plane of K, 64 numbers to a thread, and 2 scores.
-        most = min(128, 2048 * self.warps // power_of_two(self.dim), 64 * self.warps // power_of_two(self.group))
+        # Rows of two planes that leave registers to the query's digits, and 2 scores to a thread.
+        most = min(128 if self.dim <= 128 else 32, 64 * self.warps // power_of_two(self.group))
         self.refine_tile = max(16, min(power_of_two(self.width), most))
         # Tiles of scores are written, and read by the tail, as a whole.
         whole = max(self.block, self.tail_tile, self.score_block)
