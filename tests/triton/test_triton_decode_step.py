@@ -185,6 +185,23 @@ def test_triton_what_is_no_number_ends_in_none(
     assert where == "keys" or out[0, 1].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+@pytest.mark.parametrize("k_bits", [8, "8+8"])
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+@pytest.mark.parametrize("where", ["query", "scale"])
+def test_triton_so_it_does_with_k_in_8_bits(where: str, number: float, k_bits: int | str, device: torch.device) -> None:
+    problem = make_problem(1, 1, length=300, topn=4, threshold=0.5, sharpness=4.0, k_bits=k_bits)
+    assert problem.key_scales is not None
+    if where == "query":
+        problem.query[0, 0, 0] = number
+    else:
+        problem.key_scales[0, 0, 5] = float("nan")  # of a row that holds such a number
+    problem = problem.to(device)
+    out, _, _ = run(problem, make_workspace(problem))
+    assert out[0, 0].isnan().all()
+    assert where == "scale" or out[0, 1].isfinite().all()
+
+
 @pytest.mark.parametrize("which", ["step_kernel", "fetch_kernel"])
 def test_triton_a_step_after_an_interrupted_one(
     which: str, device: torch.device, monkeypatch: pytest.MonkeyPatch

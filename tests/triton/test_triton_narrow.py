@@ -59,3 +59,12 @@ def test_triton_rows_that_are_kept_go_by_the_kernels(
     whole = kept.followed_by(late, 90)
     assert torch.equal(whole[:, :, 80:], late)
     assert torch.equal(whole[:, :, :80], kept.get(80))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan")])
+def test_triton_a_row_of_no_numbers_has_a_scale_that_is_none(number: float, device: torch.device) -> None:
+    rows = torch.randn(1, 2, 5, 16)
+    rows[0, 1, 3, 7] = number
+    _, scales, _ = narrow(rows.to(device), 2)
+    assert scales.isnan().nonzero().tolist() == [[0, 1, 3, 0]]

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kcache.backends.triton.common import in_steps, on_device, power_of_two
+from kcache.backends.triton.common import in_steps, largest_size, on_device, power_of_two
 from kcache.lowrank import LowRank
 
 
@@ -21,7 +21,7 @@ def store_row(row, rows_ptr, lower_ptr, scale_ptr, live, PLANES: tl.constexpr):
     """Store a row ``[D]``, with ``PLANES`` as whole numbers with a scale, and with two what rounding leaves as well."""
     if PLANES > 0:
         wide = row.to(tl.float32)
-        scale = tl.max(tl.abs(wide), 0) / 127.0
+        scale = largest_size(wide, 0) / 127.0
         nearest, lower = in_steps(wide, scale)
         tl.store(rows_ptr, nearest.to(tl.int8), mask=live)
         if PLANES == 2:

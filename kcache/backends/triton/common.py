@@ -155,6 +155,12 @@ def whole_rows(rows, dtype: tl.constexpr):
 
 
 @triton.jit
+def largest_size(values, axis: tl.constexpr):
+    """The largest absolute value; NaN where one is not finite, which a maximum on a device passes over."""
+    return tl.max(tl.abs(values), axis) + tl.sum(values * 0.0, axis)
+
+
+@triton.jit
 def in_steps(wide, scale):
     """The whole numbers of steps of ``scale`` nearest to numbers, and what is left, in 254ths of a step."""
     steps = wide / tl.where(scale > 0.0, scale, 1.0)

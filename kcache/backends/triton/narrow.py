@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kcache.backends.triton.common import LOWER, in_steps, on_device, power_of_two
+from kcache.backends.triton.common import LOWER, in_steps, largest_size, on_device, power_of_two
 
 _NUMBERS = 4096
 """That a program turns at a time."""
@@ -34,7 +34,7 @@ def narrow_kernel(
     batch, head, at, dims, inside = own_tile(heads, length, D, BLOCK_D, TILE)
     own = rows + batch * stride_b + head * stride_h
     wide = tl.load(own + at[:, None] * stride_t + dims[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = tl.max(tl.abs(wide), 1) / 127.0
+    scale = largest_size(wide, 1) / 127.0
     whole, rest = in_steps(wide, scale[:, None])
     place = tl.program_id(1).to(tl.int64) * length + at
     tl.store(scales + place, scale, mask=at < length)

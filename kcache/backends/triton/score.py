@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kcache.backends.triton.common import LOG2E, LOWEST, dot
+from kcache.backends.triton.common import LOG2E, LOWEST, dot, largest_size
 
 
 @triton.jit
@@ -37,7 +37,8 @@ def digits_of(q_base, stride_qh, dims, G: tl.constexpr, G2: tl.constexpr, COLUMN
     real = (head < G) & (place < 3)
     q_ptrs = q_base + head[None, :] * stride_qh + dims[:, None]
     q = tl.load(q_ptrs, mask=real[None, :] & (dims < D)[:, None], other=0.0).to(tl.float32)
-    unit = tl.maximum(tl.max(tl.abs(q), 0), 1.0e-30) / 127.0
+    size = largest_size(q, 0)
+    unit = tl.where(size < 1.0e-30, 1.0e-30, size) / 127.0
     rest = q / unit[None, :]
     first = tl.floor(rest + 0.5)
     rest = (rest - first) * 254.0
