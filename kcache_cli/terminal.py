@@ -11,6 +11,11 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+try:
+    import termios
+except ImportError:  # no such thing on this platform
+    termios = None  # type: ignore[assignment]
+
 from kcache_cli.text import printable
 
 _KEY = re.compile("\x1b(?:\\[[0-?]*[ -/]*[@-~]|O.|.)?", re.DOTALL)
@@ -34,11 +39,6 @@ def hushed(stream: Any) -> Iterator[None]:
     stream : file or None
         Leads to the terminal; where it does not, nothing is done.
     """
-    try:
-        import termios
-    except ImportError:  # no such thing on this platform
-        yield
-        return
     terminal = _descriptor(stream)
     if terminal is None or threading.current_thread() is not threading.main_thread():
         yield
@@ -78,10 +78,6 @@ def typed_ahead(stream: Any) -> str:
     stream : file or None
         Leads to the terminal; where it does not, nothing is taken.
     """
-    try:
-        import termios
-    except ImportError:  # no such thing on this platform
-        return ""
     terminal = _descriptor(stream)
     if terminal is None or not in_foreground(terminal):
         return ""
@@ -101,7 +97,9 @@ def typed_ahead(stream: Any) -> str:
 
 
 def _descriptor(stream: Any) -> int | None:
-    """The number of the terminal that a file is, if it is one."""
+    """The number of the terminal that a file is, if it is one and this platform lets us change it."""
+    if termios is None:
+        return None
     try:
         return stream.fileno() if stream is not None and stream.isatty() else None
     except (OSError, ValueError):  # it has none
