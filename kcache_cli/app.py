@@ -45,7 +45,8 @@ class Program(TyperGroup):
         """Run, report, exit."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
-        with heard(SIGNALS if speaks() else ()) as came:  # processes that follow rank 0 end with it
+        signals = SIGNALS if speaks() else ()  # processes that follow rank 0 end with it
+        with heard(signals, to_the_end=True) as came:
             try:
                 result = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
                 sys.stdout.flush()

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from textual.app import App
 
 Result = TypeVar("Result")
 Handler = Callable[[int, FrameType | None], None]
+_Handlers = dict[int, Callable[[int, FrameType | None], Any] | int]
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 _SAME_S = 1.0
 """A signal that comes so soon after another is the same one: ``timeout`` and shells send it to us and to our group."""
@@ -29,10 +30,12 @@ class Ended(KeyboardInterrupt):
 
 
 @contextmanager
-def heard(signals: tuple[int, ...] = SIGNALS) -> Iterator[list[int]]:
+def heard(signals: tuple[int, ...] = SIGNALS, *, to_the_end: bool = False) -> Iterator[list[int]]:
     """Raise :class:`Ended` in the body when a signal comes; yields the signals that have come.
 
-    Another one, in case what ends takes too long, raises once more.
+    Another one, in case what ends takes too long, raises once more. Where the process lasts ``to_the_end`` of the
+    body only, they are ignored after it if one has come: the same one may come again while the interpreter ends, and
+    would take its exit code.
     """
     came: list[int] = []
     latest_s = -_SAME_S
@@ -44,8 +47,12 @@ def heard(signals: tuple[int, ...] = SIGNALS) -> Iterator[list[int]]:
         if latest_s - before_s >= _SAME_S:
             raise Ended
 
-    with _handling(end, signals, signal.SIG_DFL):
-        yield came
+    with _handling(end, signals, signal.SIG_DFL) as after:
+        try:
+            yield came
+        finally:
+            if came and to_the_end:
+                after.update(dict.fromkeys(after, signal.SIG_IGN))
 
 
 def show(app: App[Result]) -> Result | None:
@@ -99,12 +106,12 @@ def kept() -> Iterator[None]:
 
 
 @contextmanager
-def _handling(handle: Handler | None, signals: tuple[int, ...], instead_of: object = None) -> Iterator[None]:
-    """Handle signals in the body, as far as this thread may, or leave that to the body; then as before.
+def _handling(handle: Handler | None, signals: tuple[int, ...], instead_of: object = None) -> Iterator[_Handlers]:
+    """Handle signals in the body, as far as this thread may, or leave that to the body; yields how after it: as before.
 
     Never those that are ignored; only those handled by ``instead_of``, if that is given.
     """
-    before = {}
+    before: _Handlers = {}
     if threading.current_thread() is threading.main_thread():
         now = {number: signal.getsignal(number) for number in signals}
         before = {number: known for number, known in now.items() if known is not signal.SIG_IGN and known is not None}
@@ -113,7 +120,7 @@ def _handling(handle: Handler | None, signals: tuple[int, ...], instead_of: obje
     for number in before if handle is not None else ():
         signal.signal(number, handle)
     try:
-        yield
+        yield before
     finally:
         for number, known in before.items():
             signal.signal(number, known)

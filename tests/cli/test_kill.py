@@ -83,6 +83,18 @@ def test_a_signal_ends_the_job_between_batches(tmp_path: Path, numbers: list[int
     assert said.count("goes on") == 1
 
 
+def test_a_signal_while_the_interpreter_ends_does_not_change_the_exit_code(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("word\n" * 2000)
+    again = "import atexit, runpy, signal; atexit.register(signal.raise_signal, signal.SIGTERM)"
+    run = "runpy.run_module('tests.cli.killable', run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", f"{again}; {run}", "generate", "-i", str(source), "-o", str(out)]
+    process = subprocess.Popen([*command, "--batch-size", "2"], cwd=ROOT, preexec_fn=hear_interrupts)
+    wait_for_growth(tmp_path / "out.jsonl.kcache", 1000, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+
+
 def test_nohup_is_left_alone(tmp_path: Path) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("word\n" * 20)
