@@ -26,6 +26,7 @@ from benchmarks.precompile import compile_only
 from kcache.backends.triton import Chip, Tuning, Workspace, chip_of
 from kcache.backends.triton.backend import TritonBackend
 from kcache.cache import KCache
+from kcache.decoding import graph_of
 
 _TURNS = 3
 _SHOWN = (
@@ -93,7 +94,7 @@ def main() -> None:
         runner.turn()
         cache = runner._cache
         assert isinstance(cache, KCache)
-        graph, backend = cache.shared.graph, cache.shared.backend(device)
+        graph, backend = graph_of(cache), cache.shared.backend(device)
         assert graph is not None and isinstance(backend, TritonBackend)
         for text, change in [("as usual", {}), *options.variants, ("as usual", {})]:
             backend.tuning = replace(usual, **change)

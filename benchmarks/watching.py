@@ -213,7 +213,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def published(steps: Steps, way: str, record: Path | None) -> Iterator[Any]:
     """Publish as the way asks for."""
-    from kcache.telemetry import publish
+    from kcache import publish
 
     if way.startswith("none"):
         yield None

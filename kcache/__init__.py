@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kcache.sampling import Sampling
     from kcache.session import Session, TurnStats
     from kcache.telemetry import LayerSnapshot, Stats, StepSnapshot
+    from kcache.watch.begin import publish
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ _HOMES = {
     "sampling": ("Sampling",),
     "session": ("Session", "TurnStats"),
     "telemetry": ("LayerSnapshot", "Stats", "StepSnapshot"),
+    "watch.begin": ("publish",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -87,6 +89,7 @@ __all__ = [
     "load_config",
     "memory",
     "parse_bytes",
+    "publish",
     "pull",
 ]
 

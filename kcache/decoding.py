@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from kcache.arriving import Arriving
 from kcache.cache import KCache
+from kcache.devices import has_triton
 from kcache.forward import step_logits
 from kcache.parallel import ranks_of
 from kcache.sampling import Sampler
@@ -78,6 +79,18 @@ def decode(
         steps.leave()
 
 
+def graph_of(cache: KCache) -> GraphDecoder | None:
+    """Who decodes by replaying recorded steps; None where nothing records them, or the policy does without."""
+    shared = cache.shared
+    if shared.make_tape is None or not has_triton():
+        return None
+    from kcache.graph.decoder import GraphDecoder
+
+    if not isinstance(shared.recording, GraphDecoder):
+        shared.recording = GraphDecoder(shared.make_tape)
+    return shared.recording
+
+
 class _Steps:
     """The steps of one run, each by the recording or by a forward, and the mask that forwards want."""
 
@@ -87,8 +100,8 @@ class _Steps:
         self._run = 0
         self._logits: torch.Tensor | None = None
         self._outdated = False
-        if isinstance(cache, KCache) and cache.shared.graph is not None:
-            self.graph = cache.shared.graph
+        if isinstance(cache, KCache) and (graph := graph_of(cache)) is not None:
+            self.graph = graph
             self._run = self.graph.begin(model, cache)
 
     def launch(self, tokens: torch.Tensor, going: torch.Tensor | None = None) -> None:

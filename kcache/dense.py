@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from kcache.backends.jit import has_numba
+from kcache.backends.plain import plain, repeat
 from kcache.devices import is_too_old, runs_kernels
 
-_SCORE_BYTES = 256 * 2**20
 _REPEATED_BYTES = 256 * 2**20
 
 
@@ -76,8 +77,6 @@ def compiled(
 def _kernels_for(query: torch.Tensor) -> Any:
     """The module of kernels for prompts on the query's device, if there is one for numbers of its type."""
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        from kcache.backends.cpu import has_numba
-
         return importlib.import_module("kcache.backends.jit.prefill") if has_numba() else None
     if query.device.type == "cuda" and query.dtype.itemsize == 2 and runs_kernels(query.device):
         return importlib.import_module("kcache.backends.triton.prefill")
@@ -123,7 +122,7 @@ def _some_heads_at_a_time(
     for start in range(0, kv_heads, step):
         here, asking = slice(start, start + step), slice(start * group, (start + step) * group)
         part, seen = query[:, asking], mask if mask is None or mask.shape[1] == 1 else mask[:, asking]
-        out[:, asking] = _fused(part, _repeat(keys[:, here], part), _repeat(values[:, here], part), seen, scaling)
+        out[:, asking] = _fused(part, repeat(keys[:, here], part), repeat(values[:, here], part), seen, scaling)
     return out
 
 
@@ -134,7 +133,7 @@ def _one_token(
     batch, _, _, dim = query.shape
     packed = query.reshape(batch, keys.shape[1], -1, dim)
     if mask is not None and mask.shape[1] != 1:
-        return F.scaled_dot_product_attention(query, _repeat(keys, query), _repeat(values, query), mask, scale=scaling)
+        return F.scaled_dot_product_attention(query, repeat(keys, query), repeat(values, query), mask, scale=scaling)
     out = F.scaled_dot_product_attention(packed, keys, values, mask, scale=scaling)
     return out.reshape(batch, -1, 1, values.shape[-1])
 
@@ -153,56 +152,8 @@ def _with_lse(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and the log-sum-exp of its scores ``[B, Hq, Q]`` fp32, on the CPU."""
-    keys, values = _repeat(keys, query), _repeat(values, query)
+    keys, values = repeat(keys, query), repeat(values, query)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, keys, values, 0.0, causal, scale=scaling
     )
     return out, lse.float()
-
-
-def plain(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attention written out in fp32, a slice of queries at a time so the scores stay small."""
-    batch, heads, count, _ = query.shape
-    length = keys.shape[2]
-    grouped_keys = keys.float().unsqueeze(2)
-    grouped_values = values.float().unsqueeze(2)
-    step = max(1, _SCORE_BYTES // max(1, batch * heads * length * 4))
-    out = query.new_empty(batch, heads, count, values.shape[-1])
-    columns = torch.arange(length, device=query.device)
-    for start in range(0, count, step):
-        part = query[:, :, start : start + step].float().unflatten(1, (keys.shape[1], -1))
-        scores = torch.matmul(part, grouped_keys.transpose(3, 4)) * scaling
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        if mask is None:
-            rows = torch.arange(start, start + part.shape[3], device=query.device) + length - count
-            scores = scores.masked_fill(columns[None, :] > rows[:, None], float("-inf"))
-        else:
-            piece = mask[:, :, start : start + step].expand(-1, heads, -1, -1).unflatten(1, (keys.shape[1], -1))
-            if piece.dtype == torch.bool:
-                scores = scores.masked_fill(~piece, float("-inf"))
-            else:
-                scores = scores + piece
-        if sinks is not None:
-            extra = sinks.float().view(1, scores.shape[1], -1, 1, 1).expand(batch, -1, -1, scores.shape[3], 1)
-            probs = torch.softmax(torch.cat([scores, extra], -1), -1)[..., :-1]
-        else:
-            probs = torch.softmax(scores, -1)
-        if mask is not None:
-            probs = probs.nan_to_num(0.0)
-        out[:, :, start : start + step] = torch.matmul(probs, grouped_values).flatten(1, 2).to(query.dtype)
-    return out
-
-
-def _repeat(rows: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """``[B, Hkv, L, D]`` with each head repeated for its group, ``[B, Hq, L, D]``."""
-    group = query.shape[1] // rows.shape[1]
-    return rows if group == 1 else rows.repeat_interleave(group, dim=1)

@@ -17,7 +17,7 @@ import torch
 from kcache.attention import attach
 from kcache.backends.cpu import compile_ahead
 from kcache.cache import KCache
-from kcache.decoding import decode
+from kcache.decoding import decode, graph_of
 from kcache.errors import CacheStateError, InputError, expect
 from kcache.forward import Read, prefill
 from kcache.loading import LoadedModel
@@ -233,7 +233,7 @@ def _of_all(read: Read | None, before: int, total: int) -> Read | None:
 
 def _going(ended: list[bool], steps: int, cache: KCache) -> list[int] | None:
     """Places of the sequences to go on with, for so many steps at most; None for all if none should move."""
-    share, least_steps = _MOVE if cache.shared.graph is None else _MOVE_RECORDED
+    share, least_steps = _MOVE if graph_of(cache) is None else _MOVE_RECORDED
     if sum(ended) < share * len(ended) or steps < least_steps or not keeps_states(cache):
         return None
     return [place for place, has_ended in enumerate(ended) if not has_ended]

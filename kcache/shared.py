@@ -9,15 +9,15 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
 
 from kcache.attention import is_ours, text_config
 from kcache.backends import Backend, choose_backend
-from kcache.devices import has_triton, input_device
+from kcache.devices import input_device
 from kcache.errors import CacheStateError, UnsupportedModelError
 from kcache.graph.tape import tape_for
 from kcache.need import ModelShape
@@ -32,8 +32,24 @@ from kcache.tiers.spare import spare_of
 from kcache.tiers.validity import Validity
 
 if TYPE_CHECKING:
-    from kcache.graph.decoder import GraphDecoder
     from kcache.layer import TieredLayer
+
+
+class Recording(Protocol):
+    """Who decodes by replaying recorded steps (:class:`~kcache.graph.decoder.GraphDecoder`), as a cache knows it."""
+
+    @property
+    def ahead(self) -> bool:
+        """Whether a step is under way, or rows are where only the recording looks for them."""
+
+    def pause(self) -> None:
+        """Take back the step that is under way."""
+
+    def forget(self) -> None:
+        """Let go of the recording and of all it holds."""
+
+    def set_aside(self) -> AbstractContextManager[None]:
+        """Inside, what is counted leaves out the step that is under way."""
 
 
 class Shared:
@@ -59,13 +75,13 @@ class Shared:
         self._backends: dict[torch.device, Backend] = {}
         self._links: dict[torch.device, Link] = {}
         self.make_tape = tape_for(input_device(model)) if policy.graph == "auto" else None
-        self._graph: GraphDecoder | None = None
+        self.recording: Recording | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
         """The copied cache makes backends and recordings of its own: theirs are scratch memory."""
         self.about_to_change()
         memo[id(self)] = twin = object.__new__(Shared)
-        state = {**vars(self), "_backends": {}, "_graph": None}
+        state = {**vars(self), "_backends": {}, "recording": None}
         memo[id(self.spare)] = self.spare  # the model's, which is the same
         twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in state.items()})
         return twin
@@ -140,33 +156,24 @@ class Shared:
         return self._links[device]
 
     @property
-    def graph(self) -> GraphDecoder | None:
-        """Who decodes by replaying recorded steps; None where nothing records them, or the policy does without."""
-        if self._graph is None and self.make_tape is not None and has_triton():
-            from kcache.graph.decoder import GraphDecoder
-
-            self._graph = GraphDecoder(self.make_tape)
-        return self._graph
-
-    @property
     def runs_ahead(self) -> bool:
         """Whether a recorded step is under way, or rows are where only the recording looks for them."""
-        return self._graph is not None and self._graph.ahead
+        return self.recording is not None and self.recording.ahead
 
     def about_to_change(self) -> None:
         """Take back a recorded step that is under way: somebody else is about to change the cache."""
-        if self._graph is not None:
-            self._graph.pause()
+        if self.recording is not None:
+            self.recording.pause()
 
     def forget_recording(self) -> None:
         """Let go of a recorded step, which is for tensors that are about to make way for others."""
-        if self._graph is not None:
-            self._graph.forget()
+        if self.recording is not None:
+            self.recording.forget()
 
     @contextmanager
     def settled(self) -> Iterator[None]:
         """Inside, what is counted leaves out a recorded step that is under way."""
-        with self._graph.set_aside() if self._graph is not None else nullcontext():
+        with self.recording.set_aside() if self.recording is not None else nullcontext():
             yield
 
     @property

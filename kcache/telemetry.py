@@ -6,18 +6,10 @@ waits for it. Reading those sums does, and a snapshot copies the last step's pic
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from kcache.cache import KCache
-    from kcache.loading import LoadedModel
-    from kcache.watch.publish import Publication
 
 LayerKind = Literal["tiered", "resident", "stock"]
 StepMode = Literal["idle", "prefill", "dense", "topn"]
@@ -94,56 +86,3 @@ class StepSnapshot:
     batch: int
     stats: Stats
     layers: tuple[LayerSnapshot, ...]
-
-
-def publish(
-    target: LoadedModel | PreTrainedModel | KCache,
-    *,
-    command: str = "python",
-    model: str | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    record: str | os.PathLike[str] | None = None,
-    unix: bool = True,
-    port: int | None = None,
-    link_gb_s: float | None = None,
-) -> Publication:
-    """Let viewers watch a model at work, and record it.
-
-    A viewer is ``kcache inspect``, in another terminal, or :meth:`Publication.source
-    <kcache.watch.publish.Publication.source>` in this process. Forwards of the model with any :class:`~kcache.KCache`
-    are seen from now on. It costs a few microseconds a step while nobody watches.
-
-    Parameters
-    ----------
-    target : LoadedModel, PreTrainedModel or KCache
-        What to watch: all caches of a model, or one cache alone. A loaded model brings its tokenizer and its name.
-    command : str
-        What viewers call this program.
-    model : str, optional
-        What viewers call the model.
-    tokenizer : PreTrainedTokenizerBase, optional
-        Turns token ids into the text viewers show; without one there is none. A reordering of beams is not followed.
-    record : path, optional
-        Write a recording there; the file must not exist.
-    unix : bool
-        Publish on this process's socket, which only this user can reach.
-    port : int, optional
-        Also publish on loopback TCP, 0 for any free port; ``Publication.token`` is what a viewer must know.
-    link_gb_s : float, optional
-        Measured bandwidth of the link, for viewers to compare with.
-
-    Returns
-    -------
-    Publication
-        A context manager; without ``with``, publishing ends with :meth:`close` or the process.
-
-    Raises
-    ------
-    WatchError
-        If nothing can be published here.
-    InputError
-        If the recording's file exists or cannot be made.
-    """
-    from kcache.watch.begin import begin
-
-    return begin(target, command, model, tokenizer, record, unix, port, link_gb_s)

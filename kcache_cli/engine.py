@@ -105,7 +105,7 @@ class Engine(Protocol):
         """Measure the machine, then the cases, yielding the rows of each (:func:`kcache.bench.run.run`)."""
 
     def publish(self, lm: Any, **options: Any) -> Publication | None:
-        """Let others watch the model (:func:`kcache.telemetry.publish`); None where there is nothing to watch."""
+        """Let others watch the model (:func:`kcache.publish`); None where there is nothing to watch."""
 
     def fidelity(
         self, lm: Any, spec: FidelitySpec, places: Sequence[Place], known: Known, watch: Callable[[str], None]
@@ -267,7 +267,7 @@ class KCacheEngine:
 
     def publish(self, lm: Any, **options: Any) -> Publication | None:
         """See :class:`Engine`."""
-        from kcache.telemetry import publish
+        from kcache import publish
         from kcache_cli.measured import link_gb_s
 
         return publish(lm, link_gb_s=link_gb_s(lm.device), **options)

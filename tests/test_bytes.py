@@ -16,7 +16,8 @@ from kcache.errors import PolicyError
 from kcache.need import cache_bytes
 from kcache.policy import Policy
 from kcache.telemetry import Stats
-from kcache.tiers.bytes import PIECE, ByteRows, dequantise, quantise, remainder
+from kcache.tiers.bytes import ByteRows, dequantise
+from kcache.tiers.rounding import PIECE, quantise, remainder
 from tests.models import left_padding, make, tokens
 from tests.pair import forward
 

@@ -119,7 +119,7 @@ def test_a_mask_of_its_own_per_head() -> None:
 def test_slices_of_queries_when_scores_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
     query, keys, values = torch.randn(2, 4, 30, 8), torch.randn(2, 2, 50, 8), torch.randn(2, 2, 50, 8)
     whole = dense.attend(query, keys, values, None, 0.3, 2.0)
-    monkeypatch.setattr(dense, "_SCORE_BYTES", 2 * 4 * 50 * 4 * 7)
+    monkeypatch.setattr("kcache.backends.plain._SCORE_BYTES", 2 * 4 * 50 * 4 * 7)
     torch.testing.assert_close(dense.attend(query, keys, values, None, 0.3, 2.0), whole)
 
 

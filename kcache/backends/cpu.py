@@ -11,13 +11,12 @@ are rounded to K's dtype, which moves the logits of a whole model no more than s
 
 from __future__ import annotations
 
-import importlib
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 
 from kcache.backends.base import DecodeResult, DecodeStep, count_picks
+from kcache.backends.jit import has_numba
 from kcache.backends.reference import ReferenceBackend, probabilities
 from kcache.spread import MOST
 
@@ -171,16 +170,6 @@ def compile_ahead(device: torch.device, dtype: torch.dtype, rows: int = _LONG) -
 
         compile_prompt(dtype)
         compile_steps(dtype)
-
-
-@lru_cache
-def has_numba() -> bool:
-    """Whether Numba is there and works: one that is too old for NumPy, say, is as good as none."""
-    try:
-        importlib.import_module("kcache.backends.jit.steps")
-    except ImportError:
-        return False
-    return True
 
 
 def _is_plain(step: DecodeStep) -> bool:

@@ -11,7 +11,7 @@ import torch
 from kcache import dense
 from kcache.backends.base import DecodeResult, DecodeStep, HotStore, count_picks
 from kcache.spread import MOST
-from kcache.tiers.bytes import LOWER_STEPS
+from kcache.tiers.rounding import LOWER_STEPS
 
 
 class ReferenceBackend:

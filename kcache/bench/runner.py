@@ -21,7 +21,7 @@ from kcache.bench.engines import Engine
 from kcache.bench.floor import Traffic, traffic_of
 from kcache.bench.peak import PeakMemory
 from kcache.cache import KCache
-from kcache.decoding import decode
+from kcache.decoding import decode, graph_of
 from kcache.forward import step_logits
 from kcache.layer import TieredLayer
 from kcache.sampling import Sampler, Sampling
@@ -141,7 +141,7 @@ class Runner:
         measured.traffic = traffic_of(self._lm.model, self._cache, measured.link_bytes)
         modes = {layer.mode for layer in self._cache.layers if isinstance(layer, TieredLayer)}
         measured.mode = "topn" if "topn" in modes else "dense" if modes else None
-        graph = self._cache.shared.graph if isinstance(self._cache, KCache) else None
+        graph = graph_of(self._cache) if isinstance(self._cache, KCache) else None
         if graph is not None:
             measured.graph = "replayed" if graph.replayed else graph.reason or "no step was replayed"
 

@@ -1,4 +1,4 @@
-"""What :func:`kcache.telemetry.publish` does: find the model behind what it is given, and describe it."""
+""":func:`kcache.publish`: find the model behind what it is given, and describe it to viewers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import kcache
+from kcache import __version__
 from kcache.cache import KCache
 from kcache.errors import InputError
 from kcache.host import cpu_name, versions
@@ -24,25 +24,63 @@ if TYPE_CHECKING:
     from kcache.loading import LoadedModel
 
 
-def begin(
+def publish(
     target: LoadedModel | PreTrainedModel | KCache,
-    command: str,
-    name: str | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    record: str | os.PathLike[str] | None,
-    unix: bool,
-    port: int | None,
-    link_gb_s: float | None,
+    *,
+    command: str = "python",
+    model: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    record: str | os.PathLike[str] | None = None,
+    unix: bool = True,
+    port: int | None = None,
+    link_gb_s: float | None = None,
 ) -> Publication:
-    """See :func:`kcache.telemetry.publish`."""
+    """Let viewers watch a model at work, and record it.
+
+    A viewer is ``kcache inspect``, in another terminal, or :meth:`Publication.source
+    <kcache.watch.publish.Publication.source>` in this process. Forwards of the model with any :class:`~kcache.KCache`
+    are seen from now on. It costs a few microseconds a step while nobody watches.
+
+    Parameters
+    ----------
+    target : LoadedModel, PreTrainedModel or KCache
+        What to watch: all caches of a model, or one cache alone. A loaded model brings its tokenizer and its name.
+    command : str
+        What viewers call this program.
+    model : str, optional
+        What viewers call the model.
+    tokenizer : PreTrainedTokenizerBase, optional
+        Turns token ids into the text viewers show; without one there is none. A reordering of beams is not followed.
+    record : path, optional
+        Write a recording there; the file must not exist.
+    unix : bool
+        Publish on this process's socket, which only this user can reach.
+    port : int, optional
+        Also publish on loopback TCP, 0 for any free port; ``Publication.token`` is what a viewer must know.
+    link_gb_s : float, optional
+        Measured bandwidth of the link, for viewers to compare with.
+
+    Returns
+    -------
+    Publication
+        A context manager; without ``with``, publishing ends with :meth:`close` or the process.
+
+    Raises
+    ------
+    WatchError
+        If nothing can be published here.
+    InputError
+        If the recording's file exists or cannot be made.
+    """
     only = target if isinstance(target, KCache) else None
-    model = _model_of(target)
+    watched = _model_of(target)
+    name = model or str(getattr(target, "name", watched.config.name_or_path))
     tokenizer = tokenizer if tokenizer is not None else getattr(target, "tokenizer", None)
     return Publication(
-        model,
-        describe(model, name or str(getattr(target, "name", model.config.name_or_path)), command, link_gb_s),
+        watched,
+        describe(watched, name, command, link_gb_s),
         Pieces(tokenizer),
-        _ends(model, tokenizer),
+        _ends(watched, tokenizer),
         only,
         None if record is None else Path(record),
         unix,
@@ -65,7 +103,7 @@ def describe(model: PreTrainedModel, name: str, command: str, link_gb_s: float |
         weights_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         context_length=context_length(model.config),
         link_gb_s=link_gb_s,
-        environment={"kcache": kcache.__version__, **found, "os": f"{platform.system()} {platform.machine()}"},
+        environment={"kcache": __version__, **found, "os": f"{platform.system()} {platform.machine()}"},
     )
 
 

@@ -43,7 +43,7 @@ _SHARE = 0.015
 
 
 class Publication:
-    """A model that can be watched, until :meth:`close`; made by :func:`kcache.telemetry.publish`.
+    """A model that can be watched, until :meth:`close`; made by :func:`kcache.publish`.
 
     Attributes
     ----------

@@ -85,7 +85,7 @@ def inspect(
     """Look at a run: what is in which memory, what crosses the link, where attention looks.
 
     A full-screen dashboard, unless it shall print or write something; ? lists its keys. Finds `kcache chat`,
-    `generate`, `bench`, `eval` and any program that calls kcache.telemetry.publish(), as long as they run as the same
+    `generate`, `bench`, `eval` and any program that calls kcache.publish(), as long as they run as the same
     user; or replays what --record wrote. With nothing running it says so and exits with 1.
 
     Examples

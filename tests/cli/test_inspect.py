@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 PUBLISHER = """
 import sys, time
 import kcache
-from kcache.telemetry import publish
+from kcache import publish
 lm = kcache.load(sys.argv[1])
 policy = kcache.Policy(topn=4, spread="even", dense_layers=1, dense_below=0)
 with publish(lm, command="script", port=0) as publication:

@@ -32,7 +32,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, machine: Any) -> None:
 
 def test_measured_once_and_published_from_then_on(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     published: list[Any] = []
-    monkeypatch.setattr(kcache.telemetry, "publish", lambda lm, **options: published.append(options["link_gb_s"]))
+    monkeypatch.setattr(kcache, "publish", lambda lm, **options: published.append(options["link_gb_s"]))
     lm = SimpleNamespace(device=card)
     KCacheEngine().publish(lm, command="chat")
     measured(monkeypatch, GPU)

@@ -66,7 +66,7 @@ def test_every_command_records(run: Run, engine: KCacheEngine, tmp_path: Path, c
 SLOW_RUN = """
 import sys
 import kcache
-from kcache.telemetry import publish
+from kcache import publish
 lm = kcache.load(sys.argv[1])
 publish(lm, record=sys.argv[2], unix=False)
 while True:

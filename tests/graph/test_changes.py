@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from kcache.attention import attach
 from kcache.cache import KCache
-from kcache.decoding import decode
+from kcache.decoding import decode, graph_of
 from kcache.forward import prefill, step_logits
 from kcache.policy import Policy
 from kcache.spread import spread_of
@@ -59,8 +59,9 @@ def both(model: PreTrainedModel, change: Callable[[KCache], object], batch: int)
         for _ in range(7):
             next(run)
         if taped:
-            assert cache.shared.graph is not None
-            assert cache.shared.graph.ahead
+            graph = graph_of(cache)
+            assert graph is not None
+            assert graph.ahead
         change(cache)
         for _ in range(4):
             next(run)
@@ -116,9 +117,10 @@ def test_triton_two_runs_of_one_cache(llama: PreTrainedModel) -> None:
             next(new)
         assert cache.get_seq_length() == 32
         if taped:
-            assert cache.shared.graph is not None
-            assert cache.shared.graph.reason is None
-            assert cache.shared.graph.ahead
+            graph = graph_of(cache)
+            assert graph is not None
+            assert graph.reason is None
+            assert graph.ahead
         seen.append(sampler.seen)
     for got, want in zip(seen[1], seen[0], strict=True):
         torch.testing.assert_close(got, want, atol=2e-5 * float(want.abs().max()), rtol=0)
@@ -137,8 +139,9 @@ def test_triton_a_recording_is_not_for_other_thresholds(llama: PreTrainedModel) 
             seen.append((sampler.seen, cache.stats.rows_fetched))
             cache.shared.spread = spread_of(POLICY, cache.shared.ranks)
         if taped:
-            assert cache.shared.graph is not None
-            assert cache.shared.graph.recorded == 2
+            graph = graph_of(cache)
+            assert graph is not None
+            assert graph.recorded == 2
     for (got, rows), (want, expected) in zip(seen[2:], seen[:2], strict=True):
         assert rows == expected
         for mine, theirs in zip(got, want, strict=True):
@@ -156,10 +159,11 @@ def test_triton_a_recording_goes_with_what_it_was_made_for(
     for _ in range(6):
         next(run)
     run.close()  # type: ignore[attr-defined]
-    assert cache.shared.graph is not None
-    assert cache.shared.graph._step is not None
+    graph = graph_of(cache)
+    assert graph is not None
+    assert graph._step is not None
     change(cache)
-    assert cache.shared.graph._step is None
+    assert graph._step is None
 
 
 def test_triton_statistics_leave_out_the_step_under_way(llama: PreTrainedModel) -> None:
@@ -183,7 +187,7 @@ def test_triton_a_run_on_an_empty_cache_says_nothing_about_later_ones(llama: Pre
     for _ in range(9):
         next(run)
     run.close()  # type: ignore[attr-defined]
-    graph = cache.shared.graph
+    graph = graph_of(cache)
     assert graph is not None
     assert graph.reason is None
     assert graph.recorded == 0

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from kcache.arriving import Arriving
 from kcache.attention import attach
 from kcache.cache import KCache
-from kcache.decoding import decode
+from kcache.decoding import decode, graph_of
 from kcache.forward import prefill, step_logits
 from kcache.graph.decoder import PROOFS
 from kcache.policy import Policy
@@ -169,7 +169,7 @@ def test_triton_copies_of_a_cache_and_two_caches_do_not_meet(llama: PreTrainedMo
     other.prefill(tokens(2, 1, 14))
     one.decode(3)
     twin = copy.deepcopy(one.taped)
-    assert twin.shared.graph is not one.graph
+    assert graph_of(twin) is not one.graph
     other.decode(3)
     one.decode(2)
     other.decode(1)
@@ -231,8 +231,9 @@ def test_triton_viewers_see_replayed_steps(llama: PreTrainedModel) -> None:
         seen = [forward.ids.numpy().tolist() for forward in capture.forwards if forward.ids is not None]
         frames.append((seen, [(frame.counts, frame.modes, _values(frame.positions)) for frame in capture.ready]))
         if tape is not None:
-            assert cache.shared.graph is not None
-            assert cache.shared.graph.replayed == 6 - PROOFS
+            graph = graph_of(cache)
+            assert graph is not None
+            assert graph.replayed == 6 - PROOFS
     assert frames[0] == frames[1]
     assert len(frames[0][1]) == 7
 

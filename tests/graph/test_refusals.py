@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from kcache.attention import attach
 from kcache.cache import KCache
-from kcache.decoding import decode
+from kcache.decoding import decode, graph_of
 from kcache.forward import prefill
 from kcache.policy import Policy
 from tests.graph.recorder import RecordedTape
@@ -47,10 +47,11 @@ def check(model: PreTrainedModel, reason: str, policy: Policy = POLICY, tape: An
     """It is refused, and nothing is left of it: logits are those of a run that never recorded."""
     cache, got = run(model, policy, tape)
     _, want = run(model, policy, None)
-    assert cache.shared.graph is not None
-    assert cache.shared.graph.replayed == 0
-    assert cache.shared.graph.reason is not None
-    assert reason in cache.shared.graph.reason
+    graph = graph_of(cache)
+    assert graph is not None
+    assert graph.replayed == 0
+    assert graph.reason is not None
+    assert reason in graph.reason
     assert len(got) == len(want) == STEPS + 1
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -163,14 +164,14 @@ def test_triton_a_model_that_asks_the_device_for_a_value() -> None:
 
 
 def test_without_a_tape_or_with_the_policy_off_there_is_no_recording(llama: PreTrainedModel) -> None:
-    assert KCache(llama, POLICY).shared.graph is None
+    assert graph_of(KCache(llama, POLICY)) is None
     assert KCache(llama, POLICY.replace(graph="off")).shared.make_tape is None
 
 
 def test_a_device_without_triton_has_no_recording(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     cache, got = run(llama, POLICY.replace(backend="reference"), RecordedTape)
-    assert cache.shared.graph is None
+    assert graph_of(cache) is None
     assert len(got) == STEPS + 1
 
 

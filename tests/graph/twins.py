@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from kcache.attention import attach
 from kcache.cache import KCache
-from kcache.decoding import decode
+from kcache.decoding import decode, graph_of
 from kcache.forward import prefill
 from kcache.graph.decoder import GraphDecoder
 from kcache.policy import Policy
@@ -62,7 +62,7 @@ class Twins:
 
     @property
     def graph(self) -> GraphDecoder:
-        found = self.taped.shared.graph
+        found = graph_of(self.taped)
         assert found is not None
         return found
 

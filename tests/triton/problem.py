@@ -8,7 +8,7 @@ import torch
 
 from kcache.lowrank import LowRank, LowRankTail
 from kcache.spread import MOST
-from kcache.tiers.bytes import quantise, remainder
+from kcache.tiers.rounding import quantise, remainder
 
 
 @dataclass

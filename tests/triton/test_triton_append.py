@@ -7,7 +7,8 @@ import torch
 
 from kcache.backends.triton import append
 from kcache.lowrank import LowRankTail
-from kcache.tiers.bytes import ByteRows, quantise, remainder
+from kcache.tiers.bytes import ByteRows
+from kcache.tiers.rounding import quantise, remainder
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kcache.backends.triton.narrow import narrow, widen
-from kcache.tiers.bytes import LOWER_STEPS, ByteRows, dequantise, quantise, remainder
+from kcache.tiers.bytes import ByteRows, dequantise
+from kcache.tiers.rounding import LOWER_STEPS, quantise, remainder
 
 
 def drawn(dim: int, length: int, dtype: torch.dtype) -> torch.Tensor:

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import kcache
-from kcache import KCache, LoadedModel, Policy, Sampling
+from kcache import KCache, LoadedModel, Policy, Sampling, publish
 from kcache.errors import InputError, WatchError
-from kcache.telemetry import publish
 from kcache.watch.attach import Place, attach, find
 from kcache.watch.frame import Frame, Mark
 from kcache.watch.publish import Publication

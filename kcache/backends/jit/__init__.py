@@ -8,3 +8,18 @@ machine, only Numba's wheels. Where Numba is missing, :class:`~kcache.backends.c
 steps made of them, ``entries`` their machine code, ``team`` the threads, ``steps`` what the backend calls. A prompt's
 attention is ``tiles`` of products, ``prompt`` the region made of them, and ``prefill``, which exact attention calls.
 """
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+
+
+@lru_cache
+def has_numba() -> bool:
+    """Whether Numba is there and works: one that is too old for NumPy, say, is as good as none."""
+    try:
+        importlib.import_module("kcache.backends.jit.steps")
+    except ImportError:
+        return False
+    return True

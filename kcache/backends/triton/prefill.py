@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from kcache import dense
+from kcache.backends.plain import plain
 from kcache.backends.traced import wants_operators
 from kcache.backends.triton.prompt import attend_prompt
 
@@ -71,7 +71,7 @@ def holds(
         with torch.autocast(device.type, enabled=False):
             given = *_tried_on(device, dtype, group, dim, dim_v, masked), dim**-0.5, 3.0 if capped else None
             sinks = torch.linspace(-1, 1, 2 * group, device=device).to(dtype) if sunk else None
-            off = float((attend_prompt(*given, sinks).float() - dense.plain(*given, sinks).float()).abs().max())
+            off = float((attend_prompt(*given, sinks).float() - plain(*given, sinks).float()).abs().max())
     except torch.OutOfMemoryError:
         raise  # another time it may fit, so this is not remembered
     except Exception as error:

@@ -1,0 +1,30 @@
+"""Rounding rows to 8 bits, and what it leaves: the form that :mod:`kcache.tiers.bytes` keeps, in torch operators."""
+
+from __future__ import annotations
+
+import torch
+
+PIECE = 2048
+"""Rows of a head turned at a time: the arithmetic is in fp32, and a whole layer's rows in it take much memory."""
+LOWER_STEPS = 254
+"""Steps of the lower plane to one of the upper."""
+
+
+def quantise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn rows ``[..., T, D]`` into int8 ``[..., T, D]`` and fp32 scales ``[..., T, 1]``; one of zeros has scale 0."""
+    whole = rows.new_empty(rows.shape, dtype=torch.int8)
+    scales = rows.new_empty((*rows.shape[:-1], 1), dtype=torch.float32)
+    for part, into, scale in zip(*(each.split(PIECE, -2) for each in (rows, whole, scales)), strict=True):
+        exact = part.float()
+        scale.copy_(exact.abs().amax(-1, keepdim=True) / 127)
+        into.copy_((exact / torch.where(scale > 0, scale, 1.0)).round_())
+    return whole, scales
+
+
+def remainder(rows: torch.Tensor, whole: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What :func:`quantise` has rounded away of ``rows``, int8 ``[..., T, D]``: 254ths of a step, -127 to 127."""
+    lower = torch.empty_like(whole)
+    for part, upper, scale, into in zip(*(each.split(PIECE, -2) for each in (rows, whole, scales, lower)), strict=True):
+        steps = part.float() / torch.where(scale > 0, scale, 1.0)
+        into.copy_(((steps - upper) * LOWER_STEPS).round_())
+    return lower
