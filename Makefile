@@ -18,7 +18,7 @@ help:
 	@echo 'make venv    build .venv and install kcache in it'
 	@echo 'make chat    talk to the demo model            (ARGS="--topn 64", MODEL=owner/name)'
 	@echo 'make test    lint, types, tests                (ARGS="-m \"not slow\"", WORKERS=2)'
-	@echo 'make lint    ruff and mypy only'
+	@echo 'make lint    ruff, import-linter and mypy only'
 	@echo 'make format  let ruff rewrite what it can'
 	@echo 'make gpu     GPU tests and benchmark, on the Python and packages that are there'
 	@echo 'make bench   measure again what docs/benchmarks.md says of the CPU   (FRESH=1 to start over)'
@@ -53,6 +53,7 @@ test: lint
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 format: $(STAMP)
@@ -72,5 +73,5 @@ support: $(STAMP)
 	$(BIN)/kcache models --verify --output docs/support.md
 
 clean:
-	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find kcache kcache_cli tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

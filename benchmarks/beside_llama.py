@@ -27,8 +27,8 @@ from kcache.bench.cases import Spec, make_cases
 from kcache.bench.context import layer_shapes
 from kcache.bench.env import environment
 from kcache.bench.runner import Runner
-from kcache.machine import measure as measure_machine
 from kcache.policy import parse_tokens
+from kcache.speed.machine import measure as measure_machine
 
 STEPS = 16
 FLASH = {"llama.cpp": 0, "llama.cpp, flash attention": 1}

@@ -29,7 +29,7 @@ from benchmarks.gpu_report import job_line, ratio_lines, record
 from kcache.backends.triton import chip_of
 from kcache.bench.env import environment
 from kcache.bench.report import Problem
-from kcache.machine import measure as measure_machine
+from kcache.speed.machine import measure as measure_machine
 
 
 class Bench:

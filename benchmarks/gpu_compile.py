@@ -19,13 +19,12 @@ from benchmarks.gpu_jobs import Job, all_jobs, batch_of, spec_of
 from benchmarks.gpu_models import SHAPES, make_model
 from benchmarks.pick_trace import FILE, Trace, replayed
 from benchmarks.precompile import compile_only
-from kcache.backends.base import DecodeStep
+from kcache.backends.base import DecodeStep, LowRank
 from kcache.backends.triton import Chip, Tuning, append
 from kcache.backends.triton.backend import TritonBackend
 from kcache.bench.context import LayerShape
 from kcache.bench.engines import make_engine
-from kcache.lowrank import LowRank
-from kcache.sizes import rank_of
+from kcache.planning.sizes import rank_of
 
 SHARDS = 12
 _MOST_S = 150.0

@@ -18,8 +18,8 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.pick_trace import FILE, Trace, replayed
-from kcache import dense
-from kcache.attention import attach
+from kcache.attaching import attach
+from kcache.backends import dense
 from kcache.bench.cases import Case, Spec
 from kcache.bench.context import LayerShape, layer_shapes
 from kcache.bench.engines import Engine, make_engine
@@ -29,10 +29,10 @@ from kcache.bench.rows import Row
 from kcache.bench.run import run
 from kcache.bench.runner import Runner
 from kcache.cache import KCache
-from kcache.forward import prefill
+from kcache.decoding.forward import prefill
 from kcache.loading import LoadedModel
+from kcache.machine.ram import read_ram
 from kcache.policy import Policy
-from kcache.ram import read_ram
 from kcache.tiers.spare import spare_of
 
 TOPN = 128

@@ -20,9 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_jobs import Job, all_jobs, make_runner, spec_of, trace_of
 from benchmarks.gpu_models import Models
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.cache import KCache
-from kcache.forward import prefill
+from kcache.decoding.forward import prefill
 from kcache.loading import LoadedModel
 
 _PAUSE_US = 3.0

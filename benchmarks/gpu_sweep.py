@@ -26,7 +26,7 @@ from benchmarks.precompile import compile_only
 from kcache.backends.triton import Chip, Tuning, Workspace, chip_of
 from kcache.backends.triton.backend import TritonBackend
 from kcache.cache import KCache
-from kcache.decoding import graph_of
+from kcache.decoding.loop import graph_of
 
 _TURNS = 3
 _SHOWN = (

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from benchmarks.precompile import compile_only
+from kcache.backends.base import LowRank
 from kcache.backends.triton import Chip, DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode
 from kcache.backends.triton.inputs import Results, StepInputs
 from kcache.backends.triton.step import Step
-from kcache.lowrank import LowRank, LowRankTail
+from kcache.planning.sizes import rank_of
 from kcache.policy import Spread
-from kcache.sizes import rank_of
+from kcache.tiers.lowrank import LowRankTail
 
 SHARDS = 12
 

@@ -4,8 +4,8 @@
 
 Each kernel is captured several times in a CUDA graph, over inputs that differ from launch to launch and exceed the
 L2 cache, and the median of the replays is given. Floors use ceilings measured in the same run: a device copy for HBM,
-a bulk copy from pinned memory for the link (:mod:`kcache.machine`). Before anything is timed, every case is compared
-with the reference backend. Variants are compiled in parallel processes first. Prints a table and writes JSON.
+a bulk copy from pinned memory for the link (:mod:`kcache.speed.machine`). Before anything is timed, every case is
+compared with the reference backend. Variants are compiled in parallel processes first. Prints a table and writes JSON.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from benchmarks.kernel_inputs import CASES, Inputs, compile_shard, precompile
 from kcache.backends.base import DecodeStep
 from kcache.backends.reference import ReferenceBackend
 from kcache.backends.triton import Chip, Tuning, chip_of, triton_decode
-from kcache.machine import measure as measure_machine
 from kcache.policy import Policy
+from kcache.speed.machine import measure as measure_machine
 
 
 def graph_us(calls: Sequence[Callable[[], object]], replays: int = 15) -> tuple[float, float]:

@@ -116,10 +116,10 @@ def replayed(trace: Trace) -> Iterator[None]:
 def record(count: int = 48) -> dict[str, Any]:
     """Record a trace: the demo model reads the reference prose, and then its next tokens one by one."""
     import kcache
-    from kcache.attention import attach
+    from kcache.attaching import attach
     from kcache.bench.context import real_ids
     from kcache.cache import KCache
-    from kcache.forward import prefill, step_logits
+    from kcache.decoding.forward import prefill, step_logits
 
     lm = kcache.load("smollm2")
     ids = real_ids(lm, CONTEXT + count + 8, 1)

@@ -132,7 +132,7 @@ class Steps:
 
         import kcache
         from kcache.bench.context import reference_prose
-        from kcache.forward import prefill
+        from kcache.decoding.forward import prefill
 
         if options.threads:
             torch.set_num_threads(options.threads)
@@ -148,7 +148,7 @@ class Steps:
         """Run ``count`` steps; the cache is cut back afterwards."""
         import torch
 
-        from kcache.forward import step_logits
+        from kcache.decoding.forward import step_logits
 
         token, clock = self._first, watch_clock()
         began = engine = watch = 0.0
@@ -175,7 +175,7 @@ def watch_clock() -> Callable[[], float]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Take turns until the time is up."""
-    from kcache.attention import attach
+    from kcache.attaching import attach
     from kcache.bench.env import surroundings
 
     steps, viewer, order = Steps(options), Viewer(options.rate), random.Random(0)

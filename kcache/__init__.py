@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kcache import memory
-    from kcache.attention import attach
+    from kcache.attaching import attach
     from kcache.cache import KCache
+    from kcache.decoding.sampling import Sampling
     from kcache.errors import (
         CacheStateError,
         ContextLengthError,
@@ -25,17 +26,16 @@ if TYPE_CHECKING:
     )
     from kcache.generation import TokenEvent, generate
     from kcache.loading import LoadedModel, load, load_config
-    from kcache.models import ModelEntry, known_models, pull
+    from kcache.models.names import ModelEntry, known_models, pull
     from kcache.policy import Policy, parse_bytes
-    from kcache.sampling import Sampling
     from kcache.session import Session, TurnStats
     from kcache.telemetry import LayerSnapshot, Stats, StepSnapshot
-    from kcache.watch.begin import publish
+    from kcache.watch.publish import publish
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "attention": ("attach",),
+    "attaching": ("attach",),
     "cache": ("KCache",),
     "errors": (
         "CacheStateError",
@@ -51,12 +51,12 @@ _HOMES = {
     "generation": ("TokenEvent", "generate"),
     "loading": ("LoadedModel", "load", "load_config"),
     "memory": ("memory",),
-    "models": ("ModelEntry", "known_models", "pull"),
+    "models.names": ("ModelEntry", "known_models", "pull"),
     "policy": ("Policy", "parse_bytes"),
-    "sampling": ("Sampling",),
+    "decoding.sampling": ("Sampling",),
     "session": ("Session", "TurnStats"),
     "telemetry": ("LayerSnapshot", "Stats", "StepSnapshot"),
-    "watch.begin": ("publish",),
+    "watch.publish": ("publish",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

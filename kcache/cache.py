@@ -1,7 +1,7 @@
 """KCache: a transformers ``Cache`` whose full-attention layers keep K on the device and V in a tier.
 
 Layers the probe does not clear (sliding windows, linear attention, latents) are the stock ones. All tiered layers
-share one :class:`~kcache.shared.Shared`.
+share one :class:`~kcache.layers.shared.Shared`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionAndFullAttentionLayer
 
-from kcache.devices import input_device
+from kcache.attention.probe import probe, stock_layers
 from kcache.errors import InputError, PolicyError, expect
-from kcache.hybrid import HybridTieredLayer
-from kcache.layer import TieredLayer
+from kcache.layers.hybrid import HybridTieredLayer
+from kcache.layers.shared import Shared
+from kcache.layers.snapshots import layer_snapshot, total
+from kcache.layers.spread import spread_of
+from kcache.layers.stepwise import Look, no_look
+from kcache.layers.tiered import TieredLayer
+from kcache.machine.devices import input_device
 from kcache.policy import Policy
-from kcache.probe import probe, stock_layers
-from kcache.shared import Shared
-from kcache.snapshots import layer_snapshot, total
-from kcache.spread import spread_of
-from kcache.stepwise import Look, no_look
 from kcache.telemetry import Stats, StepSnapshot
 from kcache.tiers.validity import Validity
 
@@ -150,7 +150,7 @@ class KCache(Cache):
 
     @contextmanager
     def stepwise(self, look: Look = no_look) -> Iterator[None]:
-        """Inside this block, take several new tokens of a forward as that many decode steps (:mod:`kcache.stepwise`).
+        """Inside, take several new tokens of a forward as that many decode steps (:mod:`kcache.layers.stepwise`).
 
         For one sequence without padding, on an attached model, and a cache made with the ``max_length`` it comes to.
         A block of several needs a policy under which layers step apart (:attr:`Shared.layers_apart`). ``look`` is

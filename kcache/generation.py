@@ -1,8 +1,9 @@
-"""Generation: prefill in chunks, then the decode loop (:mod:`kcache.decoding`), streamed as events.
+"""Generation: prefill in chunks, then the decode loop (:mod:`kcache.decoding.loop`), streamed as events.
 
 Prompts of a batch are left-padded to one length ``T``; ids and masks are ``[B, T]``. Sequences that have ended
 leave the cache when they are enough, so that the steps of the others read less. Until then they are fed on; in a cache
-that will be used again they stay, and are fed padding. What all prompts begin with is read once (:mod:`kcache.prefix`).
+that will be used again they stay, and are fed padding. What all prompts begin with is read once
+(:mod:`kcache.decoding.prefix`).
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from typing import Literal
 
 import torch
 
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.backends.cpu import compile_ahead
 from kcache.cache import KCache
-from kcache.decoding import decode, graph_of
+from kcache.decoding.forward import Read, prefill
+from kcache.decoding.loop import decode, graph_of
+from kcache.decoding.pieces import keeps_states
+from kcache.decoding.prefix import read_once, shared_length
+from kcache.decoding.prompts import Prompt, check_length, encode
+from kcache.decoding.sampling import Sampler, Sampling
+from kcache.decoding.text import Detokenizer
 from kcache.errors import CacheStateError, InputError, expect
-from kcache.forward import Read, prefill
 from kcache.loading import LoadedModel
-from kcache.pieces import keeps_states
 from kcache.policy import Policy
-from kcache.prefix import read_once, shared_length
-from kcache.prompts import Prompt, check_length, encode
-from kcache.sampling import Sampler, Sampling
-from kcache.text import Detokenizer
 from kcache.watch.capture import watchers_of
 
 FinishReason = Literal["stop", "length"]

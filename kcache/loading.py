@@ -22,15 +22,15 @@ from transformers import (
 )
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from kcache.demo import SMOLLM2
-from kcache.devices import check_device_map, input_device, is_too_old
+from kcache.attention.probe import probe
 from kcache.errors import InputError, ModelNotFoundError, UnsupportedModelError, expect
-from kcache.explained import explained, short
-from kcache.models import Source, find_source
-from kcache.parallel import check_heads
-from kcache.probe import probe
-from kcache.progress import Progress, ignore_progress, quiet_transformers
-from kcache.support import check_supported, context_length
+from kcache.machine.devices import check_device_map, input_device, is_too_old
+from kcache.machine.parallel import check_heads
+from kcache.models.demo import SMOLLM2
+from kcache.models.explained import explained, short
+from kcache.models.names import Source, find_source
+from kcache.models.progress import Progress, ignore_progress, quiet_transformers
+from kcache.models.support import check_supported, context_length
 
 DeviceMap = str | int | torch.device | dict[str, Any] | None
 Name = str | os.PathLike[str]

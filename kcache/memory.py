@@ -1,7 +1,7 @@
 """How many bytes a model and its cache take in either tier, from its config alone, and whether they are there.
 
-What chat, generate and plan ask before anything is loaded. :mod:`kcache.need` counts, :mod:`kcache.fitting` compares.
-And the way to get memory back that nobody uses.
+What chat, generate and plan ask before anything is loaded. :mod:`kcache.planning.need` counts,
+:mod:`kcache.planning.fitting` compares. And the way to get memory back that nobody uses.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kcache.errors import DoesNotFitError
-from kcache.fitting import WHOLE, Fitter, Pools, Split
-from kcache.need import MemoryNeed, ModelShape, cache_bytes
+from kcache.models.weights import Weights
+from kcache.planning.fitting import WHOLE, Fitter, Pools, Split
+from kcache.planning.need import MemoryNeed, ModelShape, cache_bytes
 from kcache.policy import Policy
 from kcache.tiers.spare import spare_of
-from kcache.weights import Weights
 
 __all__ = ["MemoryNeed", "Split", "batch_sizes", "cache_bytes", "check_fits", "release", "weight_bytes"]
 

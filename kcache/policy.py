@@ -94,8 +94,8 @@ class Policy:
         average.
     spread : {"need", "even"}
         ``"need"`` gives the rows to the layers and heads whose attention needs them, by one threshold on their
-        probability that follows the average (:mod:`kcache.spread`); ``"even"`` fetches exactly ``topn`` everywhere, as
-        the paper does.
+        probability that follows the average (:mod:`kcache.layers.spread`); ``"even"`` fetches exactly ``topn``
+        everywhere, as the paper does.
     dense_layers : int
         The first layers keep V on the device and attend exactly; their attention is too diffuse for TopN.
     dense_below : int
@@ -106,8 +106,8 @@ class Policy:
         more rows.
     tail : {"lowrank", "renormalise", "none"}
         What stands in for the rows that were not picked: each row's projection on the few directions in which V of its
-        head varies most (:mod:`kcache.lowrank`); nothing, with the picked weights rescaled to one; or nothing at all
-        (the paper).
+        head varies most (:mod:`kcache.tiers.lowrank`); nothing, with the picked weights rescaled to one; or nothing at
+        all (the paper).
     tail_rank : int or None
         Directions per KV head of the low-rank tail; ``None`` is a sixteenth of the head size, which costs a sixteenth
         of V in device memory.

@@ -7,13 +7,13 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from kcache.cache import KCache
+from kcache.decoding.forward import Read
+from kcache.decoding.prompts import Message, check_length, check_messages, encode_messages
+from kcache.decoding.sampling import Sampling
 from kcache.errors import InputError, PolicyError, expect
-from kcache.forward import Read
 from kcache.generation import TokenEvent, stream
 from kcache.loading import LoadedModel
 from kcache.policy import Policy
-from kcache.prompts import Message, check_length, check_messages, encode_messages
-from kcache.sampling import Sampling
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ def complete_model(incomplete: str) -> list[str]:
 
 def complete_gpu(incomplete: str) -> list[str]:
     """Cards that plans know."""
-    from kcache.gpus import CARDS
+    from kcache.speed.cards import CARDS
 
     return [card.name for card in CARDS if card.name.startswith(incomplete.lower())]
 
 
 def complete_policy(incomplete: str) -> list[str]:
     """Policy names, profiles, and TOML files in the folder that is being typed."""
-    from kcache_cli.policies import NAMES, profiles
+    from kcache_cli.profiles import NAMES, profiles
 
     folder = Path(incomplete).parent
     files = [str(path) for path in folder.glob("*.toml")] if folder.is_dir() else []

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from kcache.fastpath import Finding
-    from kcache.host import Host, PciSlot
-    from kcache.machine import Machine
+    from kcache.machine.host import Host, PciSlot
+    from kcache.speed.fastpath import Finding
+    from kcache.speed.machine import Machine
 
 WITH_A_GPU = (
     "with a GPU: bandwidth of its memory, pinned copies over the link from 4 KiB to 64 MiB, and rows that its kernels "

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from kcache.bench.cases import Case, Spec
     from kcache.bench.rows import Row
     from kcache.bench.run import Watch
+    from kcache.decoding.prompts import Prompt
     from kcache.evaluate.fidelity import Case as FidelityCase
     from kcache.evaluate.figures import Figures
     from kcache.evaluate.places import Place
     from kcache.evaluate.sweep import Known
     from kcache.evaluate.sweep import Spec as FidelitySpec
-    from kcache.fitting import Split
-    from kcache.prompts import Prompt
-    from kcache.watch.publish import Publication
+    from kcache.planning.fitting import Split
+    from kcache.watch.publication import Publication
 
 Progress = Callable[[int, int, str], None]
 
@@ -143,8 +143,8 @@ class KCacheEngine:
         import kcache
         from kcache import memory
         from kcache.loading import parse_dtype
-        from kcache.parallel import check_heads
-        from kcache.support import context_length
+        from kcache.machine.parallel import check_heads
+        from kcache.models.support import context_length
 
         config = kcache.load_config(
             model.name, revision=model.revision, gguf_file=model.gguf_file, trust_remote_code=model.trust_remote_code
@@ -188,8 +188,8 @@ class KCacheEngine:
 
     def remarks(self, lm: Any, asked: SamplingOptions, sampling: Sampling) -> list[str]:
         """See :class:`Engine`."""
-        from kcache.probe import probe
-        from kcache.sampling import is_greedy
+        from kcache.attention.probe import probe
+        from kcache.decoding.sampling import is_greedy
 
         remarks, found = [], probe(lm.model)
         if not found.tiered:
@@ -245,7 +245,7 @@ class KCacheEngine:
 
     def encode(self, lm: Any, prompt: Prompt) -> list[int]:
         """See :class:`Engine`."""
-        from kcache.prompts import encode
+        from kcache.decoding.prompts import encode
 
         return encode(lm, [prompt])[0]
 
@@ -300,7 +300,7 @@ def _device_map(model: ModelOptions) -> Any:
     """What ``--device`` or ``--device-map`` says, for accelerate."""
     if model.device_map is None:
         return model.device or "auto"
-    from kcache.devices import read_device_map
+    from kcache.machine.devices import read_device_map
 
     if model.device not in (None, "auto"):
         raise InputError(f"--device {model.device} and --device-map exclude each other; use one")
@@ -319,7 +319,7 @@ def spread_of(model: ModelOptions, device: Any) -> Split:
     """How many GPUs the model will be spread over when this process has it to itself."""
     import torch
 
-    from kcache.fitting import Split
+    from kcache.planning.fitting import Split
 
     if device.type != "cuda":
         return Split()

@@ -89,7 +89,7 @@ def report(error: BaseException, program: str = "kcache") -> int:
 
 
 def _blame_versions() -> None:
-    from kcache.support import untried
+    from kcache.models.support import untried
 
     if (found := untried()) is not None:
         what, command = found

@@ -11,12 +11,12 @@ from kcache_cli.paths import links_file
 from kcache_cli.replace import replace
 
 if TYPE_CHECKING:
-    from kcache.machine import Machine
+    from kcache.speed.machine import Machine
 
 
 def measure(device: str, quick: bool = True) -> Machine:
-    """Measure (:func:`kcache.machine.measure`), and remember the link to the device, if there is one."""
-    from kcache import machine
+    """Measure (:func:`kcache.speed.machine.measure`), and remember the link to the device, if there is one."""
+    from kcache.speed import machine as machine
 
     found = machine.measure(device, quick)
     if found.h2d_gb_s is not None:

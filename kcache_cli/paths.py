@@ -8,6 +8,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+PREFIX = "KCACHE_"
+"""What the names of our environment variables begin with."""
+
 
 def config_file() -> Path:
     """The settings file, which need not exist."""

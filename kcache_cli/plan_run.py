@@ -14,8 +14,8 @@ from kcache_cli.options import ModelOptions
 if TYPE_CHECKING:
     import torch
 
-    from kcache.fitting import Pools
-    from kcache.plan import Method, Planner
+    from kcache.planning.fitting import Pools
+    from kcache.planning.plan import Method, Planner
 
 _UNKNOWN_CONTEXT = 4096
 _FIRST_CTX = 1024
@@ -123,11 +123,11 @@ def read_size(flag: str, text: str | None) -> int | None:
 def answer(question: Question) -> Answer:
     """Read the config, take or measure the speeds, and plan."""
     import kcache
-    from kcache.gpus import find_card
-    from kcache.need import ModelShape
-    from kcache.plan import METHODS, Planner
-    from kcache.support import context_length
-    from kcache.weights import Weights
+    from kcache.models.support import context_length
+    from kcache.models.weights import Weights
+    from kcache.planning.need import ModelShape
+    from kcache.planning.plan import METHODS, Planner
+    from kcache.speed.cards import find_card
 
     card = None if question.gpu is None else find_card(question.gpu)
     model = question.model
@@ -181,7 +181,7 @@ def _stays(policy: Policy, method: Method, ctx: int) -> list[str]:
 
 def _warm(planner: Planner, method: Method, ctx: int) -> list[str]:
     """What hot rows would make of a step that waits for the link, if nothing was said of them."""
-    from kcache.sizes import hot_rows_of
+    from kcache.planning.sizes import hot_rows_of
 
     cold, kept = method.predicted, planner.pools.kernels and hot_rows_of(planner.policy) > 0
     if cold is None or planner.hit_rate or not kept or cold.link_ms < _SEEN * cold.step_ms:
@@ -205,7 +205,7 @@ def _dtype(model: ModelOptions, config: Any) -> torch.dtype:
 
 
 def _measured(model: ModelOptions) -> tuple[Any, str, str]:
-    from kcache.fastpath import how_busy
+    from kcache.speed.fastpath import how_busy
     from kcache_cli.exits import warn
     from kcache_cli.measured import measure
 
@@ -221,7 +221,7 @@ def _pools(question: Question, card_bytes: int | None) -> Pools:
     """Memory as asked for, else the card's, else what is free here."""
     import torch
 
-    from kcache.fitting import Pools
+    from kcache.planning.fitting import Pools
     from kcache_cli.engine import planning_device, spread_of
 
     device_bytes = question.hbm or card_bytes

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from kcache.plan import Method
+    from kcache.planning.plan import Method
     from kcache_cli.plan_run import Answer
 
 TITLES = {"full": "full KV", "kcache": "KCache"}
@@ -155,7 +155,7 @@ def _resident(method: Method) -> str:
 
 
 def _longest(method: Method) -> str:
-    from kcache.fitting import MOST_TOKENS
+    from kcache.planning.fitting import MOST_TOKENS
 
     return f"{method.max_ctx:,}" if method.max_ctx < MOST_TOKENS - 1 else "any"
 

@@ -8,15 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import kcache
 from kcache.errors import InputError, PolicyError
 from kcache.policy import Policy
 from kcache_cli.options import PolicyOptions
+from kcache_cli.profiles import NAMES, profiles
 
 if TYPE_CHECKING:
     from kcache_cli.settings import Settings
 
-NAMES = ("default", "paper")
 FIELDS = (
     "topn", "offload", "kv_budget", "resident_layers", "dense_layers", "k_bits", "v_bits", "backend", "graph",
 )  # fmt: skip
@@ -82,8 +81,3 @@ def read_policy(name: str) -> Policy:
         return Policy.from_dict(values)
     except PolicyError as error:
         raise PolicyError(f"{name}: {error}") from None
-
-
-def profiles() -> dict[str, Path]:
-    """The profiles that come with kcache, by the name of the model each was found for."""
-    return {path.stem: path for path in sorted((Path(kcache.__file__).parent / "profiles").glob("*.toml"))}

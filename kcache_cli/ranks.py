@@ -2,7 +2,7 @@
 
 Rank 0 runs the command: it alone reads the prompts and writes results, notes and the journal. What it asks of the
 engine it asks of the other ranks too, and they do nothing but follow. Sampled tokens are rank 0's
-(:mod:`kcache.parallel`).
+(:mod:`kcache.machine.parallel`).
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def _join() -> Any:
 
 
 def _share() -> Any:
-    from kcache.fitting import Split
+    from kcache.planning.fitting import Split
 
     ranks = launched()
     return Split(ranks=ranks, sharers=int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))

@@ -21,7 +21,7 @@ from kcache.errors import InputError
 from kcache.policy import BackendName, Bits, Graph, KeyBits, Offload, parse_bits, parse_tokens
 from kcache_cli import paths
 from kcache_cli.options import DtypeName
-from kcache_cli.variables import PREFIX
+from kcache_cli.paths import PREFIX
 
 Options = TypeVar("Options")
 

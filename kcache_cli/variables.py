@@ -10,8 +10,8 @@ import os
 from collections.abc import Mapping
 
 from kcache_cli.exits import warn
+from kcache_cli.paths import PREFIX
 
-PREFIX = "KCACHE_"
 OTHERS = ("CONFIG", "DEBUG", "HOME", "WATCH_TOKEN", "WEB")
 """Variables that are no settings, without the prefix."""
 

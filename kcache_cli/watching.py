@@ -14,7 +14,7 @@ import typer
 from kcache.errors import InputError, WatchError
 
 if TYPE_CHECKING:
-    from kcache.watch.publish import Publication
+    from kcache.watch.publication import Publication
     from kcache_cli.engine import Engine
 
 _option = functools.partial(typer.Option, rich_help_panel="Watching", show_default=False)

@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 from transformers import PreTrainedModel
 
 import kcache
-from tests import models
+from tests import tiny_models
 from tests.saved import save_tiny
 
 
@@ -91,7 +91,7 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
     def make(kind: str, **changes: Any) -> PreTrainedModel:
         key = f"{kind} {sorted(changes.items())}"
         if key not in made:
-            made[key] = models.make(kind, **changes)
+            made[key] = tiny_models.make(kind, **changes)
         return made[key]
 
     return make

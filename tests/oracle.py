@@ -2,7 +2,7 @@
 
 It shares no code with kcache. It runs as an attention function of its own on a DynamicCache, in fp64, and writes the
 tail down row by row: an unpicked row weighs what it did and is replaced by what it is in a few directions (the cache's
-own, which tests/test_lowrank.py holds against an eigendecomposition).
+own, which tests/tiers/test_lowrank.py holds against an eigendecomposition).
 """
 
 from __future__ import annotations

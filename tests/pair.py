@@ -8,10 +8,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.cache import KCache
 from kcache.policy import Policy
-from tests.models import holding
+from tests.tiny_models import holding
 
 WHOLE = Policy(topn=1_000_000, dense_below=0, dense_layers=0, resident_layers=0)
 """TopN covers any context and every layer is offloaded: the whole path runs and must be exact."""

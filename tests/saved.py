@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-from tests import models
+from tests import tiny_models
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -45,7 +45,7 @@ def save_tiny(
     **changes: Any,
 ) -> Path:
     """Save a tiny random model, and a byte tokenizer unless told not to, and return ``folder``."""
-    models.make(kind, **{"vocab_size": len(byte_vocabulary()), **changes}).save_pretrained(folder)
+    tiny_models.make(kind, **{"vocab_size": len(byte_vocabulary()), **changes}).save_pretrained(folder)
     if tokenizer:
         byte_tokenizer(chat_template).save_pretrained(folder)
     return folder

@@ -10,12 +10,12 @@ import transformers
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.cache import KCache
 from kcache.errors import InputError
 from kcache.policy import Policy
-from tests.models import left_padding, make, tokens
 from tests.pair import WHOLE, Pair, forward
+from tests.tiny_models import left_padding, make, tokens
 
 POLICIES = {
     "offloaded": WHOLE,

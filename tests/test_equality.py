@@ -12,11 +12,11 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.cache import KCache
 from kcache.policy import Policy
-from tests.models import KINDS, holding, left_padding, make, tokens
 from tests.pair import WHOLE, Pair, forward
+from tests.tiny_models import KINDS, holding, left_padding, make, tokens
 
 SPECIAL = ("gemma2", "gpt_oss")  # soft-capping and sinks: only their eager attention honours them
 FAMILIES = (*KINDS, *SPECIAL)

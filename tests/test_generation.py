@@ -11,20 +11,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcache.attention import attach, is_attached
+from kcache.attaching import attach
+from kcache.attention.switching import is_attached
 from kcache.cache import KCache
+from kcache.decoding.prompts import alike
+from kcache.decoding.sampling import Sampler, Sampling
+from kcache.decoding.text import Detokenizer
 from kcache.errors import ContextLengthError, DoesNotFitError, InputError, KCacheError, PolicyError
 from kcache.generation import TokenEvent, generate
 from kcache.loading import LoadedModel, load, load_config
-from kcache.models import pull
+from kcache.models.names import pull
 from kcache.policy import Policy
-from kcache.prompts import alike
-from kcache.sampling import Sampler, Sampling
 from kcache.session import Session
-from kcache.text import Detokenizer
-from tests.models import make
 from tests.pair import WHOLE
 from tests.saved import byte_tokenizer, byte_vocabulary
+from tests.tiny_models import make
 
 GREEDY = Sampling(temperature=0)
 OFFLOADED = Policy(topn=6, dense_below=0, dense_layers=1, offload="all")
@@ -397,7 +398,7 @@ BEGINNING = "Once upon a time there was a "
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2", "qwen3"])
 def test_what_prompts_begin_with_is_read_once(kind: str, ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces of 12 tokens: the tokens are those of prompts read alone, and the beginning is read for one."""
-    monkeypatch.setattr("kcache.prefix.LEAST_SHARED", 8)
+    monkeypatch.setattr("kcache.decoding.prefix.LEAST_SHARED", 8)
     lm = loaded(kind)
     prompts = [BEGINNING + end for end in ends]
     shapes: list[tuple[int, ...]] = []
@@ -439,7 +440,7 @@ def test_how_far_prompts_are_alike(one: list[int], other: list[int]) -> None:
 
 
 def test_a_penalty_counts_what_was_read_once(lm: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kcache.prefix.LEAST_SHARED", 8)
+    monkeypatch.setattr("kcache.decoding.prefix.LEAST_SHARED", 8)
     sampling = Sampling(temperature=0, repetition_penalty=1.7)
     prompts = [BEGINNING + "b", BEGINNING + "king and"]
     many = gathered(generate(lm, prompts, WHOLE, sampling=sampling, max_new_tokens=12), 2)[0]
@@ -458,7 +459,7 @@ def test_memory_is_planned_for_all_while_one_is_read(
         policy = Policy(topn=6, dense_below=0, dense_layers=0, kv_budget=budget, tail="none", spread="even", hot_rows=0)
         kinds = []
         for least in (8, 10**9):
-            monkeypatch.setattr("kcache.prefix.LEAST_SHARED", least)
+            monkeypatch.setattr("kcache.decoding.prefix.LEAST_SHARED", least)
             events = generate(lm, prompts, policy, sampling=GREEDY, max_new_tokens=12)
             if refused:
                 with pytest.raises(DoesNotFitError):

@@ -16,9 +16,9 @@ import torch
 from transformers import BartConfig, BertConfig, LlamaConfig, MambaConfig, PretrainedConfig, ViTConfig
 
 import kcache
-from kcache.hub import choose_files
 from kcache.loading import parse_dtype
-from kcache.models import find_source
+from kcache.models.hub import choose_files
+from kcache.models.names import find_source
 from tests import fake_hub
 from tests.saved import save_tiny, write_gguf
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.cache import KCache
 from kcache.policy import Policy
-from tests.models import left_padding, make, tokens
 from tests.oracle import OraclePair
 from tests.pair import forward
+from tests.tiny_models import left_padding, make, tokens
 
 BASE = {"dense_below": 0, "resident_layers": 0}
 SCHEMES = {

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import kcache
-from kcache.support import NEWEST_TRIED
+from kcache.models.support import NEWEST_TRIED
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = sorted((ROOT / "kcache").rglob("*.py"))

@@ -11,9 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from transformers import PreTrainedModel
 
 from kcache.policy import Policy
-from tests.models import make, tokens
 from tests.oracle import OraclePair
 from tests.pair import Pair
+from tests.tiny_models import make, tokens
 
 LONGEST = 120
 WIDEST = 4

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.cache import KCache
 from kcache.errors import CacheStateError, DoesNotFitError
 from kcache.policy import Policy
 from kcache.tiers import values as values_module
-from tests.models import holding, make, tokens
 from tests.pair import WHOLE, Pair, forward
+from tests.tiny_models import holding, make, tokens
 
 
 def test_young_v_takes_no_more_than_a_young_layer_can_hold() -> None:

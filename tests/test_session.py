@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from kcache.attention import is_attached
+from kcache.attention.switching import is_attached
+from kcache.decoding.sampling import Sampling
 from kcache.errors import ContextLengthError, DoesNotFitError, InputError
 from kcache.generation import TokenEvent
 from kcache.loading import LoadedModel
 from kcache.policy import Policy
-from kcache.sampling import Sampling
 from kcache.session import Session
-from tests.models import make
 from tests.pair import WHOLE
 from tests.saved import byte_tokenizer, byte_vocabulary
+from tests.tiny_models import make
 
 GREEDY = Sampling(temperature=0)
 QUESTIONS = ["hello", "what is it?", "and then?", "why"]

@@ -7,8 +7,8 @@ import torch
 from kcache.backends.base import Backend, DecodeResult, DecodeStep
 from kcache.backends.cpu import CpuBackend
 from kcache.backends.reference import ReferenceBackend
-from kcache.devices import has_triton, runs_kernels, why_no_kernels
 from kcache.errors import PolicyError
+from kcache.machine.devices import has_triton, runs_kernels, why_no_kernels
 from kcache.policy import BackendName
 
 __all__ = ["Backend", "DecodeResult", "DecodeStep", "choose_backend"]

@@ -14,8 +14,33 @@ from typing import Protocol
 
 import torch
 
-from kcache.lowrank import LowRank
 from kcache.policy import Policy
+
+MOST = 8
+"""With a threshold a head fetches at most this many times ``topn`` rows in a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What a decode step needs to know of the tail.
+
+    Attributes
+    ----------
+    base : Tensor ``[B, Hkv, Dv]`` fp32
+    basis : Tensor ``[B, Hkv, r, Dv]`` fp32
+        Orthonormal rows.
+    coefficients : Tensor ``[B, Hkv, r, capacity]``
+        In V's dtype. Columns not yet used hold anything finite.
+    """
+
+    base: torch.Tensor
+    basis: torch.Tensor
+    coefficients: torch.Tensor
+
+    def rows(self, length: int) -> torch.Tensor:
+        """Return the approximation of the first ``length`` rows, ``[B, Hkv, length, Dv]`` fp32."""
+        coefficients = self.coefficients[..., :length].float()
+        return self.base.unsqueeze(2) + torch.matmul(coefficients.transpose(2, 3), self.basis)
 
 
 class HotStore(Protocol):
@@ -65,8 +90,8 @@ class DecodeStep:
     sinks : Tensor ``[Hq]`` or None
         Attention sinks: one extra logit per head that takes mass and carries no value.
     threshold : Tensor ``[B]`` fp32 or None
-        Pick the rows whose probability is above it, at most :data:`~kcache.spread.MOST` times ``topn`` per head; with
-        None, exactly ``topn`` rows.
+        Pick the rows whose probability is above it, at most :data:`MOST` times ``topn`` per head;
+        with None, exactly ``topn`` rows.
     tally : Tensor ``[B]`` int64 or None
         With a threshold, the backend adds the rows it picked for each sequence, all heads together.
     key_scales, value_scales : Tensor ``[B, Hkv, capacity]`` fp32 or None

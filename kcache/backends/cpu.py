@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kcache.backends.base import DecodeResult, DecodeStep, count_picks
+from kcache.backends.base import MOST, DecodeResult, DecodeStep, count_picks
 from kcache.backends.jit import has_numba
 from kcache.backends.reference import ReferenceBackend, probabilities
-from kcache.spread import MOST
 
 if TYPE_CHECKING:
     from kcache.backends.jit.steps import Kernels

@@ -1,6 +1,6 @@
 """Exact attention written out: what fused kernels do not know, and what they are compared with.
 
-Shapes as in :mod:`kcache.dense`.
+Shapes as in :mod:`kcache.backends.dense`.
 """
 
 from __future__ import annotations

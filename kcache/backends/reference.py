@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from kcache import dense
-from kcache.backends.base import DecodeResult, DecodeStep, HotStore, count_picks
-from kcache.spread import MOST
-from kcache.tiers.rounding import LOWER_STEPS
+from kcache.backends import dense
+from kcache.backends.base import MOST, DecodeResult, DecodeStep, HotStore, count_picks
+from kcache.backends.rounding import LOWER_STEPS
 
 
 class ReferenceBackend:

@@ -38,7 +38,7 @@ class Spec:
     fidelity : bool
         Measure KL and top-1 agreement with full attention too.
     check_plan : bool
-        Put what :mod:`kcache.plan` predicts beside what is measured.
+        Put what :mod:`kcache.planning.plan` predicts beside what is measured.
     """
 
     ctxs: tuple[int, ...] = (2048, 8192)

@@ -14,8 +14,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from kcache.decoding.forward import step_logits
 from kcache.errors import UnsupportedModelError
-from kcache.forward import step_logits
 
 if TYPE_CHECKING:
     from kcache.loading import LoadedModel

@@ -1,6 +1,6 @@
 """Who is timed: KCache, our own exact attention, and the caches that come with transformers.
 
-An engine makes a cache and says how the model runs with it. All of them decode in :func:`kcache.decoding.decode`,
+An engine makes a cache and says how the model runs with it. All of them decode in :func:`kcache.decoding.loop.decode`,
 the loop of chat and generate, so that nothing but the cache differs.
 """
 
@@ -14,14 +14,14 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.bench.context import LayerShape, held_bytes
 from kcache.cache import KCache
-from kcache.devices import keeps_hot_rows
+from kcache.decoding.forward import prefill, step_logits
 from kcache.errors import InputError
-from kcache.forward import prefill, step_logits
+from kcache.machine.devices import keeps_hot_rows
+from kcache.planning.sizes import TierSizes
 from kcache.policy import Policy
-from kcache.sizes import TierSizes
 from kcache.telemetry import Stats
 
 

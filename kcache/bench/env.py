@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 import kcache
-from kcache.host import cpu_name, versions
-from kcache.machine import Machine
+from kcache.machine.host import cpu_name, versions
+from kcache.speed.machine import Machine
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:

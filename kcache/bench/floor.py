@@ -14,14 +14,14 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kcache.layer import TieredLayer
-from kcache.plan import SCORE_BYTES, SCORE_PASSES, Speeds
-from kcache.sizes import tail_unit
-from kcache.weights import Weights
+from kcache.layers.tiered import TieredLayer
+from kcache.models.weights import Weights
+from kcache.planning.plan import SCORE_BYTES, SCORE_PASSES, Speeds
+from kcache.planning.sizes import tail_unit
 
 
 class Bandwidths(Speeds, Protocol):
-    """What of :class:`kcache.machine.Machine` is needed for floors and predictions."""
+    """What of :class:`kcache.speed.machine.Machine` is needed for floors and predictions."""
 
     @property
     def h2d_gb_s(self) -> float | None:

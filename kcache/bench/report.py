@@ -16,8 +16,8 @@ from kcache.bench.fidelity import Fidelity
 from kcache.bench.floor import Bandwidths, floor_of
 from kcache.bench.rows import Row, Status
 from kcache.bench.runner import Measured
-from kcache.plan import predict
-from kcache.weights import Weights
+from kcache.models.weights import Weights
+from kcache.planning.plan import predict
 
 if TYPE_CHECKING:
     from kcache.loading import LoadedModel

@@ -22,7 +22,7 @@ from kcache.bench.floor import Bandwidths
 from kcache.bench.report import Problem, make_rows
 from kcache.bench.rows import Row
 from kcache.bench.runner import Runner
-from kcache.ram import read_ram
+from kcache.machine.ram import read_ram
 from kcache.tiers.spare import spare_of
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """One engine in one case: its cache, the decode loop that runs on it, and the times of its steps.
 
-The loop is :func:`kcache.decoding.decode`, kept alive from turn to turn; a step is the time from one token to the
+The loop is :func:`kcache.decoding.loop.decode`, kept alive from turn to turn; a step is the time from one token to the
 next, sampling and the wait for the device included.
 """
 
@@ -21,10 +21,10 @@ from kcache.bench.engines import Engine
 from kcache.bench.floor import Traffic, traffic_of
 from kcache.bench.peak import PeakMemory
 from kcache.cache import KCache
-from kcache.decoding import decode, graph_of
-from kcache.forward import step_logits
-from kcache.layer import TieredLayer
-from kcache.sampling import Sampler, Sampling
+from kcache.decoding.forward import step_logits
+from kcache.decoding.loop import decode, graph_of
+from kcache.decoding.sampling import Sampler, Sampling
+from kcache.layers.tiered import TieredLayer
 from kcache.telemetry import Stats
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """What TopN costs in predictions: a text forced through full attention and through each policy, step beside step.
 
 A place of the text is prefilled once, exactly, and every policy's cache begins with those rows. The steps after it
-run blockwise (:mod:`kcache.stepwise`): one forward over a block of tokens, in which each offloaded layer still
+run blockwise (:mod:`kcache.layers.stepwise`): one forward over a block of tokens, in which each offloaded layer still
 decodes token by token, by the engine's own code. A policy under which layers depend on each other from step to step
 gets its tokens one by one, which takes a few times as long.
 """
@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kcache.arguments import with_cache
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.cache import KCache
+from kcache.decoding.forward import step_logits
 from kcache.evaluate.figures import Figures
 from kcache.evaluate.forks import Prefix
 from kcache.evaluate.layers import LayerLook
 from kcache.evaluate.places import Place
-from kcache.forward import step_logits
+from kcache.layers.snapshots import total
+from kcache.layers.stepwise import Look, no_look
+from kcache.models.arguments import with_cache
 from kcache.policy import Policy
-from kcache.snapshots import total
-from kcache.stepwise import Look, no_look
 from kcache.telemetry import Stats
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.cache import KCache
-from kcache.decoding import decode
-from kcache.forward import prefill, step_logits
+from kcache.decoding.forward import prefill, step_logits
+from kcache.decoding.loop import decode
+from kcache.decoding.sampling import Sampler, Sampling
+from kcache.decoding.text import Detokenizer
 from kcache.policy import Policy
-from kcache.sampling import Sampler, Sampling
-from kcache.text import Detokenizer
 
 if TYPE_CHECKING:
     from kcache.loading import LoadedModel

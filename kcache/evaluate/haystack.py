@@ -14,8 +14,8 @@ from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, cast
 
+from kcache.decoding.prompts import check_messages
 from kcache.errors import InputError
-from kcache.prompts import check_messages
 
 if TYPE_CHECKING:
     from kcache.loading import LoadedModel

@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 
 import torch
 
-from kcache import dense
-from kcache.handles import AttentionCall
-from kcache.layer import TieredLayer
+from kcache.attention.handles import AttentionCall
+from kcache.backends import dense
+from kcache.layers.tiered import TieredLayer
 
 _EVERY = 8
 """The error is looked at in one of so many steps: exact attention beside each would double the time."""

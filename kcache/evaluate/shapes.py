@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.cache import KCache
+from kcache.decoding.forward import step_logits
 from kcache.errors import InputError
 from kcache.evaluate.fidelity import Case
-from kcache.forward import step_logits
+from kcache.planning.sizes import TierSizes, least_resident
 from kcache.policy import Policy
-from kcache.sizes import TierSizes, least_resident
 
 if TYPE_CHECKING:
     from kcache.loading import LoadedModel

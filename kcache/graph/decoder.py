@@ -25,7 +25,7 @@ from kcache.cache import KCache
 from kcache.graph.fit import may_begin, never, not_now
 from kcache.graph.fuse import Fusion
 from kcache.graph.step import GraphStep
-from kcache.graph.tape import Tape
+from kcache.machine.tape import Tape
 from kcache.watch.capture import Capture, watchers_of
 
 PROOFS = 2

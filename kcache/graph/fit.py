@@ -7,12 +7,12 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from kcache.arguments import forward_parameters
-from kcache.attention import text_config
+from kcache.attention.switching import text_config
 from kcache.backends.triton.backend import TritonBackend
 from kcache.cache import KCache
-from kcache.layer import TieredLayer
-from kcache.sizes import hot_rows_of
+from kcache.layers.tiered import TieredLayer
+from kcache.models.arguments import forward_parameters
+from kcache.planning.sizes import hot_rows_of
 
 
 def may_begin(cache: KCache) -> bool:

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
+from kcache.attention.handles import AttentionCall, with_handle
 from kcache.backends.base import DecodeStep
 from kcache.backends.triton import append
-from kcache.counted import Picked
 from kcache.errors import GraphError
-from kcache.handles import AttentionCall, with_handle
-from kcache.layer import TieredLayer
+from kcache.layers.counted import Picked
+from kcache.layers.tiered import TieredLayer
 from kcache.tiers.validity import Validity
 
 
@@ -82,7 +82,7 @@ class _Captured(CacheLayerMixin):
 
 
 class CapturedTiered(_Captured):
-    """Stands for a :class:`~kcache.layer.TieredLayer`, V in either tier."""
+    """Stands for a :class:`~kcache.layers.tiered.TieredLayer`, V in either tier."""
 
     is_sliding = False
 

@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from kcache.arguments import forward_parameters, with_cache
 from kcache.cache import KCache
 from kcache.graph.layers import CapturedCache, CapturedLayer, CapturedTiered, CapturedWindow, Inputs
-from kcache.layer import TieredLayer
+from kcache.layers.tiered import TieredLayer
+from kcache.models.arguments import forward_parameters, with_cache
 
 
 class GraphStep:

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from kcache.errors import DoesNotFitError
-from kcache.host import cpus_near
-from kcache.ram import read_ram
+from kcache.machine.host import cpus_near
+from kcache.machine.ram import read_ram
 from kcache.tiers.spare import Spare
 
 _HUGE_PAGE = 2 * 2**20

@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import torch
 
-from kcache.devices import runs_kernels
+from kcache.backends.rounding import LOWER_STEPS, PIECE, quantise, remainder
+from kcache.machine.devices import runs_kernels
 from kcache.tiers.arena import Arena
-from kcache.tiers.rounding import LOWER_STEPS, PIECE, quantise, remainder
 from kcache.tiers.rows import RowBuffer
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from kcache.backends.base import HotStore
-from kcache.lowrank import LowRankTail
 from kcache.policy import Policy
 from kcache.tiers.bytes import ByteRows
 from kcache.tiers.link import Link
+from kcache.tiers.lowrank import LowRankTail
 from kcache.tiers.rows import RowBuffer
 from kcache.tiers.validity import Validity
 

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from kcache.attention import attach
+from kcache.attaching import attach
+from kcache.attention.probe import probe
 from kcache.cache import KCache
 from kcache.errors import KCacheError, UnsupportedModelError
-from kcache.probe import probe
-from kcache.support import check_supported
+from kcache.models.support import check_supported
 from kcache.verify.shrink import shrink
 from kcache.verify.trial import TOLERANCE, compare
 from kcache.verify.unusual import DEFAULTS

@@ -16,9 +16,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kcache.arguments import with_cache
-from kcache.attention import attach, text_config
+from kcache.attaching import attach
+from kcache.attention.switching import text_config
 from kcache.cache import KCache
+from kcache.models.arguments import with_cache
 from kcache.policy import Policy
 
 EXACT = Policy(topn=1_000_000, dense_below=0, dense_layers=0, offload="all")

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from kcache.arriving import Arriving
+from kcache.machine.arriving import Arriving
 from kcache.watch.codec import Message
 from kcache.watch.columns import NO_SHARE, PARTS, PHASES, ROLES, ROOTS, STATS
 from kcache.watch.frame import MOST_BUCKETS, Memory, Phase, SequenceFrame, Speed, bucket_tokens

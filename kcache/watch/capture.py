@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kcache.arguments import cache_in
-from kcache.arriving import Arriving
 from kcache.cache import KCache
+from kcache.machine.arriving import Arriving
+from kcache.models.arguments import cache_in
 from kcache.watch.frame import Phase
 from kcache.watch.moment import Captured, Picks, moment_of, picks_of
 

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from kcache.ram import read_ram
+from kcache.machine.ram import read_ram
 from kcache.watch.frame import Memory
 
 _EVERY_S = 1.0

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from kcache.arriving import Arriving
 from kcache.cache import KCache
-from kcache.counted import Picked
-from kcache.layer import TieredLayer
-from kcache.snapshots import layer_snapshot
+from kcache.layers.counted import Picked
+from kcache.layers.snapshots import layer_snapshot
+from kcache.layers.tiered import TieredLayer
+from kcache.machine.arriving import Arriving
 from kcache.watch.columns import KINDS, MODES, STATS
 from kcache.watch.frame import Phase
 

@@ -81,7 +81,7 @@ class RayEngine(KCacheEngine):
 
     def load(self, model: ModelOptions, progress: Progress) -> Any:
         """Load what reads prompts; fetch the weights too if the workers are on this machine."""
-        from kcache.models import find_source
+        from kcache.models.names import find_source
 
         if self._address is None:
             source = find_source(model.name, revision=model.revision, gguf_file=model.gguf_file)

@@ -1,11 +1,11 @@
-"""Which prompts ask about the same: what all of a batch begin with is read once for it (:mod:`kcache.prefix`)."""
+"""Which prompts ask about the same: what all of a batch begin with is read once (:mod:`kcache.decoding.prefix`)."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
 
-from kcache.prompts import LEAST_SHARED, alike
+from kcache.decoding.prompts import LEAST_SHARED, alike
 
 _STEP_TOKENS = 100
 """Tokens that are read in about the time of a decode step."""

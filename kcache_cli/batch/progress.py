@@ -17,7 +17,7 @@ from kcache_cli.terminal import hushed
 
 if TYPE_CHECKING:
     from kcache import TokenEvent
-    from kcache.watch.publish import Publication
+    from kcache.watch.publication import Publication
 
 _LINE_S = 10.0
 """Seconds between two lines of a log."""

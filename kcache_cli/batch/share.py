@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kcache.errors import InputError
 
 if TYPE_CHECKING:
-    from kcache.fitting import Split
+    from kcache.planning.fitting import Split
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Share:
     @property
     def split(self) -> Split:
         """The part of a machine that is one worker's own, for planning memory."""
-        from kcache.fitting import Split
+        from kcache.planning.fitting import Split
 
         return Split(sharers=self.neighbours, gpus=max(1, int(self.gpus)), gpu_share=min(1.0, self.gpus or 1.0))
 

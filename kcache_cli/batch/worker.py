@@ -11,8 +11,8 @@ from typing import Any
 
 from kcache import errors
 from kcache.errors import DoesNotFitError, KCacheError
+from kcache.planning.sizes import LEAST_RESERVE
 from kcache.policy import Policy
-from kcache.sizes import LEAST_RESERVE
 from kcache_cli import exits
 from kcache_cli.batch.inputs import Entry
 from kcache_cli.batch.journal import Result

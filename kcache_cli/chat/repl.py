@@ -16,6 +16,11 @@ from kcache_cli.exits import debugging, describe
 from kcache_cli.text import json_line, printable
 
 Read = Callable[[], str]
+_KEYS = {
+    '"""': "begins and ends a message of several lines",
+    "Ctrl-C": "stops the reply, or the reading; twice: at once",
+    "Ctrl-D": "leaves",
+}
 
 
 class Repl:
@@ -84,7 +89,7 @@ class Repl:
             return
         command = slash.parse(line)
         if command is not None:
-            slash.run(self.conversation, *command, self.say)
+            slash.run(self.conversation, *command, self.say, _KEYS)
             return
         self._answer(unquote(line))
 

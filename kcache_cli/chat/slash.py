@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from kcache.errors import InputError
@@ -43,8 +44,10 @@ def parse(line: str) -> tuple[str, str] | None:
     return name, argument.strip()
 
 
-def run(conversation: Conversation, name: str, argument: str, say: Say) -> None:
-    """Run a slash command.
+def run(
+    conversation: Conversation, name: str, argument: str, say: Say, keys: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Run a slash command; ``keys`` are what ``/help`` tells besides: keys, and what they do.
 
     Raises
     ------
@@ -57,14 +60,18 @@ def run(conversation: Conversation, name: str, argument: str, say: Say) -> None:
     if command is None:
         raise InputError(f"no command {name}; /help lists them")
     command.run(conversation, argument, say)
+    if command is COMMANDS["/help"]:
+        for key, does in keys.items():
+            say(_line(key, does))
+
+
+def _line(usage: str, help: str) -> str:
+    return f"  {usage:<22}{help}"
 
 
 def _help(conversation: Conversation, argument: str, say: Say) -> None:
     for command in dict.fromkeys(COMMANDS.values()):
-        say(f"  {command.usage:<22}{command.help}")
-    say('  """                   begins and ends a message of several lines')
-    say("  Ctrl-C                stops the reply, or the reading; twice: at once")
-    say("  Ctrl-D                leaves")
+        say(_line(command.usage, command.help))
 
 
 def _clear(conversation: Conversation, argument: str, say: Say) -> None:

@@ -29,8 +29,8 @@ def doctor(
     with working("measuring"):
         import torch
 
-        from kcache.fastpath import findings
-        from kcache.host import pci_slot, read_host
+        from kcache.machine.host import pci_slot, read_host
+        from kcache.speed.fastpath import findings
         from kcache_cli.measured import measure
 
         machine = measure(device, quick=False)

@@ -103,7 +103,7 @@ def inspect(
     """
     from kcache_cli.inspect.choose import choose
     from kcache_cli.inspect.files import Files
-    from kcache_cli.pictures.take import Wish, parse_size
+    from kcache_cli.inspect.picture import Wish, parse_size
 
     if as_json and not once:
         raise InputError("--json goes with --once")

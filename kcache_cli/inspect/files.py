@@ -13,7 +13,7 @@ from kcache_cli.exits import note, warn
 if TYPE_CHECKING:
     from kcache.watch.frame import Frame
     from kcache.watch.source import Source
-    from kcache_cli.pictures.take import Wish
+    from kcache_cli.inspect.picture import Wish
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Files:
             warn(source.closed)
 
     def _write_pictures(self, source: Source, wish: Wish, name: str) -> None:
+        from kcache_cli.inspect.picture import take
         from kcache_cli.pictures.png import to_png
-        from kcache_cli.pictures.take import take
         from kcache_cli.replace import replace
 
         svg = take(source, wish, f"kcache inspect {name}".strip())

@@ -14,7 +14,7 @@ from textual.screen import Screen
 from textual.widgets import Input
 
 from kcache.errors import InputError
-from kcache_cli.pictures.take import picture_of
+from kcache_cli.pictures.of_app import picture_of
 from kcache_cli.replace import replace
 from kcache_cli.tui.feed import RATES_HZ, Feed
 from kcache_cli.tui.keys import KEYS

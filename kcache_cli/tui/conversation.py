@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 Who = Literal["you", "model", "remark", "error"]
 _STYLES = {"you": None, "remark": "dim", "error": "red"}
 _LOOK_S = 0.2
+_KEYS = {
+    "esc": "goes to the panels, where ? lists keys; i comes back",
+    "ctrl-c": "stops the reply, or the reading",
+    "ctrl-d": "leaves",
+}
 _GREETING = "write below; /help lists commands, esc goes to the panels, ctrl-c stops a reply"
 
 
@@ -135,7 +140,7 @@ class Conversing:
     def _answer(self, asked: str) -> None:
         command = slash.parse(asked)
         if command is not None:
-            slash.run(self.conversation, *command, self._remark)
+            slash.run(self.conversation, *command, self._remark, _KEYS)
             return
         answer = self._add("model", "")
         reply = self.conversation.ask(asked, partial(self._write, answer), self._remark)

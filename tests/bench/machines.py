@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from kcache.loading import LoadedModel
-from kcache.machine import Machine
-from tests.models import make
+from kcache.speed.machine import Machine
 from tests.saved import byte_tokenizer, byte_vocabulary
+from tests.tiny_models import make
 
 
 def machine(**changes: Any) -> Machine:

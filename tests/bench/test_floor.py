@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.bench.context import fill, layer_shapes
 from kcache.bench.engines import make_engine
 from kcache.bench.floor import Traffic, floor_of, traffic_of
-from kcache.forward import step_logits
-from kcache.layer import TieredLayer
+from kcache.decoding.forward import step_logits
+from kcache.layers.tiered import TieredLayer
 from kcache.policy import Policy
 from tests.bench.machines import machine
-from tests.models import make
+from tests.tiny_models import make
 
 CTX, BATCH, LAYERS, HKV, HQ, D = 64, 2, 3, 2, 4, 8
 ROW = D * 4  # fp32

@@ -13,14 +13,15 @@ import torch
 
 import kcache.bench.run as run_module
 import kcache.bench.runner as runner_module
-from kcache import decoding, generation
-from kcache.attention import is_attached
+from kcache import generation
+from kcache.attention.switching import is_attached
 from kcache.bench.cases import Case, Spec, make_cases
 from kcache.bench.engines import Engine, HfDynamic, Tiered, make_engine
 from kcache.bench.rows import Row
 from kcache.bench.run import run, turns_of
 from kcache.bench.runner import VariedSampler
 from kcache.cache import KCache
+from kcache.decoding import loop as decoding
 from kcache.errors import UnsupportedModelError
 from kcache.loading import LoadedModel
 from kcache.policy import Policy

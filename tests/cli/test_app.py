@@ -268,7 +268,7 @@ def test_a_transformers_newer_than_any_that_was_tried_is_named(
 ) -> None:
     exits.report(error)
     assert len(capsys.readouterr().err.splitlines()) == 1
-    monkeypatch.setattr("kcache.support.NEWEST_TRIED", (5, 2))
+    monkeypatch.setattr("kcache.models.support.NEWEST_TRIED", (5, 2))
     exits.report(error)
     assert ("pip install 'transformers<5.3'" in capsys.readouterr().err) == blamed
 

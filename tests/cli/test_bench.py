@@ -357,7 +357,7 @@ def test_plot(run: Run, tmp_path: Path) -> None:
 def test_the_whole_command_on_a_tiny_model(run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.bench.machines import machine
 
-    monkeypatch.setattr("kcache.machine.measure", lambda device, quick: machine())
+    monkeypatch.setattr("kcache.speed.machine.measure", lambda device, quick: machine())
     flags = "--ctx 64 --topn 8 --batch 1,2 -r 2 --steps 2 -o json --engine kcache,dense,hf-dynamic,hf-static"
     result = run("bench", str(tiny_folder), *flags.split(), engine=KCacheEngine())
     assert result.exit_code == 0, result.stderr

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import kcache.fastpath
-import kcache.host
-import kcache.machine
-from kcache.host import NumaNode, PciSlot
-from kcache.machine import GatherSpeed, LinkSpeed, Machine
+import kcache.machine.host
+import kcache.speed.fastpath
+import kcache.speed.machine
+from kcache.machine.host import NumaNode, PciSlot
+from kcache.speed.machine import GatherSpeed, LinkSpeed, Machine
 from tests.cli.conftest import Run
-from tests.test_machine import CPU, GPU
+from tests.speed.test_machine import CPU, GPU
 
 ROOT = Path(__file__).parents[2]
 GATHERS = (GatherSpeed(512, 5.0), GatherSpeed(32768, 12.5))
@@ -26,11 +26,11 @@ LINKS = (LinkSpeed(4096, 1.5, 1.25), LinkSpeed(2**26, 50.0, 51.0))
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
-    monkeypatch.setattr(kcache.machine, "measure", lambda device, quick: machine)
-    monkeypatch.setattr(kcache.host, "pci_slot", lambda device: PciSlot(0, "16.0 GT/s x16", "32.0 GT/s x16"))
-    monkeypatch.setattr(kcache.host, "numa_nodes", lambda: [NumaNode(0, "0-1", 2**34)])
+    monkeypatch.setattr(kcache.speed.machine, "measure", lambda device, quick: machine)
+    monkeypatch.setattr(kcache.machine.host, "pci_slot", lambda device: PciSlot(0, "16.0 GT/s x16", "32.0 GT/s x16"))
+    monkeypatch.setattr(kcache.machine.host, "numa_nodes", lambda: [NumaNode(0, "0-1", 2**34)])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("kcache.fastpath.driver_problem", lambda: None)
+    monkeypatch.setattr("kcache.speed.fastpath.driver_problem", lambda: None)
 
 
 def test_host_only_claims_nothing_of_a_device(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,14 +72,14 @@ def test_commands_stand_on_lines_of_their_own(run: Run, monkeypatch: pytest.Monk
     monkeypatch.setenv("COLUMNS", "40")
     measured(monkeypatch, GPU)
     command = "numactl --cpunodebind=0 --membind=0 kcache inspect"
-    found = [kcache.fastpath.Finding("note", "two NUMA nodes", "run on the GPU's node with", (command,))]
-    monkeypatch.setattr(kcache.fastpath, "findings", lambda *args: found)
+    found = [kcache.speed.fastpath.Finding("note", "two NUMA nodes", "run on the GPU's node with", (command,))]
+    monkeypatch.setattr(kcache.speed.fastpath, "findings", lambda *args: found)
     assert f"\n    {command}\n" in run("doctor").stdout
 
 
 def test_nothing_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     measured(monkeypatch, GPU)
-    monkeypatch.setattr(kcache.fastpath, "findings", lambda *args: [])
+    monkeypatch.setattr(kcache.speed.fastpath, "findings", lambda *args: [])
     assert "nothing is missing" in run("doctor").stdout
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-import kcache.machine
+import kcache.speed.machine
 import kcache.telemetry
 from kcache_cli.engine import KCacheEngine
 from kcache_cli.measured import link_gb_s, measure
 from kcache_cli.paths import links_file
-from tests.test_machine import CPU, GPU
+from tests.speed.test_machine import CPU, GPU
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, machine: Any) -> None:
-    monkeypatch.setattr(kcache.machine, "measure", lambda device, quick: machine)
+    monkeypatch.setattr(kcache.speed.machine, "measure", lambda device, quick: machine)
     assert measure("auto") is machine
 
 

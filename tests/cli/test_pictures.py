@@ -12,11 +12,11 @@ import pytest
 from kcache.errors import InputError
 from kcache.watch.frame import Info
 from kcache.watch.recorder import Recorder
+from kcache_cli.inspect.picture import parse_size
 from kcache_cli.pictures.draw import draw
 from kcache_cli.pictures.glyphs import CELL_H, CELL_W, ROUND, boxes
 from kcache_cli.pictures.png import to_png
 from kcache_cli.pictures.screen import Fill, Run, Screen, cells, read_screen
-from kcache_cli.pictures.take import parse_size
 from tests.cli.conftest import Run as RunCommand
 from tests.watch.steps import Steps
 

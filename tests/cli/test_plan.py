@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-import kcache.machine
+import kcache.speed.machine
 from tests.cli.conftest import Run
-from tests.test_machine import CPU
-from tests.test_plan import LLAMA_3_8B
+from tests.planning.test_plan import LLAMA_3_8B
+from tests.speed.test_machine import CPU
 
 GIB = 2**30
 
@@ -26,7 +26,7 @@ def config(tmp_path: Path) -> str:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kcache.machine, "measure", lambda device, quick: CPU)
+    monkeypatch.setattr(kcache.speed.machine, "measure", lambda device, quick: CPU)
 
 
 def planned(run: Run, *args: str) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def test_a_config_that_is_not_there(run: Run, tmp_path: Path) -> None:
 
 
 def test_without_the_hub_a_config_is_said_to_do(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kcache.hub._listing", lambda repo, revision: None)
+    monkeypatch.setattr("kcache.models.hub._listing", lambda repo, revision: None)
     result = run("plan", "nobody/has-this", "--gpu", "h100")
     assert result.exit_code == 1
     assert "the hub cannot be reached" in result.stderr
@@ -226,7 +226,7 @@ def test_8_bits_on_a_cpu_are_said_to_be_slow(run: Run, measured: None, tmp_path:
 def test_speeds_measured_on_a_busy_machine_are_warned_about(
     load: float, warned: bool, run: Run, config: str, measured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kcache.fastpath.current_load", lambda: load)
+    monkeypatch.setattr("kcache.speed.fastpath.current_load", lambda: load)
     result = run("plan", config, "--ctx", "8k")
     assert ("the machine is busy (load 99.0" in result.stderr) == warned
     assert "busy" not in run("plan", config, "--ctx", "8k", "--gpu", "h100").stderr

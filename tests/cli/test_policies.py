@@ -11,7 +11,7 @@ import pytest
 import kcache
 from kcache import Policy
 from kcache_cli.completion import complete_policy
-from kcache_cli.policies import profiles
+from kcache_cli.profiles import profiles
 from tests.cli.conftest import Run
 from tests.cli.fakes import FakeEngine
 

@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 import kcache
-from kcache.parallel import ALONE, check_heads
+from kcache.machine.parallel import ALONE, check_heads
 from kcache_cli.engine import KCacheEngine
 from kcache_cli.ranks import check_command, launched
-from tests import models
+from tests import tiny_models
 from tests.cli.conftest import Run
 from tests.saved import save_tiny
 
@@ -113,8 +113,8 @@ def test_a_process_that_dies_is_missed_in_our_words(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_shared(kind: str, changes: dict[str, Any], size: int, say: str) -> None:
     with pytest.raises(kcache.UnsupportedModelError, match=say):
-        check_heads(models.config(kind, **changes), "this", size)
-    check_heads(models.config("llama"), "this", 2)
+        check_heads(tiny_models.config(kind, **changes), "this", size)
+    check_heads(tiny_models.config("llama"), "this", 2)
 
 
 def test_a_process_by_itself_agrees_with_itself() -> None:

@@ -224,6 +224,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("/help", "/clear", "/set", "/stats", "/save", "/load", "/system", "/bye"):
         assert name in COMMANDS
         assert name in err
+    assert '  """   ' in err and "  Ctrl-D   " in err
     assert all(len(line) <= 80 for line in err.splitlines())
 
 

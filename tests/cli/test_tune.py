@@ -13,7 +13,8 @@ from kcache import Policy
 from kcache_cli.engine import KCacheEngine
 from kcache_cli.evaluate.profile import profile, profile_file
 from kcache_cli.evaluate.tune_table import COMMAND, NAMES
-from kcache_cli.policies import profiles, read_policy
+from kcache_cli.policies import read_policy
+from kcache_cli.profiles import profiles
 from kcache_cli.rows.store import read_rows
 from tests.cli.conftest import Run
 

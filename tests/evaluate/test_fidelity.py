@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from kcache import KCache, Policy, attach
+from kcache.decoding.forward import prefill, step_logits
 from kcache.errors import ContextLengthError, InputError
 from kcache.evaluate.fidelity import Case, measure
 from kcache.evaluate.figures import Figures, summary
 from kcache.evaluate.haystack import Prose
 from kcache.evaluate.places import find_places
 from kcache.evaluate.sweep import Spec, make_row, run, turns_of
-from kcache.forward import prefill, step_logits
 from kcache.loading import LoadedModel
 from tests.bench.machines import tiny
-from tests.models import make
+from tests.tiny_models import make
 
 CTX, STEPS = 50, 70
 POLICY = Policy(topn=4, spread="even", dense_layers=1, dense_below=0, tail="renormalise", offload="all")

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.cache import KCache
+from kcache.decoding.forward import prefill, step_logits
 from kcache.evaluate.forks import Contender, Prefix, contenders
-from kcache.forward import prefill, step_logits
 from kcache.loading import LoadedModel
 from kcache.policy import Policy
 from tests.bench.machines import tiny
-from tests.models import tokens
+from tests.tiny_models import tokens
 
 FULL = Policy(offload="none")
 FEW = Policy.paper(4, dense_layers=1, offload="all")

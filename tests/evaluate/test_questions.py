@@ -20,7 +20,7 @@ from kcache.evaluate.questions import Answerer, Part, Question, common_prefix, r
 from kcache.loading import LoadedModel
 from kcache.policy import Policy
 from tests.bench.machines import tiny
-from tests.models import tokens
+from tests.tiny_models import tokens
 
 POLICY = Policy.paper(dense_layers=1, offload="all")
 SHOTS = tokens(1, 30).tolist()

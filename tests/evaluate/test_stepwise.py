@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from kcache import KCache, Policy, attach
+from kcache.attention.handles import AttentionCall
 from kcache.errors import CacheStateError
-from kcache.handles import AttentionCall
-from kcache.layer import TieredLayer
-from tests.models import holding, left_padding, tokens
+from kcache.layers.tiered import TieredLayer
+from tests.tiny_models import holding, left_padding, tokens
 
 Tiny = Callable[..., PreTrainedModel]
 PROMPT, STEPS = 37, 23

@@ -8,8 +8,8 @@ import torch
 from kcache.bench.cases import Spec, make_cases
 from kcache.bench.run import run
 from kcache.loading import LoadedModel
-from kcache.machine import measure
 from kcache.policy import Policy
+from kcache.speed.machine import measure
 from tests.bench.machines import tiny
 
 pytestmark = pytest.mark.gpu

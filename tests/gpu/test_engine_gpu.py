@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.cache import KCache
 from kcache.policy import Policy
-from tests.models import KINDS, holding, left_padding, make, tokens
 from tests.pair import WHOLE, Pair, forward
+from tests.tiny_models import KINDS, holding, left_padding, make, tokens
 
 pytestmark = [
     pytest.mark.gpu,

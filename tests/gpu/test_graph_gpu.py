@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from kcache.attention import attach
-from kcache.decoding import decode, graph_of
+from kcache.attaching import attach
+from kcache.decoding.loop import decode, graph_of
 from kcache.graph.decoder import PROOFS, GraphDecoder
 from kcache.graph.fuse import Fusion
-from kcache.graph.tape import CudaTape
+from kcache.machine.tape import CudaTape
 from kcache.policy import Policy
 from tests.gpu.test_engine_gpu import big, churn, ids_of, settle
 from tests.graph.samplers import Forced
 from tests.graph.twins import Twins
-from tests.models import left_padding, make, tokens
+from tests.tiny_models import left_padding, make, tokens
 
 pytestmark = [
     pytest.mark.gpu,

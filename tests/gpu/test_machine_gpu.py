@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kcache.bandwidth import LINK_SIZES
-from kcache.host import pci_slot
-from kcache.machine import measure
+from kcache.machine.host import pci_slot
+from kcache.speed.bandwidth import LINK_SIZES
+from kcache.speed.machine import measure
 
 pytestmark = [
     pytest.mark.gpu,

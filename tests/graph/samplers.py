@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import GenerationConfig
 
-from kcache.sampling import Sampler, Sampling
+from kcache.decoding.sampling import Sampler, Sampling
 
 
 class Forced(Sampler):

@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.cache import KCache
-from kcache.decoding import decode, graph_of
-from kcache.forward import prefill, step_logits
+from kcache.decoding.forward import prefill, step_logits
+from kcache.decoding.loop import decode, graph_of
+from kcache.layers.spread import spread_of
 from kcache.policy import Policy
-from kcache.spread import spread_of
 from tests.graph.recorder import RecordedTape
 from tests.graph.samplers import Forced
-from tests.models import make, tokens
+from tests.tiny_models import make, tokens
 
 POLICY = Policy(
     topn=6, dense_below=0, dense_layers=0, resident_layers=0, offload="all", backend="triton", spread="need",

@@ -24,7 +24,7 @@ from kcache.graph.parts import Gated, Rotary
 from kcache.policy import Policy
 from tests.graph.recorder import RecordedTape
 from tests.graph.twins import Twins
-from tests.models import config, make, tokens
+from tests.tiny_models import config, make, tokens
 
 OFFLOADED = Policy(
     topn=6, dense_below=0, dense_layers=0, resident_layers=0, offload="all", backend="triton", spread="even",

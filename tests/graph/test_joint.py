@@ -18,14 +18,14 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 from transformers.models.llama import modeling_llama
 
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.graph.decoder import PROOFS
 from kcache.graph.fuse import Fusion
 from kcache.graph.joint import GROUPS, Joint, joints_of
 from tests.graph.recorder import RecordedTape
 from tests.graph.test_fuse import OFFLOADED, SMALL
 from tests.graph.twins import Twins
-from tests.models import VOCAB, make, tokens
+from tests.tiny_models import VOCAB, make, tokens
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

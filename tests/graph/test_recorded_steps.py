@@ -13,18 +13,18 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from kcache.arriving import Arriving
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.cache import KCache
-from kcache.decoding import decode, graph_of
-from kcache.forward import prefill, step_logits
+from kcache.decoding.forward import prefill, step_logits
+from kcache.decoding.loop import decode, graph_of
 from kcache.graph.decoder import PROOFS
+from kcache.machine.arriving import Arriving
 from kcache.policy import Policy
 from kcache.watch.capture import Capture
 from tests.graph.recorder import RecordedTape
 from tests.graph.samplers import Forced
 from tests.graph.twins import Twins
-from tests.models import left_padding, make, tokens
+from tests.tiny_models import left_padding, make, tokens
 
 OFFLOADED = Policy(
     topn=6, dense_below=0, dense_layers=0, resident_layers=0, offload="all", backend="triton", spread="even",

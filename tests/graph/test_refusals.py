@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.cache import KCache
-from kcache.decoding import decode, graph_of
-from kcache.forward import prefill
+from kcache.decoding.forward import prefill
+from kcache.decoding.loop import decode, graph_of
 from kcache.policy import Policy
 from tests.graph.recorder import RecordedTape
 from tests.graph.samplers import Forced
-from tests.models import make, tokens
+from tests.tiny_models import make, tokens
 
 POLICY = Policy(
     topn=6, dense_below=0, dense_layers=0, resident_layers=0, offload="all", backend="triton", spread="even",
@@ -178,7 +178,7 @@ def test_a_device_without_triton_has_no_recording(llama: PreTrainedModel, monkey
 def test_stock_caches_are_decoded_as_ever(llama: PreTrainedModel) -> None:
     from transformers import DynamicCache
 
-    from kcache.forward import step_logits
+    from kcache.decoding.forward import step_logits
 
     cache = DynamicCache(config=llama.config)
     logits = step_logits(llama, cache, tokens(1, 1, 5))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kcache.graph import tape
+from kcache.machine import tape
 
 DEVICE = torch.device("cuda", 0)
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.cache import KCache
-from kcache.decoding import decode, graph_of
-from kcache.forward import prefill
+from kcache.decoding.forward import prefill
+from kcache.decoding.loop import decode, graph_of
 from kcache.graph.decoder import GraphDecoder
 from kcache.policy import Policy
 from kcache.telemetry import LayerSnapshot
 from tests.graph.samplers import Forced
-from tests.models import tokens
+from tests.tiny_models import tokens
 
 
 class Twins:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from kcache.backends.base import LowRank
 from kcache.backends.triton import Chip, DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode, triton_decode
 from kcache.backends.triton.narrow import narrow, widen
 from kcache.backends.triton.pointwise import gated, rms_norm, rotate
 from kcache.backends.triton.prompt import attend_prompt
-from kcache.lowrank import LowRank
-from kcache.sizes import rank_of
+from kcache.planning.sizes import rank_of
 
 
 def launch_all(

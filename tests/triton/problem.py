@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kcache.lowrank import LowRank, LowRankTail
-from kcache.spread import MOST
-from kcache.tiers.rounding import quantise, remainder
+from kcache.backends.base import MOST, LowRank
+from kcache.backends.rounding import quantise, remainder
+from kcache.tiers.lowrank import LowRankTail
 
 
 @dataclass

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kcache.backends.rounding import quantise, remainder
 from kcache.backends.triton import append
-from kcache.lowrank import LowRankTail
 from kcache.tiers.bytes import ByteRows
-from kcache.tiers.rounding import quantise, remainder
+from kcache.tiers.lowrank import LowRankTail
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -148,7 +148,7 @@ def test_cards_without_kernels_run_torch_operators(
 ) -> None:
     card = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr("kcache.devices.driver_problem", lambda: problem)
+    monkeypatch.setattr("kcache.machine.devices.driver_problem", lambda: problem)
     assert choose_backend("auto", card).name == "reference"
     with pytest.raises(PolicyError, match=reason):
         choose_backend("triton", card)
@@ -156,5 +156,5 @@ def test_cards_without_kernels_run_torch_operators(
 
 def test_cards_with_kernels_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr("kcache.devices.driver_problem", lambda: None)
+    monkeypatch.setattr("kcache.machine.devices.driver_problem", lambda: None)
     assert choose_backend("auto", torch.device("cuda", 0)).name == "triton"

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from kcache.attention import attach
+from kcache.attaching import attach
 from kcache.backends.triton import HotRows
 from kcache.cache import KCache
-from kcache.need import ModelShape
+from kcache.planning.need import ModelShape
+from kcache.planning.sizes import hot_bytes
 from kcache.policy import Policy
-from kcache.sizes import hot_bytes
 from kcache.tiers.values import ValueStore
-from tests.models import left_padding, make, tokens
 from tests.pair import forward
+from tests.tiny_models import left_padding, make, tokens
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on CPU tensors only if interpreted")
 

@@ -10,10 +10,10 @@ import torch
 
 from kcache.backends.base import DecodeStep
 from kcache.backends.reference import ReferenceBackend
+from kcache.backends.rounding import quantise, remainder
 from kcache.backends.triton import Chip, DenseWorkspace, Tuning, Workspace, triton_decode
 from kcache.backends.triton.backend import TritonBackend
 from kcache.policy import Policy
-from kcache.tiers.rounding import quantise, remainder
 from tests.triton.chips import CHIPS
 from tests.triton.problem import Problem, assert_near, check_picks, expected, make_problem
 

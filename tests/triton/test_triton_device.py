@@ -8,8 +8,8 @@ import torch
 from kcache.backends.base import DecodeStep
 from kcache.backends.reference import ReferenceBackend
 from kcache.backends.triton import DenseWorkspace, HotRows, Workspace, append, dense_decode, triton_decode
-from kcache.lowrank import LowRankTail
 from kcache.policy import Policy, Spread
+from kcache.tiers.lowrank import LowRankTail
 from tests.triton.problem import assert_near
 
 pytestmark = [

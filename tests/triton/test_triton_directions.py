@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from kcache.directions import leading_directions, takes
-from kcache.lowrank import _leading
+from kcache.backends.triton.directions import leading_directions, takes
+from kcache.tiers.lowrank import _leading
 
 DECAYS = {
     "flat": lambda i: torch.ones_like(i),
@@ -62,7 +62,7 @@ def test_it_compiles_for_sm90() -> None:
     """In registers, but for what little the largest size spills."""
     code = (
         "import torch; from tests.triton.compile_for import compile_only, resources\n"
-        "from kcache.directions import leading_directions\n"
+        "from kcache.backends.triton.directions import leading_directions\n"
         "with compile_only() as compiled: leading_directions(torch.empty(1, 8, 128, 128), 8, 12, 6)\n"
         "found = resources(compiled[0][1]); assert found['stack'] <= 512 and found['local'] == 0, found\n"
         "assert not any('TF32' in op for op in found['ops']), found"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kcache.backends.rounding import LOWER_STEPS, quantise, remainder
 from kcache.backends.triton.narrow import narrow, widen
 from kcache.tiers.bytes import ByteRows, dequantise
-from kcache.tiers.rounding import LOWER_STEPS, quantise, remainder
 
 
 def drawn(dim: int, length: int, dtype: torch.dtype) -> torch.Tensor:

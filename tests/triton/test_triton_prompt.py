@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from kcache import dense
-from kcache.attention import attach
+from kcache.attaching import attach
+from kcache.backends import dense
 from kcache.backends.plain import plain
 from kcache.backends.triton import prefill
 from kcache.backends.triton.common import interpreted
 from kcache.backends.triton.prompt import attend_prompt
 from kcache.cache import KCache
-from kcache.forward import prefill as read
+from kcache.decoding.forward import prefill as read
 from kcache.policy import Policy
-from tests.models import left_padding, make, tokens
-from tests.test_dense import straight
+from tests.backends.test_dense import straight
+from tests.tiny_models import left_padding, make, tokens
 
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 0.02}
 CASES: dict[str, dict[str, Any]] = {

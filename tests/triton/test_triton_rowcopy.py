@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kcache.rowcopy import gather_rows
+from kcache.speed.rowcopy import gather_rows
 
 
 def test_triton_rowcopy(device: torch.device) -> None:

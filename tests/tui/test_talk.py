@@ -81,6 +81,9 @@ def test_a_question_is_answered_on_the_screen() -> None:
             await write(driver, "/set max_tokens 7")
             await until(driver, lambda: "max_tokens = 7" in said(driver))
             assert talk.conversation.max_tokens == 7
+            await write(driver, "/help")
+            await until(driver, lambda: "/system" in said(driver) and "goes to the panels, where" in said(driver))
+            assert '"""' not in said(driver)
             await write(driver, "/nonsense")
             await until(driver, lambda: "no command /nonsense" in said(driver))
 

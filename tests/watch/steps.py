@@ -7,7 +7,7 @@ from collections import deque
 import numpy as np
 import torch
 
-from kcache.arriving import Arriving
+from kcache.machine.arriving import Arriving
 from kcache.watch.build import build
 from kcache.watch.capture import Forward
 from kcache.watch.codec import Message

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcache.arriving import Arriving
 from kcache.errors import FormatError
+from kcache.machine.arriving import Arriving
 from kcache.telemetry import Stats
 from kcache.watch.build import build
 from kcache.watch.codec import pack, unpack

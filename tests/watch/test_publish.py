@@ -15,11 +15,11 @@ from kcache import KCache, LoadedModel, Policy, Sampling, publish
 from kcache.errors import InputError, WatchError
 from kcache.watch.attach import Place, attach, find
 from kcache.watch.frame import Frame, Mark
-from kcache.watch.publish import Publication
+from kcache.watch.publication import Publication
 from kcache.watch.recording import open_recording
 from kcache.watch.source import Source
-from tests.models import holding, tokens
 from tests.test_generation import loaded
+from tests.tiny_models import holding, tokens
 
 TOPN = Policy(topn=6, spread="even", dense_layers=1, dense_below=0)
 GREEDY = Sampling(temperature=0)
@@ -388,12 +388,12 @@ def test_over_tcp(lm: LoadedModel) -> None:
 
 
 def test_a_failure_of_the_publisher_leaves_the_engine_alone(lm: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kcache.watch import publish as publishing
+    from kcache.watch import publication as module
 
     def broken(*args: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(publishing, "build", broken)
+    monkeypatch.setattr(module, "build", broken)
     publication = publish(lm)
     here = publication.source()
     until(lambda: not here.live)

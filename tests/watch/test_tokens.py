@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kcache.arriving import Arriving
 from kcache.errors import FormatError
+from kcache.machine.arriving import Arriving
 from kcache.watch.capture import Finish, Forward, Kept
 from kcache.watch.frame import Mark, SequenceFrame, Speed
 from kcache.watch.tokens import Pieces, Tokens

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kcache.backends.base import DecodeResult, DecodeStep
+from kcache.backends.base import MOST, DecodeResult, DecodeStep
 from kcache.backends.jit.entries import compiled
 from kcache.backends.jit.regions import COMBINE, FIELDS, SCORE
 from kcache.backends.jit.team import find_team
-from kcache.spread import MOST
 
 _PIECES = (4096, 2048, 1024, 512, 256)
 """Rows of a head that a thread may take at a time."""

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kcache.backends.base import LowRank
 from kcache.backends.triton.common import in_steps, largest_size, on_device, power_of_two
-from kcache.lowrank import LowRank
 
 
 @triton.jit

@@ -21,8 +21,8 @@ from kcache.backends.triton.hot import HotRows
 from kcache.backends.triton.step import triton_decode
 from kcache.backends.triton.workspace import DenseWorkspace, Tuning, Workspace, unsupported
 from kcache.errors import GraphError, PolicyError
+from kcache.planning.sizes import hot_rows_of
 from kcache.policy import Spread
-from kcache.sizes import hot_rows_of
 
 _log = logging.getLogger(__name__)
 

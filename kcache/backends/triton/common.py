@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kcache.tiers.rounding import LOWER_STEPS
+from kcache.backends.rounding import LOWER_STEPS
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kcache.sizes import HOT_WAYS, hot_capacity
+from kcache.planning.sizes import HOT_WAYS, hot_capacity
 
 
 class HotRows:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kcache.lowrank import LowRank
+from kcache.backends.base import LowRank
 
 
 @dataclass(frozen=True, slots=True)

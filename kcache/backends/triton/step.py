@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from kcache.backends.base import LowRank
 from kcache.backends.triton.above import pick_above
 from kcache.backends.triton.common import LOG2E, on_device, power_of_two, reduction_step
 from kcache.backends.triton.hot import HotRows
@@ -15,7 +16,6 @@ from kcache.backends.triton.select import pick_most
 from kcache.backends.triton.tail import DIRECTIONS
 from kcache.backends.triton.topn import fetch_kernel, step_kernel
 from kcache.backends.triton.workspace import Workspace
-from kcache.lowrank import LowRank
 
 _LEAST_DIMS = 32
 """Of a product of whole numbers."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from kcache.backends.base import MOST
 from kcache.backends.triton.common import Chip, chip_of, choose_splits, cut, interpreted, power_of_two
+from kcache.planning.sizes import rank_of
 from kcache.policy import Select, Spread, Tail
-from kcache.sizes import rank_of
-from kcache.spread import MOST
 
 _MOST_CANDIDATES = 32768
 _MOST_BLOCKS = 8192

@@ -1,0 +1,1 @@
+"""What generation is made of: prompts in, forwards, the decode loop, tokens chosen, text out."""

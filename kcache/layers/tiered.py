@@ -1,0 +1,349 @@
+"""TieredLayer: one full-attention layer of a cache, K on its device, V in one of the two tiers.
+
+V starts on the device while the context is short (``Policy.dense_below``) or the layer is resident, and leaves for
+the host tier once it is not. ``update`` only stores; the attention function then calls :meth:`TieredLayer.attend`,
+which answers a prefill chunk exactly and a single new token with the TopN decode step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from kcache.attention.gradients import without_gradient
+from kcache.attention.handles import AttentionCall, Chunk, with_handle
+from kcache.attention.masks import as_bool, is_row_mask, plain_rows, rows_of
+from kcache.backends import dense
+from kcache.backends.base import DecodeResult, DecodeStep, HotStore
+from kcache.errors import CacheStateError, InputError
+from kcache.layers.counted import CountedLayer, Picked
+from kcache.layers.kinds import RowKind
+from kcache.layers.stepwise import Block
+from kcache.layers.would_pick import would_pick
+from kcache.telemetry import LayerKind
+from kcache.tiers.bytes import ByteRows
+from kcache.tiers.lowrank import LowRankTail
+from kcache.tiers.rows import RowBuffer
+from kcache.tiers.values import ValueStore
+
+if TYPE_CHECKING:
+    from kcache.layers.shared import Shared
+
+
+class Buffers(NamedTuple):
+    """Where a layer's rows are: K and V ``[B, Hkv, capacity, D]``, the tail, and what belongs to rows in 8 bits."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    tail: LowRankTail | None
+    key_scales: torch.Tensor | None
+    key_lower: torch.Tensor | None
+    value_scales: torch.Tensor | None
+
+
+class TieredLayer(CountedLayer):
+    """K and V of one layer across the tiers.
+
+    Parameters
+    ----------
+    index : int
+        The layer's number in the model.
+    shared : Shared
+        What all layers of a cache have in common: policy, backend, validity of rows, residency.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, index: int, shared: Shared) -> None:
+        self.index = index
+        self.shared = shared
+        self.following: TieredLayer | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.is_initialized = False
+        self.length = 0
+        self._k: RowBuffer | ByteRows | None = None
+        self._v: ValueStore | None = None
+        self._begin_to_count()
+
+    # -- what transformers asks ------------------------------------------------------------------------------------
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]  # a view, where the base has an attribute
+        """K ``[B, Hkv, L, D]``, a view of the device buffer (a copy, if that is in 8 bits); None while empty."""
+        return self._k.get(self.length) if self._k is not None and self._k.data is not None else None
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """V ``[B, Hkv, L, Dv]``, a view in whichever tier holds it; None while empty."""
+        return self._v.view() if self._v is not None and self.batch_size >= 0 else None
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether V lives in the host tier."""
+        return self._v is not None and self._v.host is not None
+
+    @property
+    def kind(self) -> LayerKind:
+        """``"tiered"`` when the layer's V may leave the device, ``"resident"`` when it stays."""
+        return "resident" if self.shared.is_resident(self) else "tiered"
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Learn device, dtype and shapes from the first K and V."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        plan = self.shared.residency
+        self._k = RowBuffer(self.device, partial(plan.key_room, self))
+        self._v = ValueStore(
+            self.device, self.shared.policy, self.shared.validity, plan.room, partial(plan.resident_room, self),
+            self.shared.link(self.device), plan.most_sequences,
+        )  # fmt: skip
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new rows ``[B, Hkv, T, D]``.
+
+        Attached, returns the new rows alone, V carrying the handle the attention function looks for. Otherwise
+        returns all rows, so that any attention function is right with it.
+        """
+        kind = RowKind.of(self.index, key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self._k is not None and self._v is not None
+        if self._k.data is None:
+            self._kind = kind
+        elif self._k.data.shape[0] != key_states.shape[0]:
+            raise CacheStateError(
+                f"this cache holds {self._k.data.shape[0]} sequences and was given {key_states.shape[0]}; "
+                "make a new cache for another batch"
+            )
+        self._kind.check(self.index, kind)
+        keys, values = key_states.detach(), value_states.detach()
+        end = self.length + keys.shape[2]
+        if self.shared.replays(self, key_states):
+            return key_states, with_handle(value_states, Block(self, self.length))
+        self.shared.plan_residency(self, keys, values, end)
+        self._v.append(values, self.length, self.shared.residency.leaves(self, end))
+        self._store_keys(keys)
+        self.length = end
+        if (keys.shape[2] == 1 or self.shared.look is not None) and not self.shared.force_exact:
+            self.steps += keys.shape[2]  # a block that is attended whole stands for as many steps
+        if not self.shared.attached:
+            return without_gradient(self._k.get(end), key_states), without_gradient(self._v.everything(), value_states)
+        return key_states, with_handle(value_states, Chunk(self, end))
+
+    def _store_keys(self, rows: torch.Tensor) -> None:
+        """Keep K of new rows, in 8 bits once V has left if the policy says so."""
+        assert self._k is not None
+        policy = self.shared.policy
+        if policy.key_planes and self.offloaded and isinstance(self._k, RowBuffer):
+            planes, room = policy.key_planes, self.shared.residency.room
+            exact, self._k = self._k, ByteRows(self.device, self.device, room, planes=planes)
+            if self.length:
+                self._k.put(exact.view(self.length), 0)
+        self._k.put(rows, self.length)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask for ``query_length`` new tokens."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """-1: the layer grows as needed."""
+        return -1
+
+    # -- storing and moving ----------------------------------------------------------------------------------------
+
+    def release(self) -> None:
+        """Let go of the latest V's device memory, if no attention has done so."""
+        if self._v is not None:
+            self._v.release()
+
+    def spill(self) -> None:
+        """Move V to the host tier."""
+        if self._v is not None:
+            self._v.spill()
+
+    def settle(self) -> None:
+        """Take rows that were stored without attention into the tail, as real ones."""
+        if self._v is not None:
+            self.shared.validity.record(self.length, None)
+            self._v.settle()
+
+    def ready_for_kernels(self) -> None:
+        """Let the device read V only after what is under way has arrived; the host does not wait."""
+        if self._v is not None:
+            self._v.ready_for_kernels()
+
+    def prefetch_values(self, chunk: int) -> None:
+        """Start bringing V to the device for the exact pass over ``chunk`` new rows that is about to come."""
+        if self._v is not None:
+            self._v.prefetch(chunk)
+
+    def reset(self) -> None:
+        """Empty the layer and give its memory back; counters start anew."""
+        self._forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; the argument is negative, as transformers has it (``crop(-3)`` removes three)."""
+        if tokens_to_remove > 0:
+            raise InputError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
+        if tokens_to_remove == 0 or self._v is None:
+            return
+        self.length = max(0, self.length + tokens_to_remove)
+        self.picked = None
+        self.shared.validity.crop(self.length)
+        self._v.crop(self.length)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Reorder the sequences for beam search; rows in the host tier are copied on the host."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence ``repeats`` times."""
+        if self.length:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences ``indices`` ``[B']``, in that order."""
+        if self._k is None or self._v is None or not self.length:
+            return
+        self.picked = None
+        self._k.select(indices)
+        self._v.select(indices)
+
+    # -- attention -------------------------------------------------------------------------------------------------
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Attention of this forward's queries over everything the layer holds, ``[B, Hq, Q, Dv]``."""
+        assert self._k is not None and self._v is not None
+        count = call.query.shape[2]
+        mask = None if call.mask is None else call.mask[..., : self.length]
+        allowed = as_bool(mask)
+        if count == 1:
+            mask = plain_rows(mask, allowed)
+        if allowed is not None:
+            allowed = allowed.expand(call.query.shape[0], -1, -1, -1)
+        self.shared.validity.record(self.length, allowed)
+        self._v.settle()
+        if count == 1 and self._decodes_topn(mask):
+            return self._decode(call, mask)
+        self._note("dense" if count == 1 else "prefill")
+        if count == 1 and self._v.resident is not None and is_row_mask(mask):
+            step = self.step_of(call, rows_of(mask))
+            if self.shared.probing and self.kind == "tiered":
+                self._note("dense", Picked(*would_pick(step)))
+            return self.shared.backend(self.device).dense(step).unsqueeze(2)
+        values = self._v.whole(call.value)
+        if self.following is not None:
+            self.following.prefetch_values(call.key.shape[2])
+        keys = self._k.followed_by(call.key, self.length)
+        out = dense.attend(call.query, keys, values, mask, call.scaling, call.softcap, call.sinks)
+        if self.following is None:
+            self._v.release()
+        return out
+
+    def _decodes_topn(self, mask: torch.Tensor | None) -> bool:
+        if not self.offloaded or self.shared.force_exact or self.length < self.shared.policy.dense_below:
+            return False
+        if not is_row_mask(mask):
+            warnings.warn(
+                "a mask that differs among heads, or weighs rows, is not for TopN: steps with it attend exactly, and "
+                "V that has left comes back whole for each; a bool mask [B, 1, 1, L] is served by TopN",
+                stacklevel=2,
+            )
+            return False
+        return True
+
+    def _decode(self, call: AttentionCall, mask: torch.Tensor | None) -> torch.Tensor:
+        """The TopN decode step: score, select, fetch, combine."""
+        assert self._v is not None and self._v.host is not None
+        backend, step = self.shared.backend(self.device), self._with_choice(self.step_of(call, rows_of(mask)))
+        kernels = getattr(backend, "workspace", None)  # where they do not take a step's sizes, the host reads
+        if backend.reads_host_by_kernel and (kernels is None or kernels(step) is not None):
+            self.ready_for_kernels()
+        else:
+            self._v.finish_sending()
+        result = backend.decode(step)
+        self._note("topn", Picked(result.picks, result.mass, result.weights))
+        return result.out.unsqueeze(2)
+
+    def step_of(self, call: AttentionCall, mask: torch.Tensor | None) -> DecodeStep:
+        """What a backend is given for a call with one query; ``mask`` ``[B, at least L]`` bool."""
+        held = self.buffers()
+        return DecodeStep(
+            query=call.query[:, :, 0].detach(),
+            keys=held.keys,
+            values=held.values,
+            length=self.length,
+            scaling=call.scaling,
+            policy=self.shared.policy,
+            lowrank=None if held.tail is None else held.tail.state(),
+            mask=None if mask is None else mask.expand(call.query.shape[0], -1),
+            softcap=call.softcap,
+            sinks=call.sinks,
+            hot=self.hot,
+            key_scales=held.key_scales,
+            key_lower=held.key_lower,
+            value_scales=held.value_scales,
+        )
+
+    def decode_step(self, step: DecodeStep) -> DecodeResult:
+        """Score, select, fetch and combine."""
+        return self.shared.backend(self.device).decode(self._with_choice(step))
+
+    def _with_choice(self, step: DecodeStep) -> DecodeStep:
+        """The step with what decides on its rows: the threshold, if there is one, and a store of hot rows."""
+        assert self._v is not None
+        spread, policy = self.shared.spread, self.shared.policy
+        if spread is not None and self.follows_threshold(step.length):
+            heads = step.keys.shape[1] if policy.select == "group" else step.query.shape[1]
+            threshold, tally = spread.begin(self.index, heads, len(step.query), self.device)
+            step = replace(step, threshold=threshold, tally=tally)
+        if step.hot is None:
+            self._v.hot = self.shared.backend(self.device).keep_hot(step)
+            step = step if self._v.hot is None else replace(step, hot=self._v.hot)
+        return step
+
+    @property
+    def hot(self) -> HotStore | None:
+        """The store of hot rows, once a TopN step has made one."""
+        return None if self._v is None else self._v.hot
+
+    def forget_unseen(self) -> None:
+        """Let nothing remain of rows that a step wrote past the end and that were never taken in."""
+        if self._v is not None:
+            self._v.crop(self.length)
+
+    def buffers(self) -> Buffers:
+        """The whole buffers, V in whichever tier holds it; valid until the layer grows."""
+        assert self._k is not None and self._k.data is not None and self._v is not None
+        held = self._v.host or self._v.resident
+        assert held is not None and held.data is not None
+        return Buffers(
+            self._k.data,
+            held.data,
+            self._v.tail,
+            self._k.scales if isinstance(self._k, ByteRows) else None,
+            self._k.lower if isinstance(self._k, ByteRows) else None,
+            held.scales if isinstance(held, ByteRows) else None,
+        )
+
+    def stepped_on_device(self, picked: Picked | None, event: torch.cuda.Event | None) -> None:
+        """Take in a decode step that a recording has run: K and V are stored, ``event`` ends it."""
+        assert self._v is not None
+        self.length += 1
+        self.steps += 1
+        self._v.stored_by_kernel(event)
+        self._note("dense" if picked is None else "topn", picked)

@@ -1,0 +1,1 @@
+"""How many bytes a model and its cache take, what fits, and how fast it should go."""

@@ -1,0 +1,1 @@
+"""How fast this machine is, or a card that is known, and what it lacks to be faster."""

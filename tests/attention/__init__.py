@@ -1,0 +1,1 @@
+"""Tests of attaching models, and of what is asked of them."""

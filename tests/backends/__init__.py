@@ -1,0 +1,1 @@
+"""Tests of the four verbs and of exact attention, on a CPU."""

@@ -1,0 +1,1 @@
+"""Tests of prompts on their way into a cache."""

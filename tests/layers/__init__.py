@@ -1,0 +1,1 @@
+"""Tests of what layers of a cache share."""

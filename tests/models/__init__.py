@@ -1,0 +1,1 @@
+"""Tests of models by name and of what their forwards take."""

@@ -1,0 +1,1 @@
+"""Tests of measuring a machine and judging it."""

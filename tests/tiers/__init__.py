@@ -1,0 +1,1 @@
+"""Tests of rows in either memory and what crosses between them."""
