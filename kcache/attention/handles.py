@@ -6,14 +6,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
-
-from kcache.errors import CacheStateError
-
-if TYPE_CHECKING:
-    from kcache.layers.tiered import TieredLayer
 
 
 class Handle(Protocol):
@@ -22,25 +17,6 @@ class Handle(Protocol):
     def attend(self, module: torch.nn.Module, call: AttentionCall) -> torch.Tensor:
         """Answer the attention function's call; returns ``[B, Hq, Q, Dv]``."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """The usual handle: which rows of which layer."""
-
-    layer: TieredLayer
-    end: int
-
-    def attend(self, module: torch.nn.Module, call: AttentionCall) -> torch.Tensor:
-        """Answer the attention function's call; returns ``[B, Hq, Q, Dv]``."""
-        self.layer.shared.check_owner(module)
-        if self.end != self.layer.length:
-            raise CacheStateError(
-                f"layer {self.layer.index} of this cache was changed between update and attention "
-                f"({self.layer.length} rows, expected {self.end}); use one cache per forward"
-            )
-        self.layer.shared.check_whole(self.layer, self.end - call.key.shape[2])
-        return self.layer.attend(call)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from kcache.attention.gradients import without_gradient
-from kcache.attention.handles import AttentionCall, Chunk, with_handle
+from kcache.attention.handles import AttentionCall, with_handle
 from kcache.attention.masks import as_bool, is_row_mask, plain_rows, rows_of
 from kcache.backends import dense
 from kcache.backends.base import DecodeResult, DecodeStep, HotStore
 from kcache.errors import CacheStateError, InputError
+from kcache.layers.chunk import Chunk
 from kcache.layers.counted import CountedLayer, Picked
 from kcache.layers.kinds import RowKind
 from kcache.layers.stepwise import Block
