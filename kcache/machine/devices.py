@@ -33,6 +33,11 @@ def is_too_old(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) < _LEAST
 
 
+def is_rocm() -> bool:
+    """Whether torch's CUDA devices are AMD's: our programs wait for each other in the order NVIDIA starts them."""
+    return getattr(torch.version, "hip", None) is not None
+
+
 @lru_cache
 def driver_problem() -> str | None:
     """Why Triton does not get to the driver, or None: it compiles a module in C for that when it is first used."""
@@ -47,6 +52,8 @@ def why_no_kernels(device: torch.device) -> str | None:
     """Why our kernels in Triton do not run on a CUDA device, or None."""
     if not has_triton():
         return "triton is not installed"
+    if is_rocm():
+        return "torch is built for ROCm, and kernels are made for NVIDIA's cards"
     if is_too_old(device):
         have, need = (f"{major}.{minor}" for major, minor in (torch.cuda.get_device_capability(device), _LEAST))
         return f"{device} has compute capability {have}, kernels need {need}"

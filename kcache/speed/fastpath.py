@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from kcache.machine.devices import driver_problem, is_too_old
+from kcache.machine.devices import driver_problem, is_rocm, is_too_old
 from kcache.machine.host import Host, PciSlot
 from kcache.models.support import untried
 from kcache.speed.machine import Machine
@@ -94,7 +94,16 @@ def _of_host_only(machine: Machine, host: Host) -> list[Finding]:
 def _of_cuda(machine: Machine, host: Host, slot: PciSlot | None) -> list[Finding]:
     found = []
     device = torch.device(machine.device)
-    if is_too_old(device):
+    if is_rocm():
+        found.append(
+            Finding(
+                "missing",
+                f"{machine.name} runs by ROCm, kernels are made for NVIDIA cards: decode steps run in torch operators "
+                "and wait for the host",
+                "take a card of NVIDIA's, Ampere or newer; or --offload none, where the context fits",
+            )
+        )
+    elif is_too_old(device):
         major, minor = torch.cuda.get_device_capability(device)
         found.append(
             Finding(

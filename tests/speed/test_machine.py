@@ -181,6 +181,13 @@ def test_old_cards_and_busy_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "busy" in busy.what
 
 
+def test_cards_of_another_maker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    (found,) = findings(GPU, GOOD_HOST, load=0.0)
+    assert found.level == "missing"
+    assert "ROCm" in found.what
+
+
 def test_triton_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kcache.speed.fastpath.driver_problem", lambda: "RuntimeError: Failed to find C compiler.")
     (found,) = findings(GPU, GOOD_HOST, load=0.0)

@@ -154,6 +154,17 @@ def test_cards_without_kernels_run_torch_operators(
         choose_backend("triton", card)
 
 
+def test_kernels_are_not_for_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr("kcache.machine.devices.driver_problem", lambda: None)
+    assert choose_backend("auto", card).name == "triton"
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    assert choose_backend("auto", card).name == "reference"
+    with pytest.raises(PolicyError, match="ROCm"):
+        choose_backend("triton", card)
+
+
 def test_cards_with_kernels_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr("kcache.machine.devices.driver_problem", lambda: None)
