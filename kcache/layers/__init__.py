@@ -1,1 +1,1 @@
-"""What a cache is made of: its layers, what they share, which keep V on the device, what rows not picked contribute."""
+"""What a cache is made of: its layers, what they share, which keep V on the device, how many rows each fetches."""

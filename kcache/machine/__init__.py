@@ -1,1 +1,1 @@
-"""What there is to run on: devices, memory, and how fast bytes move."""
+"""What there is to run on: devices, memory, processes that share a model."""
