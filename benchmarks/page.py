@@ -36,7 +36,7 @@ BLOCK = re.compile(r"(<!-- (rows|runs|llama|gpu|fidelity|needle|tasks|tune) ([^>
 
 def runs_table(runs: Sequence[Sequence[Row]]) -> str:
     """Milliseconds per step of each engine in each run, and how much faster kcache was than it."""
-    lines = ["| ctx | batch | engine | ms/step p50, by run | kcache is faster by |", "|---:|---:|---|---:|---:|"]
+    lines = ["| ctx | batch | engine | ms/step p50, by run | kcache's speed over it |", "|---:|---:|---|---:|---:|"]
     by_run = [{(row["ctx"], row["batch"], row["engine"], row["topn"]): row for row in run} for run in runs]
     for key in sorted(by_run[0], key=lambda key: key[:2]):
         rows = [run[key] for run in by_run if run.get(key, {}).get("decode_ms_p50")]
@@ -60,7 +60,7 @@ def _ours(run: dict[tuple[int, int, str, int | None], Row], ctx: int, batch: int
 
 def llama_table(record: Row) -> str:
     """Milliseconds per step of kcache and llama.cpp in the same turns, and how much faster kcache is."""
-    lines = ["| ctx | engine | ms/step p50 | kcache is faster by |", "|---:|---|---:|---:|"]
+    lines = ["| ctx | engine | ms/step p50 | kcache's speed over it |", "|---:|---|---:|---:|"]
     for case in record["cases"]:
         middles = {name: [statistics.median(turn) for turn in turns] for name, turns in case["turns"].items()}
         for name, turns in middles.items():

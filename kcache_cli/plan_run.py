@@ -81,7 +81,9 @@ class Answer:
         method = self.methods["kcache"]
         if method.fit.short is None:
             return None
-        return self.planner.fitter("kcache").refusal(method.fit, self.ctx, method.batch)
+        told = self.planner.fitter("kcache").refusal(method.fit, self.ctx, method.batch)
+        elsewhere = self.question.gpu is not None and self.question.host is None and method.fit.short == "host"
+        return f"{told}. Host memory is what is free here now; --host is for another machine's" if elsewhere else told
 
 
 def read_batch(text: str | None, on_cpu: bool) -> int | None:
@@ -162,20 +164,33 @@ def answer(question: Question) -> Answer:
         curves={name: planner.curve(name, ctxs, question.batch) for name in METHODS},
         notes=[
             *_notes(question, planner, config, ctx, context),
-            *_stays(question.policy, methods["kcache"], ctx),
+            *_stays(planner, methods["kcache"], ctx),
             *_warm(planner, methods["kcache"], ctx),
         ],
     )
 
 
-def _stays(policy: Policy, method: Method, ctx: int) -> list[str]:
-    """Why KCache is no faster than full attention where nothing has to leave the device."""
-    if policy.offload != "auto" or ctx < policy.dense_below or method.need.host_bytes or not method.need.layers:
+def _stays(planner: Planner, method: Method, ctx: int) -> list[str]:
+    """Why KCache is no faster than full attention where nothing has to leave the device, or less than it could be."""
+    policy, need = planner.policy, method.need
+    if policy.offload != "auto" or ctx < policy.dense_below or not need.layers:
         return []
     batch = f" in a batch of {method.batch}" if method.batch > 1 else ""
+    if not need.host_bytes:
+        return [
+            f"all of V has room on the device at {ctx:,} tokens{batch}, so it stays there and attention is exact; "
+            "KCache pays with more tokens or sequences, --offload all shows what it does at these"
+        ]
+    leaving = replace(planner, policy=policy.replace(offload="all"))
+    fit = leaving.fitter("kcache").fit(ctx, method.batch)
+    if method.predicted is None or fit.short is not None:
+        return []
+    faster = leaving.predict(fit.need, ctx, method.batch)
+    if faster.step_ms > (1 - _SEEN) * method.predicted.step_ms:
+        return []
     return [
-        f"all of V has room on the device at {ctx:,} tokens{batch}, so it stays there and attention is exact; KCache "
-        "pays with more tokens or sequences, --offload all shows what it does at these"
+        f"V of {need.resident_layers} of {need.layers} layers has room on the device, so these attend exactly and read "
+        f"all of it; with --offload all a step would take {faster.step_ms:,.2f} ms ({faster.tok_s:,.1f} tok/s)"
     ]
 
 

@@ -203,20 +203,19 @@ class Fitter:
         """What would fit instead."""
         ways = []
         if self.policy.offload == "none" and self._under(offload="auto").fits(ctx, batch):
-            ways.append("it would fit with V in host memory (--offload auto)")
+            ways.append("with V in host memory (--offload auto)")
         slow = ", and slow" if self.pools.device_bytes is None else ""
         if not ways and self._under(k_bits=8).fits(ctx, batch):
-            ways.append(f"it would fit with K in 8 bits (--k-bits 8: scores close to exact ones, not exact{slow})")
+            ways.append(f"with K in 8 bits (--k-bits 8: scores close to exact ones, not exact{slow})")
         elif not ways and self._under(v_bits=8).fits(ctx, batch):
-            ways.append(f"it would fit with V in 8 bits (--v-bits 8: close to exact, not exact{slow})")
-        if batch > 1:
-            smaller = self.largest_batch(ctx, batch)
-            ways.append("use a smaller batch" + (f" ({smaller:,} would fit)" if smaller else ""))
+            ways.append(f"with V in 8 bits (--v-bits 8: close to exact, not exact{slow})")
+        if batch > 1 and (smaller := self.largest_batch(ctx, batch)):
+            ways.append(f"in a batch of {smaller:,}")
         if self.policy.kv_budget is not None and self._under(kv_budget=None).fits(ctx, batch):
-            ways.append("it would fit with more allowed (--kv-budget)")
+            ways.append("with more allowed (--kv-budget)")
         if longest := self.largest_ctx(batch, ctx):
-            ways.append(f"about {longest:,} tokens would fit (--ctx {longest})")
-        return ", or ".join(ways) if ways else "no context would fit"
+            ways.append(f"with about {longest:,} tokens (--ctx {longest})")
+        return f"it would fit {', or '.join(ways)}" if ways else "no context would fit"
 
     def _under(self, **changes: Any) -> Fitter:
         """The same under another policy."""

@@ -11,7 +11,8 @@ import pytest
 
 import kcache.speed.machine
 from tests.cli.conftest import Run
-from tests.planning.test_plan import LLAMA_3_8B
+from tests.planning.test_memory import give_ram
+from tests.planning.test_plan import LLAMA_2_7B, LLAMA_3_8B
 from tests.speed.test_machine import CPU
 
 GIB = 2**30
@@ -125,7 +126,7 @@ def test_a_budget_beyond_the_card_is_the_card_s(run: Run, config: str) -> None:
 
 def test_more_may_be_allowed_where_there_is_more(run: Run, config: str) -> None:
     args = ("plan", config, "--gpu", "h100", "--host", "64GiB", "--ctx", "32k", "--batch", "1")
-    assert "it would fit with more allowed (--kv-budget)" in run(*args, "--kv-budget", "1GiB").stderr
+    assert "with more allowed (--kv-budget)" in run(*args, "--kv-budget", "1GiB").stderr
     large = ("plan", config, "--gpu", "rtx4090", "--host", "64GiB", "--ctx", "128k", "--batch", "9")
     assert "--kv-budget" not in run(*large, "--kv-budget", "100GiB").stderr
 
@@ -146,13 +147,48 @@ def test_windows_alone_leave_nothing_to_tier(run: Run, tmp_path: Path) -> None:
     assert " any" in result.stdout.split("longest context")[1].splitlines()[0]
 
 
+def test_ram_of_this_machine_is_not_taken_for_another_s_in_silence(
+    run: Run, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("plan", config, "--gpu", "h100", "--ctx", "128k", "--batch", "6")
+    small = run(*args, "--host", "4GiB")
+    assert "host memory" in small.stderr and "--host" not in small.stderr
+    give_ram(monkeypatch, 4 * GIB)
+    here = run(*args)
+    assert here.exit_code == 3
+    assert "host memory" in here.stderr and "--host is for another machine's" in here.stderr
+
+
+def test_layers_that_stay_and_cost_time_are_told(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA_2_7B))
+    args = (
+        "plan",
+        str(path),
+        "--ctx",
+        "15k",
+        "--batch",
+        "14",
+        "--gpu",
+        "h200",
+        "--host",
+        "512GiB",
+        "--hit-rate",
+        ".89",
+    )
+    said = " ".join(run(*args, "--kv-budget", "80GiB").stdout.split())
+    assert "V of 14 of 32 layers has room on the device" in said and "with --offload all a step would take" in said
+    assert "--offload all" not in run(*args, ".89", "--offload", "all").stdout
+    assert "--offload all" not in run(*args, "0").stdout, "the link would take longer"
+
+
 def test_what_does_not_fit_is_shown_and_refused(run: Run, config: str) -> None:
     args = ("plan", config, "--ctx", "128k", "--batch", "16", "--gpu", "h100", "--host", "512GiB")
     result = run(*args, "--json")
     assert result.exit_code == 3
     assert json.loads(result.stdout)["methods"]["kcache"]["fits"] is False
     assert result.stderr.count("\n") == 1
-    assert "a smaller batch (6 would fit)" in result.stderr
+    assert "in a batch of 6" in result.stderr
     assert run(*args).exit_code == 3
 
 

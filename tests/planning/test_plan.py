@@ -239,7 +239,7 @@ def test_refusals_say_what_would_fit(tmp_path: Path) -> None:
 
     text = said(Policy(), 131072, 16)
     assert "device memory" in text
-    assert "a smaller batch (6 would fit)" in text
+    assert "in a batch of 6" in text
     assert "(--ctx " in text
     assert "(--offload auto)" in said(Policy(offload="none"), 131072, 5)
     assert "8 bits" not in text
