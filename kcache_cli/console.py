@@ -14,7 +14,7 @@ from kcache_cli.text import one_line, size
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kcache_cli.engine import Progress
+    from kcache.models.progress import Progress
 
 
 def console() -> Console:

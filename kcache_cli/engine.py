@@ -29,10 +29,9 @@ if TYPE_CHECKING:
     from kcache.evaluate.places import Place
     from kcache.evaluate.sweep import Known
     from kcache.evaluate.sweep import Spec as FidelitySpec
+    from kcache.models.progress import Progress
     from kcache.planning.fitting import Split
     from kcache.watch.publication import Publication
-
-Progress = Callable[[int, int, str], None]
 
 UNKNOWN_CONTEXT = 4096
 _LEAST_CONTEXT = 512

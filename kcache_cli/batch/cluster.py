@@ -28,12 +28,13 @@ from kcache_cli.batch.run import Batches, Decoder, Job, one_by_one
 from kcache_cli.batch.share import Share
 from kcache_cli.batch.worker import Attempts, Planning, Worker, pack, results_of
 from kcache_cli.ending import kept
-from kcache_cli.engine import KCacheEngine, Plan, Progress
+from kcache_cli.engine import KCacheEngine, Plan
 from kcache_cli.exits import note
 from kcache_cli.options import ModelOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from kcache import Sampling, TokenEvent
+    from kcache.models.progress import Progress
 
 _MOST_TASKS = 10_000
 

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kcache.models.progress import Progress
 from kcache_cli.bench.cards import cards
 from kcache_cli.bench.same import COMMAND, NAMES, compare_with
 from kcache_cli.bench.table import markdown
 from kcache_cli.commands.bench import _layout
-from kcache_cli.engine import KCacheEngine, Progress
+from kcache_cli.engine import KCacheEngine
 from kcache_cli.options import ModelOptions, number_list
 from kcache_cli.rows.formats import FORMATS, render
 from kcache_cli.rows.store import read_rows
