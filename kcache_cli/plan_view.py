@@ -216,12 +216,10 @@ def draw(answer: Answer, path: Path) -> None:
     Raises
     ------
     InputError
-        If matplotlib is not installed, or the file's kind is not one it can write.
+        If the file's kind is not one that matplotlib can write.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--plot needs matplotlib, which is not installed; pip install matplotlib") from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for name, curve in answer.curves.items():

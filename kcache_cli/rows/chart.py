@@ -20,16 +20,10 @@ def check_plot(path: Path | None) -> None:
     Raises
     ------
     InputError
-        For an unknown kind of file, or without matplotlib.
+        For an unknown kind of file.
     """
-    if path is None:
-        return
-    if path.suffix.lower() not in SUFFIXES:
+    if path is not None and path.suffix.lower() not in SUFFIXES:
         raise InputError(f"--plot {path}: the name must end in {', '.join(SUFFIXES)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
 
 
 def save(figure: Figure, path: Path) -> None:

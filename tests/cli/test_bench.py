@@ -339,7 +339,6 @@ def test_compare_takes_rows_without_figures() -> None:
 
 
 def test_plot(run: Run, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     for name, start in (("a.png", b"\x89PNG"), ("b.svg", b"<?xml")):
         path = tmp_path / name
         result = run("bench", "--plot", str(path), "--topn", "64,128", engine=FakeBench())
