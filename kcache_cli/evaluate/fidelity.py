@@ -132,7 +132,7 @@ def fidelity(
             from kcache_cli.evaluate.fidelity_plot import draw
 
             draw(store.rows, chart)
-    _report(store, target, chart)
+    store.say_where(chart)
 
 
 def _called(policy: str) -> str:
@@ -186,12 +186,3 @@ def _run(engine: Engine, lm: Any, spec: Spec, prose: Prose, places: Sequence[Pla
         except KeyboardInterrupt:
             note("stopped; what has been measured is there" if store.rows else "stopped before a place was finished")
             raise
-
-
-def _report(store: Store, target: Path | None, chart: Path | None) -> None:
-    from kcache_cli.exits import note
-
-    if target is not None:
-        note(f"{len(store.rows)} rows in {target}")
-    if chart is not None and store.rows:
-        note(f"drew {chart}")

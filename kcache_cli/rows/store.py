@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kcache.errors import InputError
+from kcache_cli.exits import note
 from kcache_cli.replace import replace
 from kcache_cli.rows.formats import FORMATS, Markdown, Row, render
 
@@ -103,6 +104,12 @@ def _lines(text: str) -> list[Any] | None:
     return values
 
 
+def say_skipped(cases: int) -> None:
+    """Say on standard error how many cases were not run since their rows are there."""
+    if cases:
+        note(f"{cases} case{'s' if cases > 1 else ''} of this run were there already")
+
+
 class Store:
     """Collects rows and writes them.
 
@@ -147,6 +154,13 @@ class Store:
             self._print(self.rows)
         elif self.rows or not self._replaceable:
             self._write()
+
+    def say_where(self, chart: Path | None = None) -> None:
+        """Say on standard error which files have been written."""
+        if self.target is not None:
+            note(f"{len(self.rows)} rows in {self.target}")
+        if chart is not None and self.rows:
+            note(f"drew {chart}")
 
     def _render(self) -> str:
         return render(self.rows, self.form, self._markdown)
