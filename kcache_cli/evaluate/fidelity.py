@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kcache_cli.completion import complete_policy
-from kcache_cli.evaluate.flags import PlacesOptions, ResultOptions, check_context
+from kcache_cli.evaluate.flags import PlacesOptions, ResultOptions, check_context, in_float32
 from kcache_cli.options import ModelOptions, PolicyOptions, Without, number_list, with_options
 from kcache_cli.watching import WatchOptions, watching
 
@@ -98,10 +97,10 @@ def fidelity(
     from kcache_cli.policies import build_policies
     from kcache_cli.rows.chart import check_plot
     from kcache_cli.rows.store import Store, check_file, choose_format, rows_to_resume
-    from kcache_cli.settings import fill, load_settings
+    from kcache_cli.settings import load_settings
 
     settings = load_settings()
-    model = fill(replace(model_options, dtype=model_options.dtype or "float32"), settings)
+    model = in_float32(model_options, settings)
     below = {} if dense_below is None else {"dense_below": dense_below}
     cases = tuple(
         Case(_called(name), each.replace(topn=rows, offload="all" if each.offload == "auto" else each.offload, **below))
