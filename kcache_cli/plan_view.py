@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kcache.errors import InputError
 from kcache_cli.console import put
-from kcache_cli.text import one_line, size
+from kcache_cli.text import one_line, size, tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -194,7 +194,7 @@ def _bars(console: Console, answer: Answer) -> None:
             ratio = f"×{value / full:.2f}" if name == "kcache" and value and full else ""
             shown = "does not fit" if value is None else f"{value:,.1f}"
             bar = block * _length(value, top)
-            label = _tokens(ctx) if name == "full" else ""
+            label = tokens(ctx) if name == "full" else ""
             table.add_row(label, TITLES[name], bar, shown, ratio, style="cyan" if name == "kcache" else None)
     console.print(table)
 
@@ -204,10 +204,6 @@ def _length(value: float | None, top: float) -> int:
     if not value:
         return 0
     return max(1, round(_BAR * (1 + math.log10(value / top) / _DECADES)))
-
-
-def _tokens(ctx: int) -> str:
-    return f"{ctx // 1024}k" if ctx % 1024 == 0 else f"{ctx:,}"
 
 
 def draw(answer: Answer, path: Path) -> None:
@@ -226,7 +222,7 @@ def draw(answer: Answer, path: Path) -> None:
         axes.plot(answer.ctxs, [math.nan if value is None else value for value in curve], "o-", label=TITLES[name])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(answer.ctxs, [_tokens(ctx) for ctx in answer.ctxs])
+    axes.set_xticks(answer.ctxs, [tokens(ctx) for ctx in answer.ctxs])
     axes.set_xlabel("context, tokens")
     axes.set_ylabel("predicted tok/s")
     axes.set_title(f"{one_line(answer.question.model.name)} on {answer.machine}", fontsize="medium")
