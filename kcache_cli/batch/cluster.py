@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kcache.errors import InputError, KCacheError
+from kcache.errors import InputError, KCacheError, in_short
 from kcache.policy import Policy
 from kcache_cli.batch.journal import Result
 from kcache_cli.batch.progress import Watch
@@ -139,7 +139,7 @@ class RayEngine(KCacheEngine):
                 yield number, results
         except ray.exceptions.RayError as error:
             raise KCacheError(
-                f"Ray gave up on a batch: {_reason(error)}; the same command goes on from here"
+                f"Ray gave up on a batch: {in_short(error, 160)}; the same command goes on from here"
             ) from error
 
     def close(self) -> None:
@@ -167,7 +167,7 @@ class RayEngine(KCacheEngine):
             with _unheard():
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, ValueError) as error:
-            raise InputError(f"--address {self._address}: no Ray cluster there ({_reason(error)})") from None
+            raise InputError(f"--address {self._address}: no Ray cluster there ({in_short(error, 160)})") from None
         self._until_closed.callback(ray.shutdown)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self._share = Share.of(nodes, self._workers, on_cpu=on_cpu)
@@ -214,7 +214,7 @@ def _check_reachable(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, ValueError) as error:
-        raise InputError(f"--address {address}: no Ray cluster there ({_reason(error)})") from None
+        raise InputError(f"--address {address}: no Ray cluster there ({in_short(error, 160)})") from None
 
 
 class _ResultsOnly(io.TextIOBase):
@@ -250,8 +250,3 @@ def _last_event(index: int, result: Result) -> TokenEvent:
     return TokenEvent(
         index, 0, "", result["finish_reason"], result["prompt_tokens"], result["completion_tokens"], 0.0, 0.0
     )
-
-
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else f"{text[:159]}…"
