@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kcache.errors import InputError
-from kcache_cli.console import put
+from kcache_cli.console import answers, plain_table, put
 from kcache_cli.text import one_line, size, tokens
 
 if TYPE_CHECKING:
@@ -82,9 +82,7 @@ def _method(method: Method) -> dict[str, Any]:
 
 def show(answer: Answer) -> None:
     """Print the answer."""
-    from rich.console import Console
-
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = answers()
     batch = "the fastest batch that fits" if answer.question.batch is None else f"batch {answer.question.batch}"
     if answer.question.batch is None and not any(method.max_batch for method in answer.methods.values()):
         batch = "no batch fits"
@@ -113,9 +111,7 @@ def _machine_line(answer: Answer) -> str:
 
 
 def _table(answer: Answer) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = plain_table()
     table.add_column("")
     for name in answer.methods:
         table.add_column(TITLES[name], justify="right", overflow="fold")
