@@ -101,7 +101,7 @@ def describe(model: PreTrainedModel, name: str, command: str, link_gb_s: float |
         started_s=time.time(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         host_only=device.type != "cuda",
-        weights_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        weights_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         context_length=context_length(model.config),
         link_gb_s=link_gb_s,
         environment={"kcache": __version__, **found, "os": f"{platform.system()} {platform.machine()}"},
