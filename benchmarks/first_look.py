@@ -20,17 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kcache.speed.rowcopy import gather_kernel
 from kcache.tiers.pinned import pinned_empty
-
-
-@triton.jit
-def _gather(host, index, out, rows, D: tl.constexpr, ROWS: tl.constexpr):
-    at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = at < rows
-    position = tl.load(index + at, mask=inside, other=0)
-    columns = tl.arange(0, D)
-    data = tl.load(host + position[:, None] * D + columns[None, :], mask=inside[:, None], cache_modifier=".cg")
-    tl.store(out + at[:, None] * D + columns[None, :], data, mask=inside[:, None])
 
 
 @triton.jit
@@ -99,7 +90,7 @@ def gathers_of(facts: dict[str, object], total: int, of: str) -> None:
                 grid = (triton.cdiv(rows, block),)
                 arguments = (host, index, out, rows)
                 sizes = {"D": dim, "ROWS": block, "num_warps": warps}
-                took = timed(partial(_gather[grid], *arguments, **sizes))
+                took = timed(partial(gather_kernel[grid], *arguments, **sizes))
                 if best is None or took < best[0]:
                     best = (took, block, warps)
         assert best is not None

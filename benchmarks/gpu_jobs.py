@@ -164,7 +164,7 @@ def batch_of(
 def make_runner(job: Job, lm: LoadedModel, device_bytes: int, spec: Spec) -> Runner:
     """What decodes a job's steps, turn by turn; it has no cache yet."""
     engine, shapes = make_engine(job.engine, job.policy), layer_shapes(lm.model)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in lm.model.parameters())
+    weights = sum(parameter.nbytes for parameter in lm.model.parameters())
     batch = batch_of(job, engine, shapes, device_bytes, weights, spare_of(lm.model).nbytes)
     return Runner(lm, engine, Case(job.ctx, batch, (engine,)), spec, shapes)
 
@@ -182,7 +182,7 @@ def measure(
         return measure_prefill(job, lm)
     spec, shapes = spec or spec_of(job), layer_shapes(lm.model)
     engine = make_engine(job.engine, job.policy)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in lm.model.parameters())
+    weights = sum(parameter.nbytes for parameter in lm.model.parameters())
     batch = batch_of(job, engine, shapes, device_bytes, weights, spare_of(lm.model).nbytes)
     if batch == 0:
         return Row(job.engine, lm.name, job.ctx, 0, status="does not fit", reason="not one sequence fits").to_dict()

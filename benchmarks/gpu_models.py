@@ -43,12 +43,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Llama-2 was made for 4,096 tokens; here it is given room for the context its speed is taken at."""
 
 
-def make_model(shape: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
+def make_model(shape: str, device: torch.device) -> LoadedModel:
     """Make a model of a shape; it has no tokenizer."""
     config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=False, eos_token_id=None, pad_token_id=None)
     with torch.device(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.generation_config.eos_token_id = None
     nothing: Any = None
     return LoadedModel(shape, model.eval().requires_grad_(False), nothing)

@@ -1,4 +1,4 @@
-"""Every error kcache raises on purpose, and the check of what kind of thing an argument is.
+"""Every error kcache raises on purpose, the check of what kind of thing an argument is, and others' errors in short.
 
 All derive from :class:`KCacheError`, so a caller can catch one type. Each message says what was given, what was
 expected and what to do next; the command line prints it as one line and maps the class to an exit code.
@@ -61,3 +61,9 @@ def expect(
     """Raise ``error`` if an argument is of another kind than the one that is wanted."""
     if not isinstance(value, kind):
         raise error(f"{name} must be {wanted}; got {type(value).__name__}")
+
+
+def in_short(error: BaseException, most: int) -> str:
+    """An error's text as one line of at most ``most`` characters; its kind, if it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -27,6 +27,7 @@ from kcache.decoding.sampling import Sampler, Sampling
 from kcache.decoding.text import Detokenizer
 from kcache.errors import CacheStateError, InputError, expect
 from kcache.loading import LoadedModel
+from kcache.models.ends import end_ids
 from kcache.policy import Policy
 from kcache.watch.capture import watchers_of
 
@@ -174,7 +175,7 @@ def stream(
     began = time.perf_counter()
     device = lm.device
     sampler = Sampler(sampling, lm.model.generation_config, device)
-    ends = _end_ids(lm)
+    ends = end_ids(lm.model, lm.tokenizer)
     sequences = [_Sequence(len(ids), Detokenizer(lm.tokenizer, stop)) for ids in batch]
     pad_id = lm.tokenizer.pad_token_id or 0
     ended = [False] * len(batch) if keep else []
@@ -271,11 +272,3 @@ def _pad(
     new = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=device)
     before = new.new_ones(len(batch), past) if held is None else held.to(new.dtype)
     return ids, torch.cat([before, new], 1)
-
-
-def _end_ids(lm: LoadedModel) -> frozenset[int]:
-    """Token ids that end a sequence, by the model's generation config and the tokenizer."""
-    ends = lm.model.generation_config.eos_token_id
-    found = set(ends) if isinstance(ends, (list, tuple)) else {ends}
-    found.add(lm.tokenizer.eos_token_id)
-    return frozenset(int(token) for token in found if token is not None)

@@ -24,7 +24,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from kcache.attention.probe import probe
 from kcache.errors import InputError, ModelNotFoundError, UnsupportedModelError, expect
-from kcache.machine.devices import check_device_map, input_device, is_too_old
+from kcache.machine.devices import SPREADS, check_device_map, input_device, is_too_old
 from kcache.machine.parallel import check_heads
 from kcache.models.demo import SMOLLM2
 from kcache.models.explained import explained, short
@@ -35,7 +35,6 @@ from kcache.models.support import check_supported, context_length
 DeviceMap = str | int | torch.device | dict[str, Any] | None
 Name = str | os.PathLike[str]
 
-_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -240,7 +239,7 @@ def _check_device_map(device_map: DeviceMap) -> None:
     if isinstance(device_map, dict):
         check_device_map(device_map, "device_map")
         return
-    if device_map is None or device_map in _SPREADS:
+    if device_map is None or device_map in SPREADS:
         return
     try:
         device = torch.device(device_map)

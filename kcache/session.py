@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kcache.cache import KCache
 from kcache.decoding.forward import Read
-from kcache.decoding.prompts import Message, check_length, check_messages, encode_messages
+from kcache.decoding.prompts import Message, alike, check_length, check_messages, encode_messages
 from kcache.decoding.sampling import Sampling
 from kcache.errors import InputError, PolicyError, expect
 from kcache.generation import TokenEvent, stream
@@ -224,11 +224,7 @@ class Session:
 
     def _keep_prefix(self, ids: list[int]) -> int:
         """Cut the cache back to what it shares with the prompt; returns how many tokens that is."""
-        shared = next(
-            (at for at, (old, new) in enumerate(zip(self._fed, ids, strict=False)) if old != new),
-            min(len(self._fed), len(ids)),
-        )
-        shared = min(shared, len(ids) - 1)
+        shared = min(alike(self._fed, ids), len(ids) - 1)
         if self.cache is not None and (self.cache.policy != self.policy or shared == 0):
             self._drop_cache()
         if self.cache is not None and shared < len(self._fed):

@@ -1,4 +1,7 @@
-"""Drawing on standard error: status lines while something takes its time, and nothing when nobody watches."""
+"""Drawing at the terminal: what answers are printed with, and on standard error what is under way.
+
+Status lines are there while something takes its time, and not at all when nobody watches.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ from kcache_cli.text import one_line, size
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
-    from kcache_cli.engine import Progress
+    from kcache.models.progress import Progress
 
 
 def console() -> Console:
@@ -22,6 +26,20 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def answers() -> Console:
+    """A console on standard output that takes text as it is, too, and wraps it."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False)
+
+
+def plain_table() -> Table:
+    """A table without lines, under bold headings."""
+    from rich.table import Table
+
+    return Table(box=None, pad_edge=False, header_style="bold")
 
 
 def put(console: Console, text: str, style: str | None = None) -> None:

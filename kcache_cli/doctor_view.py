@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from kcache_cli.console import put
+from kcache_cli.console import answers, plain_table, put
 from kcache_cli.text import size
 
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ def to_dict(machine: Machine, host: Host, slot: PciSlot | None, found: Sequence[
 
 def show(machine: Machine, host: Host, slot: PciSlot | None, found: Sequence[Finding]) -> None:
     """Print the report."""
-    from rich.console import Console
-
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = answers()
     kind = "host-only: both tiers are RAM" if machine.host_only else machine.device
     console.print(f"{machine.name} · {kind}", style="bold")
     console.print()
@@ -129,9 +127,7 @@ def _findings(console: Console, machine: Machine, found: Sequence[Finding]) -> N
 
 
 def _table(*headings: str, justify: Any = "right") -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = plain_table()
     for number, heading in enumerate(headings):
         table.add_column(heading, justify=justify if number else "left", overflow="fold")
     return table

@@ -16,6 +16,7 @@ import typer
 from kcache.errors import InputError
 from kcache.policy import Policy
 from kcache_cli.options import ModelOptions, SamplingOptions
+from kcache_cli.placing import device_map, map_device, planning_device, spread_of
 
 if TYPE_CHECKING:
     from kcache import Sampling, TokenEvent
@@ -28,15 +29,13 @@ if TYPE_CHECKING:
     from kcache.evaluate.places import Place
     from kcache.evaluate.sweep import Known
     from kcache.evaluate.sweep import Spec as FidelitySpec
+    from kcache.models.progress import Progress
     from kcache.planning.fitting import Split
     from kcache.watch.publication import Publication
 
-Progress = Callable[[int, int, str], None]
-
-_UNKNOWN_CONTEXT = 4096
+UNKNOWN_CONTEXT = 4096
 _LEAST_CONTEXT = 512
 _SOON_S = 3.0
-_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclass(frozen=True)
@@ -149,10 +148,10 @@ class KCacheEngine:
         config = kcache.load_config(
             model.name, revision=model.revision, gguf_file=model.gguf_file, trust_remote_code=model.trust_remote_code
         )
-        device = _map_device(model) if model.device_map else planning_device(model.device or "auto")
+        device = map_device(model) if model.device_map else planning_device(model.device or "auto")
         split = self.split or spread_of(model, device)
         context = context_length(config)
-        asked = ctx or context or _UNKNOWN_CONTEXT
+        asked = ctx or context or UNKNOWN_CONTEXT
         if context is not None and asked > context and not allow_overflow:
             raise InputError(
                 f"--ctx {asked}: the context of {model.name} is {context} tokens; ask for at most that, or use "
@@ -220,7 +219,7 @@ class KCacheEngine:
 
         lm = kcache.load(
             model.name,
-            device_map=_device_map(model),
+            device_map=device_map(model),
             tensor_parallel=1 if self.split is None else self.split.ranks,
             dtype=model.dtype or "auto",
             revision=model.revision,
@@ -294,54 +293,3 @@ def engine_of(ctx: typer.Context) -> Engine:
     """The engine a command was started with; the real one unless a test gave another."""
     engine: Engine = ctx.obj if ctx.obj is not None else KCacheEngine()
     return engine
-
-
-def _device_map(model: ModelOptions) -> Any:
-    """What ``--device`` or ``--device-map`` says, for accelerate."""
-    if model.device_map is None:
-        return model.device or "auto"
-    from kcache.machine.devices import read_device_map
-
-    if model.device not in (None, "auto"):
-        raise InputError(f"--device {model.device} and --device-map exclude each other; use one")
-    return read_device_map(model.device_map)
-
-
-def _map_device(model: ModelOptions) -> Any:
-    """The torch device a device map puts its first GPU layers on, for planning; the CPU if it has none."""
-    import torch
-
-    places = [torch.device(place) for place in _device_map(model).values() if place != "disk"]
-    return next((place for place in places if place.type == "cuda"), torch.device("cpu"))
-
-
-def spread_of(model: ModelOptions, device: Any) -> Split:
-    """How many GPUs the model will be spread over when this process has it to itself."""
-    import torch
-
-    from kcache.planning.fitting import Split
-
-    if device.type != "cuda":
-        return Split()
-    if model.device_map is not None:
-        return Split(gpus=len({str(place) for place in _device_map(model).values() if place not in ("cpu", "disk")}))
-    return Split(gpus=torch.cuda.device_count() if (model.device or "auto") in _SPREADS else 1)
-
-
-def planning_device(name: str) -> Any:
-    """The torch device a ``--device`` means, for planning."""
-    import torch
-
-    if name in _SPREADS:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name}: not a device; use auto, cpu, cuda, cuda:0, ...") from None
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if not count:
-            raise InputError(f"--device {name}: torch sees no CUDA device here; use --device cpu or auto")
-        if (device.index or 0) >= count:
-            raise InputError(f"--device {name}: there are {count} CUDA devices, cuda:0 to cuda:{count - 1}")
-    return device

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from kcache.models.paths import home
+
 PREFIX = "KCACHE_"
 """What the names of our environment variables begin with."""
 
@@ -33,9 +35,6 @@ def links_file() -> Path:
 
 
 def _state() -> Path:
-    home = os.environ.get("KCACHE_HOME")
-    if home:
-        return Path(home).expanduser()
     from platformdirs import user_state_path
 
-    return user_state_path("kcache")
+    return home() or user_state_path("kcache")

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from kcache.errors import InputError, ModelNotFoundError, PolicyError
 from kcache.policy import Policy, parse_bytes
+from kcache_cli.engine import UNKNOWN_CONTEXT
 from kcache_cli.options import ModelOptions
+from kcache_cli.placing import planning_device, spread_of
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from kcache.planning.fitting import Pools
     from kcache.planning.plan import Method, Planner
 
-_UNKNOWN_CONTEXT = 4096
 _FIRST_CTX = 1024
 _LEAST_MEMORY = 2**20
 _HITS_OF_TEXT = 0.8
@@ -149,7 +150,7 @@ def answer(question: Question) -> Answer:
     shape = ModelShape.of(config, dtype.itemsize)
     planner = Planner(shape, weights, question.policy, pools, speeds, question.hit_rate)
     context = context_length(config)
-    ctx = question.ctx or context or _UNKNOWN_CONTEXT
+    ctx = question.ctx or context or UNKNOWN_CONTEXT
     ctxs = _contexts(max(ctx, context or 0), ctx)
     methods = {name: planner.method(name, ctx, question.batch) for name in METHODS}
     return Answer(
@@ -220,6 +221,7 @@ def _dtype(model: ModelOptions, config: Any) -> torch.dtype:
 
 
 def _measured(model: ModelOptions) -> tuple[Any, str, str]:
+    from kcache.machine.devices import SPREADS
     from kcache.speed.fastpath import how_busy
     from kcache_cli.exits import warn
     from kcache_cli.measured import measure
@@ -227,7 +229,7 @@ def _measured(model: ModelOptions) -> tuple[Any, str, str]:
     device = model.device or "auto"
     if (busy := how_busy(os.cpu_count() or 1)) is not None:
         warn(f"{busy}: speeds measured now are those of a slower one")
-    machine = measure("auto" if device in ("balanced", "balanced_low_0", "sequential") else device)
+    machine = measure("auto" if device in SPREADS else device)
     kind = "this machine's RAM" if machine.host_only else "this machine"
     return machine, f"{machine.name} ({machine.device})", f"measured just now on {kind}"
 
@@ -237,7 +239,6 @@ def _pools(question: Question, card_bytes: int | None) -> Pools:
     import torch
 
     from kcache.planning.fitting import Pools
-    from kcache_cli.engine import planning_device, spread_of
 
     device_bytes = question.hbm or card_bytes
     device = torch.device("cpu") if device_bytes else planning_device(question.model.device or "auto")

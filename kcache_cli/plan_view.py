@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kcache.errors import InputError
-from kcache_cli.console import put
-from kcache_cli.text import one_line, size
+from kcache_cli.console import answers, plain_table, put
+from kcache_cli.text import one_line, size, tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,9 +82,7 @@ def _method(method: Method) -> dict[str, Any]:
 
 def show(answer: Answer) -> None:
     """Print the answer."""
-    from rich.console import Console
-
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = answers()
     batch = "the fastest batch that fits" if answer.question.batch is None else f"batch {answer.question.batch}"
     if answer.question.batch is None and not any(method.max_batch for method in answer.methods.values()):
         batch = "no batch fits"
@@ -113,9 +111,7 @@ def _machine_line(answer: Answer) -> str:
 
 
 def _table(answer: Answer) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = plain_table()
     table.add_column("")
     for name in answer.methods:
         table.add_column(TITLES[name], justify="right", overflow="fold")
@@ -194,7 +190,7 @@ def _bars(console: Console, answer: Answer) -> None:
             ratio = f"×{value / full:.2f}" if name == "kcache" and value and full else ""
             shown = "does not fit" if value is None else f"{value:,.1f}"
             bar = block * _length(value, top)
-            label = _tokens(ctx) if name == "full" else ""
+            label = tokens(ctx) if name == "full" else ""
             table.add_row(label, TITLES[name], bar, shown, ratio, style="cyan" if name == "kcache" else None)
     console.print(table)
 
@@ -206,29 +202,23 @@ def _length(value: float | None, top: float) -> int:
     return max(1, round(_BAR * (1 + math.log10(value / top) / _DECADES)))
 
 
-def _tokens(ctx: int) -> str:
-    return f"{ctx // 1024}k" if ctx % 1024 == 0 else f"{ctx:,}"
-
-
 def draw(answer: Answer, path: Path) -> None:
     """Draw the curves with matplotlib.
 
     Raises
     ------
     InputError
-        If matplotlib is not installed, or the file's kind is not one it can write.
+        If the file's kind is not one that matplotlib can write.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--plot needs matplotlib, which is not installed; pip install matplotlib") from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for name, curve in answer.curves.items():
         axes.plot(answer.ctxs, [math.nan if value is None else value for value in curve], "o-", label=TITLES[name])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(answer.ctxs, [_tokens(ctx) for ctx in answer.ctxs])
+    axes.set_xticks(answer.ctxs, [tokens(ctx) for ctx in answer.ctxs])
     axes.set_xlabel("context, tokens")
     axes.set_ylabel("predicted tok/s")
     axes.set_title(f"{one_line(answer.question.model.name)} on {answer.machine}", fontsize="medium")

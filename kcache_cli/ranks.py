@@ -16,9 +16,10 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from kcache.errors import DoesNotFitError, InputError, KCacheError
+from kcache.models.progress import Progress, ignore_progress
 from kcache.policy import Policy
 from kcache_cli import exits
-from kcache_cli.engine import KCacheEngine, Plan, Progress
+from kcache_cli.engine import KCacheEngine, Plan
 from kcache_cli.options import ModelOptions, SamplingOptions
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _obey(engine: KCacheEngine, control: Any) -> None:
         if command == "plan":
             _plan_together(engine, values, control)
         elif command == "load":
-            lm = engine.load(values[0], _no_progress)
+            lm = engine.load(values[0], ignore_progress)
         else:
             prompts, policy, options = values
             for _ in engine.generate(lm, prompts, policy, **options):
@@ -226,7 +227,3 @@ def _hear(control: Any) -> tuple[Any, ...]:
     heard: list[Any] = [None]
     dist.broadcast_object_list(heard, src=0, group=control)
     return tuple(heard[0])
-
-
-def _no_progress(done_bytes: int, total_bytes: int, label: str) -> None:
-    """Rank 0 shows it."""

@@ -30,6 +30,11 @@ def json_line(value: Any) -> str:
     return _UNSAFE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", line)
 
 
+def tokens(count: int) -> str:
+    """Write the length of a context for people: ``8k``, ``7,680``."""
+    return f"{count // 1024}k" if count % 1024 == 0 else f"{count:,}"
+
+
 def size(count: float) -> str:
     """Write a number of bytes for people: ``12.3 MiB``."""
     for unit in ("B", "KiB", "MiB"):

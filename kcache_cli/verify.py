@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kcache.errors import ModelNotFoundError, UnsupportedModelError
+from kcache_cli.console import answers, plain_table
 from kcache_cli.exits import FAILED, note
+from kcache_cli.replace import replace
 from kcache_cli.text import one_line
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ def verify_models(names: Sequence[str], form: str | None, output: Path | None, w
             watch(f"{verdict.model_type}: {verdict.kind}", 1)
     verdicts.sort(key=lambda verdict: order[verdict.model_type])
     if output is not None:
-        _write(output, page(verdicts))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        replace(output, page(verdicts).encode())
         note(f"verdicts written to {output}")
     else:
         _print(verdicts, form)
@@ -106,10 +109,7 @@ def _print(verdicts: Sequence[Verdict], form: str | None) -> None:
 
 
 def _print_table(verdicts: Sequence[Verdict]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = plain_table()
     table.add_column("model", overflow="fold")
     table.add_column("verdict", no_wrap=True)
     table.add_column("tiered", justify="right")
@@ -119,11 +119,4 @@ def _print_table(verdicts: Sequence[Verdict]) -> None:
         layers = f"{verdict.tiered}/{verdict.layers}" if verdict.layers else ""
         difference = "" if verdict.difference is None else f"{verdict.difference:.0e}"
         table.add_row(one_line(verdict.model_type), verdict.kind, layers, difference, one_line(verdict.reason))
-    Console(markup=False, emoji=False, highlight=False).print(table)
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
+    answers().print(table)

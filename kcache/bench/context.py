@@ -114,5 +114,5 @@ def held_bytes(cache: Cache) -> tuple[int, int]:
         for name in ("keys", "values"):
             rows = getattr(layer, name, None)
             if isinstance(rows, torch.Tensor):
-                held[not (offloading and rows.device.type == "cpu")] += rows.numel() * rows.element_size()
+                held[not (offloading and rows.device.type == "cpu")] += rows.nbytes
     return held[True], held[False]

@@ -108,8 +108,8 @@ def traffic_of(model: PreTrainedModel, cache: Cache, link_bytes: float) -> Traff
             continue
         batch = keys.shape[0]
         used = min(1.0, length / keys.shape[2])
-        k += int(_nbytes(keys) * used)
-        v += int(_nbytes(values) * used)
+        k += int(keys.nbytes * used)
+        v += int(values.nbytes * used)
     return Traffic(
         weights_bytes=Weights.of_model(model).read_bytes(batch),
         k_bytes=k,
@@ -125,7 +125,3 @@ def _value_bytes(layer: TieredLayer) -> tuple[int, int]:
     """Bytes of V of the tokens held, as attention reads them, and its head size: without a look at a row."""
     batch, heads, _, dim = layer.buffers().values.shape
     return batch * heads * layer.length * dim * layer.dtype.itemsize, dim
-
-
-def _nbytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

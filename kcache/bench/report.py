@@ -16,6 +16,7 @@ from kcache.bench.fidelity import Fidelity
 from kcache.bench.floor import Bandwidths, floor_of
 from kcache.bench.rows import Row, Status
 from kcache.bench.runner import Measured
+from kcache.errors import in_short
 from kcache.models.weights import Weights
 from kcache.planning.plan import predict
 
@@ -33,8 +34,7 @@ class Problem:
     @classmethod
     def of(cls, error: BaseException) -> Problem:
         """Tell running out of memory from other failures."""
-        text = " ".join(str(error).split()) or type(error).__name__
-        text = text if len(text) <= 300 else f"{text[:299]}…"
+        text = in_short(error, 300)
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in text
         return cls("does not fit" if full else "failed", text)
 

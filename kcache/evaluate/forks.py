@@ -18,6 +18,7 @@ from kcache.decoding.forward import prefill, step_logits
 from kcache.decoding.loop import decode
 from kcache.decoding.sampling import Sampler, Sampling
 from kcache.decoding.text import Detokenizer
+from kcache.models.ends import end_ids
 from kcache.policy import Policy
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class Fork:
         assert logits is not None, "there is nothing to go on from"
         model, tokenizer = self.lm.model, self.lm.tokenizer
         sampler = Sampler(Sampling(temperature=0, repetition_penalty=1.0), model.generation_config, self.lm.device)
-        text, ends, said = Detokenizer(tokenizer, stop), _end_ids(self.lm), ""
+        text, ends, said = Detokenizer(tokenizer, stop), end_ids(model, tokenizer), ""
         history = torch.zeros(1, 0, dtype=torch.long, device=self.lm.device)
         with attach(model):
             for count, (token,) in enumerate(decode(model, cache, logits, sampler, history), start=1):
@@ -150,10 +151,3 @@ class Fork:
             if number < len(continuation):
                 logits = self.read(cache, [token])
         return total, greedy
-
-
-def _end_ids(lm: LoadedModel) -> frozenset[int]:
-    """Token ids that end a reply, by the model's generation config and the tokenizer."""
-    ends = lm.model.generation_config.eos_token_id
-    found = set(ends) if isinstance(ends, (list, tuple)) else {ends}
-    return frozenset(int(token) for token in {*found, lm.tokenizer.eos_token_id} if token is not None)

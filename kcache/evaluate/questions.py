@@ -15,6 +15,7 @@ from hashlib import sha256
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from kcache.decoding.prompts import alike
 from kcache.evaluate.forks import Contender, Prefix
 
 if TYPE_CHECKING:
@@ -228,5 +229,4 @@ def row_key(row: Row) -> tuple[Any, ...]:
 def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
     """Ids all prompts begin with, at least one short of the shortest: something must be left to go on from."""
     first, last = min(map(list, prompts)), max(map(list, prompts))
-    most = min(len(prompt) for prompt in prompts) - 1
-    return first[: next((at for at in range(most) if first[at] != last[at]), most)]
+    return first[: min(alike(first, last), min(map(len, prompts)) - 1)]

@@ -54,7 +54,7 @@ def total(layers: Iterable[Stats]) -> Stats:
 
 def _nbytes(value: object) -> int:
     if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size() if value.dim() else 0
+        return value.nbytes if value.dim() else 0
     if isinstance(value, dict):
         return sum(_nbytes(item) for item in value.values())
     return 0

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from kcache.errors import InputError
 from kcache.policy import Policy
 
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""accelerate's names for ways to spread a model over what devices there are."""
 PLACES = "cpu, disk, a GPU's number, or a device such as cuda:1"
 _LEAST = (8, 0)
 """Compute capability from which Triton supports a card: Ampere."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from kcache.errors import DoesNotFitError, ModelNotFoundError, UnsupportedModelError
+from kcache.errors import DoesNotFitError, ModelNotFoundError, UnsupportedModelError, in_short
 from kcache.models.names import Source
 
 
@@ -44,5 +44,4 @@ def explained(source: Source) -> Iterator[None]:
 
 def short(error: Exception) -> str:
     """Return an error's text as one line of bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (text if len(text) <= 200 else f"{text[:199]}…").rstrip(".")
+    return in_short(error, 200).rstrip(".")

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_LOOK_S = 0.1
+
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and a label for what is going on; may be called from another thread."""
 
@@ -32,9 +34,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 @contextmanager
-def watch_folder(
-    folder: Path, total_bytes: int, label: str, progress: Progress, every_s: float = 0.1
-) -> Iterator[None]:
+def watch_folder(folder: Path, total_bytes: int, label: str, progress: Progress) -> Iterator[None]:
     """Report the growth of ``folder`` as progress towards ``total_bytes`` for as long as the body runs.
 
     The last report says that all is done, and is left out when the body raises.
@@ -43,7 +43,7 @@ def watch_folder(
     done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(every_s):
+        while not done.wait(_LOOK_S):
             progress(min(max(folder_bytes(folder) - start, 0), total_bytes), total_bytes, label)
 
     progress(0, total_bytes, label)

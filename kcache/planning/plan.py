@@ -250,7 +250,6 @@ def predict(
     *,
     weights: Weights | None = None,
     dtype: torch.dtype | None = None,
-    budget: int | None = None,
     hit_rate: float = 0.0,
 ) -> dict[str, Prediction]:
     """Predict a decode step of full attention and of KCache, without asking whether they fit.
@@ -261,14 +260,12 @@ def predict(
     ctx, batch : int
         Tokens in the cache, sequences.
     policy : Policy
+        Without ``kv_budget``, ``offload="auto"`` keeps V of the dense layers only on the device.
     machine : Machine or Card
     weights : Weights, optional
         Counted from the config if not given.
     dtype : torch.dtype, optional
         Of weights and cache; default: the config's.
-    budget : int, optional
-        Device memory the cache may take; ``policy.kv_budget`` goes before it. With neither, ``offload="auto"``
-        keeps the dense layers only.
     hit_rate : float
         Part of the picked rows found on the device.
 
@@ -282,7 +279,7 @@ def predict(
     shape = ModelShape.of(config, wanted.itemsize if isinstance(wanted, torch.dtype) else 4)
     planner = Planner(shape, weights, policy, Pools(None, 0), machine, hit_rate)
     policies = {"full": full_attention(policy), "kcache": policy}
-    return {name: planner.predict(shape.need(ctx, batch, how, budget), ctx, batch) for name, how in policies.items()}
+    return {name: planner.predict(shape.need(ctx, batch, how, None), ctx, batch) for name, how in policies.items()}
 
 
 def _ladder(most: int) -> Iterator[int]:

@@ -6,6 +6,7 @@ that arrive.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from kcache.policy import Policy
@@ -80,14 +81,7 @@ class TierSizes:
 
     def longest(self, resident: int, budget: int, below: int) -> int:
         """The most rows, at most ``below``, whose device bytes stay within ``budget``."""
-        low, high = 0, below
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.device(middle, resident) <= budget:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        return max(0, bisect_right(range(below + 1), budget, key=lambda length: self.device(length, resident)) - 1)
 
 
 def tail_unit(policy: Policy, v_row: int, dim: int, heads: int = 0) -> tuple[int, int]:

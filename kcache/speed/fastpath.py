@@ -92,7 +92,11 @@ def _of_host_only(machine: Machine, host: Host) -> list[Finding]:
 
 
 def _of_cuda(machine: Machine, host: Host, slot: PciSlot | None) -> list[Finding]:
-    found = []
+    found = [_of_kernels(machine), _of_pinning(machine, host), *_of_link(machine, host, slot)]
+    return [finding for finding in found if finding is not None]
+
+
+def _of_kernels(machine: Machine) -> Finding | None:
     device = torch.device(machine.device)
     if is_rocm():
         found.append(
@@ -105,44 +109,41 @@ def _of_cuda(machine: Machine, host: Host, slot: PciSlot | None) -> list[Finding
         )
     elif is_too_old(device):
         major, minor = torch.cuda.get_device_capability(device)
-        found.append(
-            Finding(
-                "missing",
-                f"{machine.name} has compute capability {major}.{minor}, kernels need 8.0: decode steps run in torch "
-                "operators and wait for the host, bfloat16 models run slowly",
-                "use --dtype float16; for the kernels, take a card of the Ampere generation or newer",
-            )
+        return Finding(
+            "missing",
+            f"{machine.name} has compute capability {major}.{minor}, kernels need 8.0: decode steps run in torch "
+            "operators and wait for the host, bfloat16 models run slowly",
+            "use --dtype float16; for the kernels, take a card of the Ampere generation or newer",
         )
-    elif machine.versions.get("triton") is None:
-        found.append(
-            Finding(
-                "missing",
-                "triton is not installed: decode steps run in torch operators and wait for the host",
-                "install it with",
-                ("pip install 'kcache-llm[gpu]'",),
-            )
+    if machine.versions.get("triton") is None:
+        return Finding(
+            "missing",
+            "triton is not installed: decode steps run in torch operators and wait for the host",
+            "install it with",
+            ("pip install 'kcache-llm[gpu]'",),
         )
-    elif problem := driver_problem():
-        found.append(
-            Finding(
-                "missing",
-                f"triton cannot be used: decode steps run in torch operators and wait for the host ({problem})",
-                "it wants a C compiler and Python's headers: on Debian and Ubuntu",
-                ("apt install gcc python3-dev",),
-            )
+    if problem := driver_problem():
+        return Finding(
+            "missing",
+            f"triton cannot be used: decode steps run in torch operators and wait for the host ({problem})",
+            "it wants a C compiler and Python's headers: on Debian and Ubuntu",
+            ("apt install gcc python3-dev",),
         )
+    return None
+
+
+def _of_pinning(machine: Machine, host: Host) -> Finding | None:
     if machine.pinned is False:
-        found.append(
-            Finding(
-                "missing",
-                "the driver refused to pin host memory: V cannot be offloaded",
-                *_RAISE_THE_LIMIT,
-            )
-        )
-    elif host.locked_limit is not None and host.locked_limit < _SMALL_LOCK:
+        return Finding("missing", "the driver refused to pin host memory: V cannot be offloaded", *_RAISE_THE_LIMIT)
+    if host.locked_limit is not None and host.locked_limit < _SMALL_LOCK:
         limit = f"{host.locked_limit / 2**20:.0f} MiB"
         why = "the driver pinned 256 MiB all the same; more may be refused"
-        found.append(Finding("note", f"the locked-memory limit is {limit}: {why}", *_RAISE_THE_LIMIT))
+        return Finding("note", f"the locked-memory limit is {limit}: {why}", *_RAISE_THE_LIMIT)
+    return None
+
+
+def _of_link(machine: Machine, host: Host, slot: PciSlot | None) -> list[Finding]:
+    found = []
     if slot is not None and slot.link and slot.best_link and slot.link != slot.best_link:
         found.append(
             Finding(

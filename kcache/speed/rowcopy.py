@@ -14,7 +14,8 @@ _ROWS = 16
 
 
 @triton.jit
-def _gather_kernel(host, index, out, rows, D: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+def gather_kernel(host, index, out, rows, D: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Copy rows ``index`` of ``host``, ``ROWS`` of them a program."""
     at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = at < rows
     position = tl.load(index + at, mask=inside, other=0)
@@ -30,7 +31,7 @@ def gather_rows(host: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> t
     """
     count = len(index)
     with torch.cuda.device(out.device) if out.device.type == "cuda" else torch.no_grad():
-        _gather_kernel[(triton.cdiv(count, _ROWS),)](
+        gather_kernel[(triton.cdiv(count, _ROWS),)](
             host, index, out, count, D=host.shape[1], ROWS=_ROWS, num_warps=4, enable_fp_fusion=True
         )
     return out[:count]

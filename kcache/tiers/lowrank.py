@@ -60,7 +60,7 @@ class LowRankTail:
     def nbytes(self) -> int:
         """Bytes held on the device."""
         fitted = [tensor for tensor in (self._base, self._basis) if tensor is not None]
-        return self._coefficients.nbytes + sum(tensor.numel() * tensor.element_size() for tensor in fitted)
+        return self._coefficients.nbytes + sum(tensor.nbytes for tensor in fitted)
 
     def state(self) -> LowRank:
         """What a decode step reads."""

@@ -121,7 +121,7 @@ class ValueStore:
 
         def send(part: torch.Tensor, place: torch.Tensor) -> None:
             self._sent = self.link.to_host(part, place)
-            self.bytes_d2h += part.numel() * part.element_size()
+            self.bytes_d2h += part.nbytes
 
         self.host.take(rows, start, send)
         if self.tail is not None:
@@ -161,7 +161,7 @@ class ValueStore:
         """Rows ``start:end`` from the host tier, on the device."""
         assert self.host is not None
         rows = self.host.view(end)[:, :, start:]
-        self.bytes_h2d += rows.numel() * rows.element_size()
+        self.bytes_h2d += rows.nbytes
         if self.device.type != "cpu":
             rows, arrived = self.link.to_device(rows, end - start)
             self.link.wait(arrived)
@@ -189,7 +189,7 @@ class ValueStore:
             assert self.resident is not None
             return self.resident.view(room), None
         rows = self.host.view(length)
-        self.bytes_h2d += rows.numel() * rows.element_size()
+        self.bytes_h2d += rows.nbytes
         if self.device.type == "cpu":
             return self.host.view(room), None
         # One size for all chunks of a prompt: what an earlier one has freed fits the next.

@@ -55,10 +55,6 @@ class Verdict:
         """Whether the model is served, exactly."""
         return self.kind.startswith("exact")
 
-    def worse_than(self, kind: str) -> bool:
-        """Whether this is a worse verdict than ``kind``."""
-        return KINDS.index(self.kind) > KINDS.index(kind)
-
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
         return asdict(self)

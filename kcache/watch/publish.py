@@ -15,6 +15,7 @@ from kcache import __version__
 from kcache.cache import KCache
 from kcache.errors import InputError
 from kcache.machine.host import cpu_name, versions
+from kcache.models.ends import end_ids
 from kcache.models.support import context_length
 from kcache.watch.frame import Info
 from kcache.watch.publication import Publication
@@ -80,7 +81,7 @@ def publish(
         watched,
         describe(watched, name, command, link_gb_s),
         Pieces(tokenizer),
-        _ends(watched, tokenizer),
+        end_ids(watched, tokenizer),
         only,
         None if record is None else Path(record),
         unix,
@@ -100,7 +101,7 @@ def describe(model: PreTrainedModel, name: str, command: str, link_gb_s: float |
         started_s=time.time(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         host_only=device.type != "cuda",
-        weights_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        weights_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         context_length=context_length(model.config),
         link_gb_s=link_gb_s,
         environment={"kcache": __version__, **found, "os": f"{platform.system()} {platform.machine()}"},
@@ -114,10 +115,3 @@ def _model_of(target: Any) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"publish takes a loaded model, a transformers model or a KCache, got {type(target).__name__}")
     return model
-
-
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    """Token ids that end a sequence."""
-    found = model.generation_config.eos_token_id
-    ids = {*(found if isinstance(found, (list, tuple)) else [found]), getattr(tokenizer, "eos_token_id", None)}
-    return frozenset(int(token) for token in ids if token is not None)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kcache.errors import InputError, KCacheError
+from kcache.errors import InputError, KCacheError, in_short
 from kcache.policy import Policy
 from kcache_cli.batch.journal import Result
 from kcache_cli.batch.progress import Watch
@@ -28,12 +28,13 @@ from kcache_cli.batch.run import Batches, Decoder, Job, one_by_one
 from kcache_cli.batch.share import Share
 from kcache_cli.batch.worker import Attempts, Planning, Worker, pack, results_of
 from kcache_cli.ending import kept
-from kcache_cli.engine import KCacheEngine, Plan, Progress
+from kcache_cli.engine import KCacheEngine, Plan
 from kcache_cli.exits import note
 from kcache_cli.options import ModelOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from kcache import Sampling, TokenEvent
+    from kcache.models.progress import Progress
 
 _MOST_TASKS = 10_000
 
@@ -138,7 +139,7 @@ class RayEngine(KCacheEngine):
                 yield number, results
         except ray.exceptions.RayError as error:
             raise KCacheError(
-                f"Ray gave up on a batch: {_reason(error)}; the same command goes on from here"
+                f"Ray gave up on a batch: {in_short(error, 160)}; the same command goes on from here"
             ) from error
 
     def close(self) -> None:
@@ -166,7 +167,7 @@ class RayEngine(KCacheEngine):
             with _unheard():
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, ValueError) as error:
-            raise InputError(f"--address {self._address}: no Ray cluster there ({_reason(error)})") from None
+            raise InputError(f"--address {self._address}: no Ray cluster there ({in_short(error, 160)})") from None
         self._until_closed.callback(ray.shutdown)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self._share = Share.of(nodes, self._workers, on_cpu=on_cpu)
@@ -213,7 +214,7 @@ def _check_reachable(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, ValueError) as error:
-        raise InputError(f"--address {address}: no Ray cluster there ({_reason(error)})") from None
+        raise InputError(f"--address {address}: no Ray cluster there ({in_short(error, 160)})") from None
 
 
 class _ResultsOnly(io.TextIOBase):
@@ -249,8 +250,3 @@ def _last_event(index: int, result: Result) -> TokenEvent:
     return TokenEvent(
         index, 0, "", result["finish_reason"], result["prompt_tokens"], result["completion_tokens"], 0.0, 0.0
     )
-
-
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else f"{text[:159]}…"

@@ -11,6 +11,7 @@ from typing import Any
 
 from kcache import errors
 from kcache.errors import DoesNotFitError, KCacheError
+from kcache.models.progress import ignore_progress
 from kcache.planning.sizes import LEAST_RESERVE
 from kcache.policy import Policy
 from kcache_cli import exits
@@ -60,7 +61,7 @@ class Worker:
             torch.set_num_threads(threads)
         self._problem: Exception | None = None
         try:
-            self._lm = job.engine.load(job.model, _no_progress)
+            self._lm = job.engine.load(job.model, ignore_progress)
             self._job = replace(job, policy=_within(job.policy, gpus))
         except Exception as error:
             self._problem = error
@@ -149,10 +150,6 @@ def _within(policy: Policy, gpus: float) -> Policy:
 
     total = int(torch.cuda.get_device_properties(0).total_memory * gpus)
     return policy.replace(kv_budget=max(0, total - torch.cuda.memory_allocated() - LEAST_RESERVE))
-
-
-def _no_progress(done_bytes: int, total_bytes: int, label: str) -> None:
-    """Nobody sees it."""
 
 
 class _NoWatch:

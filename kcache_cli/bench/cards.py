@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from itertools import groupby
 
-from kcache_cli.bench.table import COLUMNS, legend, note
+from kcache_cli.bench.table import COLUMNS, called, legend, note
 from kcache_cli.rows.formats import Row
 
 _GAP = 2
@@ -32,7 +32,7 @@ def cards(rows: Sequence[Row], width: int) -> str:
 
 def _case(rows: list[Row], width: int) -> str:
     measured = [row for row in rows if row["status"] == "ok"]
-    heads, lines = [_engine(row) for row in measured], _lines(measured)
+    heads, lines = [called(row) for row in measured], _lines(measured)
     first = max((len(label) for label, _ in lines), default=0)
     widths = [_GAP + max([len(head), *(len(cells[at]) for _, cells in lines)]) for at, head in enumerate(heads)]
     parts = [f"context {rows[0]['ctx']:,} · batch {rows[0]['batch']}"]
@@ -49,15 +49,11 @@ def _notes(rows: list[Row]) -> list[str]:
     said = {note(row) for row in rows}
     if len(said) == 1:
         return [text for text in said if text]
-    return [f"{_engine(row)}: {note(row)}" for row in rows if note(row)]
+    return [f"{called(row)}: {note(row)}" for row in rows if note(row)]
 
 
 def _fill(line: str, width: int) -> str:
     return textwrap.fill(line, max(width, _LEAST), subsequent_indent="  ", break_on_hyphens=False)
-
-
-def _engine(row: Row) -> str:
-    return row["engine"] if row.get("topn") is None else f"{row['engine']} N={row['topn']}"
 
 
 def _lines(rows: list[Row]) -> list[Line]:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kcache_cli.bench.table import called
 from kcache_cli.rows.chart import save
 from kcache_cli.rows.formats import Row
+from kcache_cli.text import tokens
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -35,8 +37,7 @@ def _lines(rows: Sequence[Row]) -> dict[str, dict[int, tuple[float, float, float
     for row in rows:
         if row.get("decode_tok_s") is None:
             continue
-        name = row["engine"] if row.get("topn") is None else f"{row['engine']} N={row['topn']}"
-        name += f", batch {row['batch']}" if many else ""
+        name = called(row) + (f", batch {row['batch']}" if many else "")
         scale = 1e3 * row["batch"]
         spread = scale / row["decode_ms_high"], scale / row["decode_ms_low"]
         found.setdefault(name, {})[row["ctx"]] = row["decode_tok_s"], *spread
@@ -50,7 +51,7 @@ def _draw_lines(axes: Any, lines: dict[str, dict[int, tuple[float, float, float]
         low, high = ([points[ctx][side] for ctx in places] for side in (1, 2))
         axes.fill_between(places, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(contexts, [f"{ctx // 1024}k" if ctx % 1024 == 0 else f"{ctx:,}" for ctx in contexts])
+    axes.set_xticks(contexts, [tokens(ctx) for ctx in contexts])
     axes.minorticks_off()
     axes.set_xlabel("context (tokens)")
     axes.set_ylabel("tokens per second")

@@ -23,6 +23,12 @@ def _bytes(row: Row, name: str) -> str:
     return size(row[name]) if row.get(name) else ""
 
 
+def called(row: Row) -> str:
+    """The engine of a row, with its N."""
+    name: str = row["engine"]
+    return name if row.get("topn") is None else f"{name} N={row['topn']}"
+
+
 def note(row: Row) -> str:
     """What there is to say of a row beside its figures; empty for nothing."""
     notes = []

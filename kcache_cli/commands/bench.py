@@ -150,7 +150,7 @@ def bench(
     from kcache_cli.engine import engine_of
     from kcache_cli.policies import build_policy
     from kcache_cli.rows.chart import check_plot
-    from kcache_cli.rows.store import Store, check_file, choose_format, read_rows, rows_to_resume
+    from kcache_cli.rows.store import Store, check_file, choose_format, read_rows, rows_to_resume, say_skipped
     from kcache_cli.settings import fill, load_settings
 
     settings = load_settings()
@@ -195,7 +195,8 @@ def bench(
             from kcache_cli.bench.plot import draw
 
             draw(store.rows, chart)
-    _report(store, target, chart, len(cases) - len(left))
+    say_skipped(len(cases) - len(left))
+    store.say_where(chart)
     _check_measured(store.rows)
 
 
@@ -275,14 +276,3 @@ def _check_measured(rows: Sequence[Row]) -> None:
     row = rows[statuses.index(worst)]
     note(f"nothing could be measured: {row['engine']} at a context of {row['ctx']:,}: {worst}: {row['reason']}")
     raise typer.Exit(codes.get(str(worst), FAILED))
-
-
-def _report(store: Store, target: Path | None, chart: Path | None, skipped: int) -> None:
-    from kcache_cli.exits import note
-
-    if skipped:
-        note(f"{skipped} case{'s' if skipped > 1 else ''} of this run were there already")
-    if target is not None:
-        note(f"{len(store.rows)} rows in {target}")
-    if chart is not None and store.rows:
-        note(f"drew {chart}")

@@ -74,19 +74,17 @@ def config(
 
 
 def _print_table(file: Any, rows: list[tuple[str, Any, str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    from kcache_cli.console import answers, plain_table
     from kcache_cli.settings import Settings
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = plain_table()
     for heading in ("setting", "value", "from", "what it is"):
         table.add_column(heading, overflow="fold")
     for name, value, source in rows:
         shown = "-" if value is None else str(value)
         style = "dim" if source == "built-in" else None
         table.add_row(name, shown, source, Settings.model_fields[name].description or "", style=style)
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = answers()
     console.print(f"{file}{'' if file.exists() else ' (does not exist)'}", soft_wrap=True)
     console.print()
     console.print(table)

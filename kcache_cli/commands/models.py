@@ -84,12 +84,11 @@ def _list_models(as_json: bool) -> None:
         ]
         print(json.dumps(rows, indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
 
+    from kcache_cli.console import answers, plain_table
     from kcache_cli.text import size
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = plain_table()
     table.add_column("model", overflow="fold")
     table.add_column("on this machine")
     table.add_column("size", justify="right")
@@ -97,4 +96,4 @@ def _list_models(as_json: bool) -> None:
     for entry in entries:
         here = "yes" if entry.ready else "no; fetched on first use"
         table.add_row(entry.name, here, size(entry.size_bytes), entry.description)
-    Console(markup=False, emoji=False, highlight=False).print(table)
+    answers().print(table)

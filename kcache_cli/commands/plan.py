@@ -76,7 +76,7 @@ def plan(
     """
     from kcache.errors import DoesNotFitError
     from kcache_cli.console import working
-    from kcache_cli.engine import planning_device
+    from kcache_cli.placing import planning_device
     from kcache_cli.plan_run import Question, answer, read_batch, read_size
     from kcache_cli.plan_view import draw, show, to_dict
     from kcache_cli.policies import build_policy

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
 from kcache_cli.completion import complete_policy
-from kcache_cli.evaluate.flags import PlacesOptions, ResultOptions
+from kcache_cli.evaluate.flags import PlacesOptions, ResultOptions, in_float32
 from kcache_cli.options import ModelOptions, with_options
 
 
@@ -84,10 +83,10 @@ def tune(
     from kcache_cli.evaluate.profile import profile_file
     from kcache_cli.evaluate.tune import Question, answer
     from kcache_cli.policies import read_policy
-    from kcache_cli.settings import fill, load_settings
+    from kcache_cli.settings import load_settings
 
     settings = load_settings()
-    model = fill(replace(model_options, dtype=model_options.dtype or "float32"), settings)
+    model = in_float32(model_options, settings)
     base = read_policy(policy or settings.policy).replace(offload="all", kv_budget=None, resident_layers=None)
     target = profile_file(profile, model.name, overwrite)
     answer(context, Question(model, sample, Goal(target_kl, device_overhead), base, target, results))

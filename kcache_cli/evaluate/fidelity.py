@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kcache_cli.completion import complete_policy
-from kcache_cli.evaluate.flags import PlacesOptions, ResultOptions, check_context
+from kcache_cli.evaluate.flags import PlacesOptions, ResultOptions, check_context, in_float32
 from kcache_cli.options import ModelOptions, PolicyOptions, Without, number_list, with_options
 from kcache_cli.watching import WatchOptions, watching
 
@@ -98,10 +97,10 @@ def fidelity(
     from kcache_cli.policies import build_policies
     from kcache_cli.rows.chart import check_plot
     from kcache_cli.rows.store import Store, check_file, choose_format, rows_to_resume
-    from kcache_cli.settings import fill, load_settings
+    from kcache_cli.settings import load_settings
 
     settings = load_settings()
-    model = fill(replace(model_options, dtype=model_options.dtype or "float32"), settings)
+    model = in_float32(model_options, settings)
     below = {} if dense_below is None else {"dense_below": dense_below}
     cases = tuple(
         Case(_called(name), each.replace(topn=rows, offload="all" if each.offload == "auto" else each.offload, **below))
@@ -132,7 +131,7 @@ def fidelity(
             from kcache_cli.evaluate.fidelity_plot import draw
 
             draw(store.rows, chart)
-    _report(store, target, chart)
+    store.say_where(chart)
 
 
 def _called(policy: str) -> str:
@@ -186,12 +185,3 @@ def _run(engine: Engine, lm: Any, spec: Spec, prose: Prose, places: Sequence[Pla
         except KeyboardInterrupt:
             note("stopped; what has been measured is there" if store.rows else "stopped before a place was finished")
             raise
-
-
-def _report(store: Store, target: Path | None, chart: Path | None) -> None:
-    from kcache_cli.exits import note
-
-    if target is not None:
-        note(f"{len(store.rows)} rows in {target}")
-    if chart is not None and store.rows:
-        note(f"drew {chart}")

@@ -53,31 +53,38 @@ def markdown(rows: Sequence[Row]) -> str:
     return table(rows, _columns(rows), _legend(rows) if rows else [])
 
 
-def _columns(rows: Sequence[Row]) -> list[Column]:
-    various = [name for name in ("model", "text", "ctx") if len({row[name] for row in rows}) > 1]
-    return [
-        ("policy", lambda row: one_line(row["policy_name"]).replace("|", "/")),
-        *((name, lambda row, name=name: one_line(str(row[name])).replace("|", "/")) for name in various),
-        ("N", lambda row: number(row, "topn", "d")),
-        ("rows/KV head", lambda row: number(row, "rows_per_kv_head", ".0f", zero="exact")),
-        ("link/token", lambda row: megabytes(row, "bytes_h2d_per_token")),
-        ("KL", lambda row: number(row, "kl_mean", ".4f")),
-        ("± s.e.", lambda row: number(row, "kl_se", ".4f")),
-        ("KL p99", lambda row: number(row, "kl_p99", ".3f")),
-        ("top-1", lambda row: number(row, "top1", ".3f")),
-        ("ppl", lambda row: number(row, "ppl_kcache", ".2f")),
-        ("ppl full", lambda row: number(row, "ppl_full", ".2f")),
-        ("mass", lambda row: number(row, "mass", ".3f")),
-        ("device V", lambda row: number(row, "device_overhead", ".1%")),
-        ("worst layers", _worst),
-        ("places", lambda row: str(row["places"]) if is_whole(row) else f"{row['places']}/{len(row['starts'])}"),
-    ]
-
-
 def _worst(row: Row) -> str:
     """The three layers with the largest error."""
     errors = sorted(enumerate(row["per_layer_error"]), key=lambda pair: -pair[1])[:3]
     return ", ".join(f"{layer} ({error:.2f})" for layer, error in errors if error)
+
+
+COLUMNS: tuple[Column, ...] = (
+    ("policy", lambda row: one_line(row["policy_name"]).replace("|", "/")),
+    ("N", lambda row: number(row, "topn", "d")),
+    ("rows/KV head", lambda row: number(row, "rows_per_kv_head", ".0f", zero="exact")),
+    ("link/token", lambda row: megabytes(row, "bytes_h2d_per_token")),
+    ("KL", lambda row: number(row, "kl_mean", ".4f")),
+    ("± s.e.", lambda row: number(row, "kl_se", ".4f")),
+    ("KL p99", lambda row: number(row, "kl_p99", ".3f")),
+    ("top-1", lambda row: number(row, "top1", ".3f")),
+    ("ppl", lambda row: number(row, "ppl_kcache", ".2f")),
+    ("ppl full", lambda row: number(row, "ppl_full", ".2f")),
+    ("mass", lambda row: number(row, "mass", ".3f")),
+    ("device V", lambda row: number(row, "device_overhead", ".1%")),
+    ("worst layers", _worst),
+    ("places", lambda row: str(row["places"]) if is_whole(row) else f"{row['places']}/{len(row['starts'])}"),
+)
+
+
+def _columns(rows: Sequence[Row]) -> list[Column]:
+    """With one for each of model, text and context that differs."""
+    various = [name for name in ("model", "text", "ctx") if len({row[name] for row in rows}) > 1]
+    return [
+        COLUMNS[0],
+        *((name, lambda row, name=name: one_line(str(row[name])).replace("|", "/")) for name in various),
+        *COLUMNS[1:],
+    ]
 
 
 def _legend(rows: Sequence[Row]) -> list[str]:

@@ -36,6 +36,13 @@ def _measure(*names: str, help: str, metavar: str, default: str, **more: Any) ->
     )
 
 
+def in_float32(options: ModelOptions, settings: Settings) -> ModelOptions:
+    """The model that flags and settings describe, in float32 unless a flag says otherwise."""
+    from kcache_cli.settings import fill
+
+    return fill(replace(options, dtype=options.dtype or "float32"), settings)
+
+
 def check_context(engine: Engine, model: ModelOptions, policy: Policy, ctx: int, then: str, least: int) -> None:
     """See before a model is loaded that ``ctx`` tokens, and the ``least`` that follow, are not beyond its context.
 

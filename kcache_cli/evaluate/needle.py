@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kcache.errors import InputError
-from kcache_cli.evaluate.flags import ResultOptions, TopnOptions, check_context
+from kcache_cli.evaluate.flags import ResultOptions, TopnOptions, check_context, in_float32
 from kcache_cli.options import ModelOptions, PolicyOptions, Without, number_list, with_options
 from kcache_cli.rows.formats import Row
 from kcache_cli.watching import WatchOptions, watching
@@ -101,10 +100,10 @@ def needle(
     from kcache_cli.rows.chart import check_plot
     from kcache_cli.rows.progress import steps_bar
     from kcache_cli.rows.store import Store, check_file, choose_format, rows_to_resume
-    from kcache_cli.settings import fill, load_settings
+    from kcache_cli.settings import load_settings
 
     settings = load_settings()
-    model = fill(replace(model_options, dtype=model_options.dtype or "float32"), settings)
+    model = in_float32(model_options, settings)
     policy, topns = topn_options.policy(policy_options, settings)
     spec = Spec(
         read_prose(text),

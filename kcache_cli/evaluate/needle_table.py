@@ -10,7 +10,7 @@ from typing import Any
 
 from kcache_cli.rows.chart import save
 from kcache_cli.rows.formats import Column, Row, table, versions, where
-from kcache_cli.text import one_line
+from kcache_cli.text import one_line, tokens
 
 COMMAND = "kcache eval needle"
 NAMES = {"kind", "depth", "sample"}
@@ -106,9 +106,7 @@ def _draw_map(axes: Any, rows: Sequence[Row], ctxs: Sequence[int]) -> None:
             colour = "white" if abs(value - 0.5) > _DARK else "black"
             if not math.isnan(value):
                 axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-    axes.set_xticks(
-        range(len(ctxs)), [f"{ctx // 1024}k" if ctx % 1024 == 0 else f"{ctx:,}" for ctx in ctxs], fontsize=7
-    )
+    axes.set_xticks(range(len(ctxs)), [tokens(ctx) for ctx in ctxs], fontsize=7)
     axes.set_yticks(range(len(depths)), ["all" if depth is None else f"{depth:g}" for depth in depths], fontsize=7)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kcache.errors import InputError
+from kcache_cli.replace import replace
 from kcache_cli.rows.formats import Row, versions
-from kcache_cli.rows.store import check_file, write_whole
+from kcache_cli.rows.store import check_file
 from kcache_cli.text import one_line
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def _called(model: str) -> str:
 
 def write_profile(path: Path, policy: Policy, row: Row) -> None:
     """Write a policy and the row it was measured to be."""
-    write_whole(path, profile(policy, row))
+    replace(path, profile(policy, row).encode())
 
 
 def profile(policy: Policy, row: Row) -> str:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from kcache_cli.exits import note, warn
+from kcache_cli.exits import warn
 from kcache_cli.rows.formats import Row
-
-if TYPE_CHECKING:
-    from kcache_cli.rows.store import Store
+from kcache_cli.rows.store import Store, say_skipped
 
 
 def warn_if_exact(rows: Sequence[Row]) -> None:
@@ -27,10 +24,7 @@ def warn_if_exact(rows: Sequence[Row]) -> None:
 
 def finish(store: Store, summary: str, skipped: int, chart: Path | None = None) -> None:
     """Print the summary if the rows went to a file, and say what is where."""
-    if skipped:
-        note(f"{skipped} case{'s' if skipped > 1 else ''} of this run were there already")
+    say_skipped(skipped)
     if store.target is not None:
         sys.stdout.write(summary)
-        note(f"{len(store.rows)} rows in {store.target}")
-    if chart is not None and store.rows:
-        note(f"drew {chart}")
+    store.say_where(chart)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from kcache.errors import InputError
-from kcache_cli.evaluate.flags import ResultOptions, TopnOptions
+from kcache_cli.evaluate.flags import ResultOptions, TopnOptions, in_float32
 from kcache_cli.options import ModelOptions, PolicyOptions, Without, with_options
 from kcache_cli.rows.formats import Row
 from kcache_cli.watching import WatchOptions, watching
@@ -103,10 +102,10 @@ def tasks(
     from kcache_cli.evaluate.tasks_table import COMMAND, NAMES, markdown
     from kcache_cli.rows.progress import steps_bar
     from kcache_cli.rows.store import Store, choose_format, rows_to_resume
-    from kcache_cli.settings import fill, load_settings
+    from kcache_cli.settings import load_settings
 
     settings = load_settings()
-    model = fill(replace(model_options, dtype=model_options.dtype or "float32"), settings)
+    model = in_float32(model_options, settings)
     policy, topns = topn_options.policy(policy_options, settings)
     names = [name.strip() for name in tasks.split(",")]
     target = results.target

@@ -88,7 +88,7 @@ def answer(context: typer.Context, question: Question) -> None:
         rows = book.close(search.trials, best)
     if target is not None:
         sys.stdout.write(markdown(rows))
-        note(f"{len(book.store.rows)} rows in {target}")
+        book.store.say_where()
     _conclude(search, rows, question)
 
 

@@ -5,26 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kcache_cli.evaluate import fidelity_table
-from kcache_cli.rows.formats import Column, Row, megabytes, number, table, versions, where
+from kcache_cli.rows.formats import Column, Row, table, versions, where
 from kcache_cli.text import one_line
 
 COMMAND = "kcache tune"
 NAMES = fidelity_table.NAMES | {"reaches_target"}
 """Fields every row has."""
 
+_SHOWN = ("policy", "N", "rows/KV head", "link/token", "KL", "± s.e.", "top-1", "device V", "places")
 _COLUMNS: list[Column] = [
-    ("policy", lambda row: one_line(row["policy_name"]).replace("|", "/")),
-    ("N", lambda row: number(row, "topn", "d")),
-    ("rows/KV head", lambda row: number(row, "rows_per_kv_head", ".0f", zero="exact")),
-    ("link/token", lambda row: megabytes(row, "bytes_h2d_per_token")),
-    ("KL", lambda row: number(row, "kl_mean", ".4f")),
-    ("± s.e.", lambda row: number(row, "kl_se", ".4f")),
-    ("top-1", lambda row: number(row, "top1", ".3f")),
-    ("device V", lambda row: number(row, "device_overhead", ".1%")),
-    (
-        "places",
-        lambda row: str(row["places"]) if fidelity_table.is_whole(row) else f"{row['places']}/{len(row['starts'])}",
-    ),
+    *(column for column in fidelity_table.COLUMNS if column[0] in _SHOWN),
     (
         "",
         lambda row: (

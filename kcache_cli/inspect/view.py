@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kcache.watch.frame import Frame, LayerFrame
 from kcache.watch.source import Source
+from kcache_cli.console import answers, plain_table
 from kcache_cli.text import one_line, size
 
 _SHOWN_SEQUENCES = 16
@@ -17,9 +18,7 @@ _LEGEND = (
 
 def show(source: Source, frame: Frame | None, index: int | None = None) -> None:
     """Print the state of a source at a frame, which has that index or is the newest; there is none before its first."""
-    from rich.console import Console
-
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = answers()
     info = source.info
     where = "host-only run: both tiers are RAM" if info.host_only else info.device
     console.print(one_line(f"{info.model} · kcache {info.command}, process {info.pid} · {where}"), style="bold")
@@ -73,9 +72,8 @@ def _sequences(frame: Frame, names: tuple[str, ...]) -> str:
 
 
 def _table(layers: tuple[LayerFrame, ...]) -> object:
-    from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = plain_table()
     headings = ("layer", "kind", "mode", "device", "host", "link in all", "rows in all", "attn", "reuse")
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number in (1, 2) else "right")

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def to_png(svg: str, zoom: float = 1.0) -> bytes:
-    """Draw an SVG of :mod:`kcache_cli.pictures.draw`, ``zoom`` times its size."""
+def to_png(svg: str) -> bytes:
+    """Draw an SVG of :mod:`kcache_cli.pictures.draw`."""
     import resvg_py
 
     data: bytes = bytes(
         resvg_py.svg_to_bytes(
             svg_string=svg,
-            zoom=zoom,
             font_files=[str(path) for path in _fonts()],
             monospace_family="DejaVu Sans Mono",
             sans_serif_family="DejaVu Sans",

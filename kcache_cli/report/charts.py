@@ -104,32 +104,32 @@ class Axis:
         return 100 * (sample + 0.5) / max(1, self.count)
 
 
-def line(axis: Axis, values: np.ndarray, top: float, bottom: float = 0.0) -> str:
+def line(axis: Axis, values: np.ndarray, top: float) -> str:
     """A path through values that are known; it breaks where they are not."""
     parts, pen_down = [], False
     for point, value in enumerate(values):
         if not math.isfinite(value):
             pen_down = False
             continue
-        parts.append(f"{'L' if pen_down else 'M'}{axis.x(point):.1f} {_y(value, top, bottom):.1f}")
+        parts.append(f"{'L' if pen_down else 'M'}{axis.x(point):.1f} {_y(value, top):.1f}")
         if not pen_down:
             parts.append("h0.1")  # a point between two gaps is a dot
         pen_down = True
     return "".join(parts)
 
 
-def area(axis: Axis, upper: np.ndarray, lower: np.ndarray, top: float, bottom: float = 0.0) -> str:
+def area(axis: Axis, upper: np.ndarray, lower: np.ndarray, top: float) -> str:
     """The area between two curves, in steps as wide as a point."""
     if not len(upper):
         return ""
     edge = WIDTH / axis.points
-    there = "".join(f"V{_y(value, top, bottom):.1f}H{(at + 1) * edge:.1f}" for at, value in enumerate(upper))
-    back = "".join(f"V{_y(value, top, bottom):.1f}H{at * edge:.1f}" for at, value in reversed(list(enumerate(lower))))
-    return f"M0 {_y(lower[0], top, bottom):.1f}{there}{back}Z"
+    there = "".join(f"V{_y(value, top):.1f}H{(at + 1) * edge:.1f}" for at, value in enumerate(upper))
+    back = "".join(f"V{_y(value, top):.1f}H{at * edge:.1f}" for at, value in reversed(list(enumerate(lower))))
+    return f"M0 {_y(lower[0], top):.1f}{there}{back}Z"
 
 
-def _y(value: float, top: float, bottom: float) -> float:
-    return HEIGHT * (1 - (min(max(value, bottom), top) - bottom) / ((top - bottom) or 1.0))
+def _y(value: float, top: float) -> float:
+    return HEIGHT * (1 - min(max(value, 0.0), top) / (top or 1.0))
 
 
 def nice(largest: float, base: float = 1000.0) -> float:
@@ -142,6 +142,6 @@ def nice(largest: float, base: float = 1000.0) -> float:
     return next((unit * step for step in (1, 1.5, 2, 3, 4, 5, 6, 8) if unit * step >= largest), unit * 10)
 
 
-def y_ticks(top: float, form: Form, bottom: float = 0.0, parts: int = 2) -> list[Tick]:
-    """Marks from bottom to top."""
-    return [Tick(100 * at / parts, form(bottom + (top - bottom) * at / parts)) for at in range(parts + 1)]
+def y_ticks(top: float, form: Form) -> list[Tick]:
+    """Marks at the bottom, in the middle and at the top."""
+    return [Tick(100 * at / 2, form(top * at / 2)) for at in range(3)]

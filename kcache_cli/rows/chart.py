@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 from kcache.errors import InputError
+from kcache_cli.replace import replace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,24 +21,17 @@ def check_plot(path: Path | None) -> None:
     Raises
     ------
     InputError
-        For an unknown kind of file, or without matplotlib.
+        For an unknown kind of file.
     """
-    if path is None:
-        return
-    if path.suffix.lower() not in SUFFIXES:
+    if path is not None and path.suffix.lower() not in SUFFIXES:
         raise InputError(f"--plot {path}: the name must end in {', '.join(SUFFIXES)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure through a temporary file; the kind is that of the name."""
+    """Write a figure, whole or not at all; the kind is that of the name."""
     import matplotlib
 
-    repeatable = matplotlib.rc_context({"svg.hashsalt": "kcache", "svg.fonttype": "none"})
-    with repeatable, NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        figure.savefig(file, dpi=150, format=path.suffix.lower().removeprefix("."))
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)
+    drawn = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "kcache", "svg.fonttype": "none"}):
+        figure.savefig(drawn, dpi=150, format=path.suffix.lower().removeprefix("."))
+    replace(path, drawn.getvalue())

@@ -5,19 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from kcache_cli.console import console
 from kcache_cli.exits import note
 from kcache_cli.terminal import hushed
 from kcache_cli.text import one_line
 
-
-class Watch(Protocol):
-    """Told what is under way, and how much has ended or begun since it was last told."""
-
-    def __call__(self, label: str, turns: int) -> None:
-        """Take note."""
+if TYPE_CHECKING:
+    from kcache.bench.run import Watch
 
 
 @contextmanager

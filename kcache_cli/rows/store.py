@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from kcache.errors import InputError
+from kcache_cli.exits import note
+from kcache_cli.replace import replace
 from kcache_cli.rows.formats import FORMATS, Markdown, Row, render
 
 
@@ -103,6 +104,12 @@ def _lines(text: str) -> list[Any] | None:
     return values
 
 
+def say_skipped(cases: int) -> None:
+    """Say on standard error how many cases were not run since their rows are there."""
+    if cases:
+        note(f"{cases} case{'s' if cases > 1 else ''} of this run were there already")
+
+
 class Store:
     """Collects rows and writes them.
 
@@ -130,7 +137,7 @@ class Store:
             if self.form in ("jsonl", "csv"):
                 self._print(self.rows)
         elif self._replaceable:
-            self._replace(self._render())
+            self._write()
 
     def replace(self, rows: Sequence[Row], is_whole: Callable[[Row], bool]) -> None:
         """Take all rows anew, some of which may grow still; standard output gets the first ones, up to such a row."""
@@ -139,16 +146,21 @@ class Store:
             if self.form in ("jsonl", "csv"):
                 self._print([*takewhile(is_whole, self.rows)])
         elif self.rows and self._replaceable:
-            self._replace(self._render())
+            self._write()
 
     def close(self) -> None:
         """Write what could not be written before the end."""
         if self.target is None:
             self._print(self.rows)
-        elif not self._replaceable:
-            self.target.write_text(self._render(), encoding="utf-8")
-        elif self.rows:
-            self._replace(self._render())
+        elif self.rows or not self._replaceable:
+            self._write()
+
+    def say_where(self, chart: Path | None = None) -> None:
+        """Say on standard error which files have been written."""
+        if self.target is not None:
+            note(f"{len(self.rows)} rows in {self.target}")
+        if chart is not None and self.rows:
+            note(f"drew {chart}")
 
     def _render(self) -> str:
         return render(self.rows, self.form, self._markdown)
@@ -165,18 +177,9 @@ class Store:
         assert self.target is not None
         return self.target.is_file() or not self.target.exists()
 
-    def _replace(self, text: str) -> None:
+    def _write(self) -> None:
         assert self.target is not None
-        write_whole(self.target, text)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file through a temporary one beside it, so that it is never there in part."""
-    target = path.resolve()
-    with NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, target.stat().st_mode & 0o777 if target.exists() else 0o644)  # noqa: PTH101
-    os.replace(file.name, target)  # noqa: PTH105
+        replace(self.target, self._render().encode())
 
 
 def check_file(option: str, name: str | None) -> Path | None:

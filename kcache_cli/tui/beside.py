@@ -5,29 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from kcache_cli.ending import show
 
 if TYPE_CHECKING:
     from kcache import TokenEvent
+    from kcache_cli.batch.progress import Watch
     from kcache_cli.tui.app import Dashboard
 
-
 _LOOK_S = 0.2
-
-
-class Watch(Protocol):
-    """Is told of the job; see :class:`kcache_cli.batch.progress.Watch`."""
-
-    def begin(self, names: Sequence[str]) -> None:
-        """Take in that a batch begins, of the prompts with these ids."""
-
-    def count(self, event: TokenEvent, tokens: int = 1) -> None:
-        """Take in the latest token of a prompt, or its latest ``tokens``."""
-
-    def read(self, done: int, total: int) -> None:
-        """Take in how many tokens of a batch's prompts have been read, and of how many."""
 
 
 class Beside:

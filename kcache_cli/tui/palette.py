@@ -130,7 +130,6 @@ class Signs:
     eighths: str
     bars: str
     hatch: str
-    dash: str
     square: str
     up: str
     down: str
@@ -142,7 +141,6 @@ class Signs:
     line: str
     full: str
     half_line: str
-    ellipsis: str
     dot: str
     quote: tuple[str, str]
 
@@ -153,7 +151,6 @@ UNICODE = Signs(
     " ▏▎▍▌▋▊▉█",
     " ▁▂▃▄▅▆▇█",
     "╱",
-    "─",
     "■",
     "▲",
     "▼",
@@ -165,7 +162,6 @@ UNICODE = Signs(
     "━",
     "━",
     "╸",
-    "…",
     "·",
     ("“", "”"),
 )
@@ -175,7 +171,6 @@ ASCII = Signs(
     "  #",
     " .:|#",
     "/",
-    "-",
     "#",
     "^",
     "v",
@@ -187,7 +182,6 @@ ASCII = Signs(
     "-",
     "#",
     " ",
-    "~",
     "-",
     ('"', '"'),
 )

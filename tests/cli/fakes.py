@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from kcache.errors import ContextLengthError, InputError
+from kcache.models.progress import Progress
 from kcache.policy import Policy
 from kcache.telemetry import Stats
-from kcache_cli.engine import Plan, Progress
+from kcache_cli.engine import Plan
 from kcache_cli.options import ModelOptions, SamplingOptions
 
 if TYPE_CHECKING:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kcache.models.progress import Progress
 from kcache_cli.bench.cards import cards
 from kcache_cli.bench.same import COMMAND, NAMES, compare_with
 from kcache_cli.bench.table import markdown
 from kcache_cli.commands.bench import _layout
-from kcache_cli.engine import KCacheEngine, Progress
+from kcache_cli.engine import KCacheEngine
 from kcache_cli.options import ModelOptions, number_list
 from kcache_cli.rows.formats import FORMATS, render
 from kcache_cli.rows.store import read_rows
@@ -338,7 +339,6 @@ def test_compare_takes_rows_without_figures() -> None:
 
 
 def test_plot(run: Run, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     for name, start in (("a.png", b"\x89PNG"), ("b.svg", b"<?xml")):
         path = tmp_path / name
         result = run("bench", "--plot", str(path), "--topn", "64,128", engine=FakeBench())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -237,17 +236,9 @@ def test_without_the_hub_a_config_is_said_to_do(run: Run, monkeypatch: pytest.Mo
 
 
 def test_plot(run: Run, config: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     path = tmp_path / "plan.svg"
     assert run("plan", config, "--gpu", "h100", "--ctx", "32k", "--plot", str(path)).exit_code == 0
     assert "predicted tok/s" in path.read_text() or path.stat().st_size > 1000
-
-
-def test_plot_without_matplotlib(run: Run, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    result = run("plan", config, "--gpu", "h100", "--plot", str(tmp_path / "plan.svg"))
-    assert result.exit_code == 2
-    assert "pip install matplotlib" in result.stderr
 
 
 def test_8_bits_on_a_cpu_are_said_to_be_slow(run: Run, measured: None, tmp_path: Path) -> None:

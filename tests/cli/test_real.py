@@ -17,7 +17,8 @@ import torch
 
 from kcache import LoadedModel, Policy
 from kcache.errors import DoesNotFitError, InputError, ModelNotFoundError
-from kcache_cli.engine import KCacheEngine, Progress
+from kcache.models.progress import Progress
+from kcache_cli.engine import KCacheEngine
 from kcache_cli.options import ModelOptions
 from tests.cli.conftest import Run
 from tests.cli.test_generate import lines_of

@@ -76,7 +76,7 @@ class HotRows:
     def nbytes(self) -> int:
         """Bytes held on the device."""
         tensors = (self.store, self.tags, self.stamps, self.claims, self.clock, self.hits, self.counts, self.order)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in tensors)
 
     def forget(self) -> None:
         """Forget every row: needed when positions change their meaning (a crop)."""

@@ -265,7 +265,7 @@ class Workspace(DeviceLength):
     @property
     def nbytes(self) -> int:
         """Bytes of scratch on the device."""
-        return sum(item.numel() * item.element_size() for item in vars(self).values() if torch.is_tensor(item))
+        return sum(item.nbytes for item in vars(self).values() if torch.is_tensor(item))
 
 
 class DenseWorkspace(DeviceLength):

@@ -62,18 +62,18 @@ class Past:
     weighed: Frame | None = None
     earlier: Frame | None = None
 
-    def window(self, count: int = _WINDOW) -> tuple[Point, Point] | None:
-        """The first and last of the latest frames of this run and phase, at most ``count`` apart.
+    def window(self) -> tuple[Point, Point] | None:
+        """The first and last of the latest ``_WINDOW`` frames that are of this run and phase.
 
         When the run is idle, of the phase before that.
         """
-        points = list(self.points[-2 * count :])
+        points = list(self.points[-2 * _WINDOW :])
         while points and points[-1].phase == "idle":
             points.pop()
         if not points or points[-1].run != self.points[-1].run:
             return None
         first = last = points[-1]
-        for point in reversed(points[-count:]):
+        for point in reversed(points[-_WINDOW:]):
             if point.run != last.run or point.phase != last.phase or point.step > first.step:
                 break
             first = point
