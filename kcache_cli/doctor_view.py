@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from kcache.machine.host import Host, PciSlot
-    from kcache.speed.fastpath import Finding
+    from kcache.speed.findings import Finding
     from kcache.speed.machine import Machine
 
 WITH_A_GPU = (

@@ -222,7 +222,7 @@ def _dtype(model: ModelOptions, config: Any) -> torch.dtype:
 
 def _measured(model: ModelOptions) -> tuple[Any, str, str]:
     from kcache.machine.devices import SPREADS
-    from kcache.speed.fastpath import how_busy
+    from kcache.speed.findings import how_busy
     from kcache_cli.exits import warn
     from kcache_cli.measured import measure
 

@@ -211,7 +211,7 @@ def _layout(form: Format | None, target: Path | None) -> Markdown:
 
 
 def _warn_if_busy() -> None:
-    from kcache.speed.fastpath import how_busy
+    from kcache.speed.findings import how_busy
 
     if (busy := how_busy(os.cpu_count() or 1)) is not None:
         print(f"kcache: {busy}: times will be too long and ratios uncertain", file=sys.stderr)

@@ -30,7 +30,7 @@ def doctor(
         import torch
 
         from kcache.machine.host import pci_slot, read_host
-        from kcache.speed.fastpath import findings
+        from kcache.speed.findings import findings
         from kcache_cli.measured import measure
 
         machine = measure(device, quick=False)

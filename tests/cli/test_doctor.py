@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import kcache.machine.host
-import kcache.speed.fastpath
+import kcache.speed.findings
 import kcache.speed.machine
 from kcache.machine.host import NumaNode, PciSlot
 from kcache.speed.machine import GatherSpeed, LinkSpeed, Machine
@@ -30,7 +30,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     monkeypatch.setattr(kcache.machine.host, "pci_slot", lambda device: PciSlot(0, "16.0 GT/s x16", "32.0 GT/s x16"))
     monkeypatch.setattr(kcache.machine.host, "numa_nodes", lambda: [NumaNode(0, "0-1", 2**34)])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("kcache.speed.fastpath.driver_problem", lambda: None)
+    monkeypatch.setattr("kcache.speed.findings.driver_problem", lambda: None)
 
 
 def test_host_only_claims_nothing_of_a_device(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,14 +72,14 @@ def test_commands_stand_on_lines_of_their_own(run: Run, monkeypatch: pytest.Monk
     monkeypatch.setenv("COLUMNS", "40")
     measured(monkeypatch, GPU)
     command = "numactl --cpunodebind=0 --membind=0 kcache inspect"
-    found = [kcache.speed.fastpath.Finding("note", "two NUMA nodes", "run on the GPU's node with", (command,))]
-    monkeypatch.setattr(kcache.speed.fastpath, "findings", lambda *args: found)
+    found = [kcache.speed.findings.Finding("note", "two NUMA nodes", "run on the GPU's node with", (command,))]
+    monkeypatch.setattr(kcache.speed.findings, "findings", lambda *args: found)
     assert f"\n    {command}\n" in run("doctor").stdout
 
 
 def test_nothing_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     measured(monkeypatch, GPU)
-    monkeypatch.setattr(kcache.speed.fastpath, "findings", lambda *args: [])
+    monkeypatch.setattr(kcache.speed.findings, "findings", lambda *args: [])
     assert "nothing is missing" in run("doctor").stdout
 
 

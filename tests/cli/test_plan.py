@@ -253,7 +253,7 @@ def test_8_bits_on_a_cpu_are_said_to_be_slow(run: Run, measured: None, tmp_path:
 def test_speeds_measured_on_a_busy_machine_are_warned_about(
     load: float, warned: bool, run: Run, config: str, measured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kcache.speed.fastpath.current_load", lambda: load)
+    monkeypatch.setattr("kcache.speed.findings.current_load", lambda: load)
     result = run("plan", config, "--ctx", "8k")
     assert ("the machine is busy (load 99.0" in result.stderr) == warned
     assert "busy" not in run("plan", config, "--ctx", "8k", "--gpu", "h100").stderr

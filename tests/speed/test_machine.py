@@ -12,7 +12,7 @@ from kcache.errors import InputError
 from kcache.machine import host
 from kcache.machine.host import Host, NumaNode, PciSlot
 from kcache.speed.bandwidth import GATHER_ROWS
-from kcache.speed.fastpath import Finding, findings
+from kcache.speed.findings import Finding, findings
 from kcache.speed.machine import Machine, measure
 
 GOOD_HOST = Host(
@@ -57,7 +57,7 @@ CPU = replace(GPU, device="cpu", h2d_gb_s=None, d2h_gb_s=None, pinned=None, vers
 @pytest.fixture(autouse=True)
 def _a_recent_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("kcache.speed.fastpath.driver_problem", lambda: None)
+    monkeypatch.setattr("kcache.speed.findings.driver_problem", lambda: None)
 
 
 # -- measuring -----------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_cards_of_another_maker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_triton_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kcache.speed.fastpath.driver_problem", lambda: "RuntimeError: Failed to find C compiler.")
+    monkeypatch.setattr("kcache.speed.findings.driver_problem", lambda: "RuntimeError: Failed to find C compiler.")
     (found,) = findings(GPU, GOOD_HOST, load=0.0)
     assert found.level == "missing"
     assert "Failed to find C compiler" in found.what

@@ -99,15 +99,13 @@ def _of_cuda(machine: Machine, host: Host, slot: PciSlot | None) -> list[Finding
 def _of_kernels(machine: Machine) -> Finding | None:
     device = torch.device(machine.device)
     if is_rocm():
-        found.append(
-            Finding(
-                "missing",
-                f"{machine.name} runs by ROCm, kernels are made for NVIDIA cards: decode steps run in torch operators "
-                "and wait for the host",
-                "take a card of NVIDIA's, Ampere or newer; or --offload none, where the context fits",
-            )
+        return Finding(
+            "missing",
+            f"{machine.name} runs by ROCm, kernels are made for NVIDIA cards: decode steps run in torch operators and "
+            "wait for the host",
+            "take a card of NVIDIA's, Ampere or newer; or --offload none, where the context fits",
         )
-    elif is_too_old(device):
+    if is_too_old(device):
         major, minor = torch.cuda.get_device_capability(device)
         return Finding(
             "missing",
