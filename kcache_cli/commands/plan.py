@@ -56,7 +56,7 @@ def plan(
     ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Draw tok/s against context into a .png, .svg or .pdf file.")
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw tok/s against context: a .png, .svg or .pdf.")
     ] = None,
     *,
     policy_options: Annotated[PolicyOptions, Without(("allow_overflow",))],
