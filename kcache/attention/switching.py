@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
@@ -26,13 +27,18 @@ class _Scopes:
     before: list[tuple[PreTrainedConfig, str | None]]
     count: int = 0
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be that of a model that was copied or saved whole: none of its blocks is open, so it is not attached."""
+        _restore(state["before"])
+        self.before, self.count = [], 0
+
 
 @contextmanager
 def switched(model: PreTrainedModel) -> Iterator[None]:
     """Run ``model`` with kcache's attention, whatever it is."""
     with _LOCK:
         scopes = vars(model).get(_SCOPES)
-        if scopes is None:
+        if scopes is None or not scopes.count:
             scopes = vars(model)[_SCOPES] = _Scopes(_switch_on(model))
         scopes.count += 1
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import pickle
 import weakref
@@ -103,6 +104,21 @@ def test_attached_model_that_is_dropped_is_freed() -> None:
     gc.collect()
     assert gone() is None
     assert cache.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_an_attached_model_is_not_attached(twin_of: Callable[[PreTrainedModel], PreTrainedModel]) -> None:
+    model = make("llama")
+    with attach(model):
+        twin = twin_of(model)
+        assert is_attached(model)
+        assert implementations(twin) == {"sdpa"}
+        with attach(twin):
+            assert is_attached(twin)
+        assert implementations(twin) == {"sdpa"}
+        assert is_attached(model)
+    assert implementations(model) == {"sdpa"}
+    Pair(twin).forward(tokens(1, 2, 9))
 
 
 def test_two_models_attached_at_once() -> None:
