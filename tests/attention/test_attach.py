@@ -121,6 +121,22 @@ def test_a_copy_of_an_attached_model_is_not_attached(twin_of: Callable[[PreTrain
     Pair(twin).forward(tokens(1, 2, 9))
 
 
+@pytest.mark.parametrize("attached_before", [False, True])
+def test_layers_with_a_config_of_their_own_are_attached(attached_before: bool) -> None:
+    """A copied layer brings a copy of the config, which tells its attention what to run."""
+    model = make("llama")
+    if attached_before:
+        with attach(model):
+            pass
+    layers: Any = model.model.layers
+    layers[1] = copy.deepcopy(layers[1])
+    pair = Pair(model)
+    pair.forward(tokens(1, 2, 12))
+    pair.decode(3)
+    assert len(pair.ours.tiered_layers) == 3
+    assert implementations(model) == {"sdpa"}
+
+
 def test_two_models_attached_at_once() -> None:
     one, two = Pair(make("llama")), Pair(make("gpt2", seed=4))
     with attach(one.model), attach(two.model):
