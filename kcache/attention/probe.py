@@ -145,7 +145,7 @@ def stock_layers(model: PreTrainedModel) -> list[Any]:
 
 
 def probe(model: PreTrainedModel) -> Verdict:
-    """Find the layers of ``model`` that can be tiered; asked once per model.
+    """Find the layers of ``model`` that can be tiered; asked once per model, and anew when it has more layers or fewer.
 
     Raises
     ------
@@ -153,7 +153,7 @@ def probe(model: PreTrainedModel) -> Verdict:
         If the model has no K and V to tier, attends outside the registry, or cannot run with a cache.
     """
     known = vars(model).get("_kcache_verdict")
-    if isinstance(known, Verdict):
+    if isinstance(known, Verdict) and known.layers == len(stock_layers(model)):
         return known
     check_model(model)
     layers = stock_layers(model)

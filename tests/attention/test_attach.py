@@ -440,6 +440,17 @@ def test_probe_finds_the_layers_that_can_be_tiered() -> None:
     assert implementations(model) == {"sdpa"}
 
 
+def test_probe_looks_again_at_a_model_that_has_lost_layers() -> None:
+    model = make("llama")
+    assert len(KCache(model).tiered_layers) == 3
+    layers: Any = model.model.layers
+    model.model.layers, model.config.num_hidden_layers = layers[:2], 2
+    pair = Pair(model)
+    pair.forward(tokens(1, 2, 12))
+    pair.decode(3)
+    assert len(pair.ours.tiered_layers) == 2
+
+
 def test_probe_leaves_latent_attention_alone() -> None:
     """Multi-head latent attention expands what the cache returns; such a model runs exactly, with nothing tiered."""
     from transformers import AutoModelForCausalLM, DeepseekV3Config
