@@ -6,6 +6,7 @@ share one :class:`~kcache.layers.shared.Shared`.
 
 from __future__ import annotations
 
+import operator
 import sys
 import warnings
 from collections.abc import Iterator
@@ -163,7 +164,17 @@ class KCache(Cache):
             self.shared.look = before
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens; the argument is negative, as transformers has it (``crop(-3)`` removes three)."""
+        """Remove the last tokens; the argument is negative, as transformers has it (``crop(-3)`` removes three).
+
+        Raises
+        ------
+        InputError
+            If it is positive, or not a whole number.
+        """
+        try:
+            tokens_to_remove = operator.index(tokens_to_remove)  # which a tensor of one whole number has, too
+        except TypeError:
+            raise InputError(f"crop takes a whole number of tokens to remove, got {tokens_to_remove!r}") from None
         self.shared.about_to_change()
         super().crop(tokens_to_remove)
 

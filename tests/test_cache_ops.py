@@ -85,6 +85,20 @@ def test_a_crop_forgets_picks_of_rows_that_may_be_gone() -> None:
     assert pair.ours.snapshot().layers[0].picks is None
 
 
+def test_crop_takes_whole_numbers_of_any_kind_and_no_others() -> None:
+    """Whoever counts tokens to take back on the device has them in a tensor."""
+    pair = filled()
+    pair.crop(torch.tensor(2))  # type: ignore[arg-type]
+    pair.decode(2)
+    before = pair.length
+    for wrong in (-1.0, torch.tensor(-1.5), None, "2"):
+        with pytest.raises(InputError, match="whole number"):
+            pair.ours.crop(wrong)  # type: ignore[arg-type]
+    assert pair.length == before
+    same_contents(pair)
+    pair.decode(2)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_crop_to_nothing_or_beyond(policy: str) -> None:
     for beyond in (0, 50):
