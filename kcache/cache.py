@@ -202,8 +202,20 @@ class KCache(Cache):
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the sequences ``indices`` ``[B']``, in that order; a bool mask ``[B]`` works too."""
-        indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices % max(1, self.batch_size)
+        """Keep the sequences ``indices`` ``[B']``, in that order; a bool mask ``[B]`` works too.
+
+        Raises
+        ------
+        InputError
+            If there is no such sequence.
+        """
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        if (held := self.batch_size) and not bool(((indices >= -held) & (indices < held)).all()):
+            raise InputError(
+                f"this cache holds {held} sequences and was asked for {indices.tolist()}; they count from 0"
+            )
+        indices = indices % max(1, held)
         self.shared.select(indices)
         super().batch_select_indices(indices)
 

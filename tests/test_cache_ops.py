@@ -139,6 +139,15 @@ def test_select_and_repeat(policy: str) -> None:
     assert pair.ours.snapshot().batch == 1
 
 
+@pytest.mark.parametrize("wrong", [[3], [0, -4]])
+def test_sequences_that_are_not_there_are_refused(wrong: list[int]) -> None:
+    pair = filled()
+    with pytest.raises(InputError, match="holds 3 sequences"):
+        pair.ours.batch_select_indices(torch.tensor(wrong))
+    same_contents(pair)
+    pair.decode(1)
+
+
 def test_reorder_to_fewer_sequences() -> None:
     """The leading ones of a batch are not the whole batch."""
     pair = filled()
