@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BatchEncoding
 
 from kcache.attaching import attach
 from kcache.attention.switching import is_attached
@@ -201,7 +202,8 @@ def test_all_forms_of_prompt(lm: LoadedModel) -> None:
 @pytest.mark.parametrize(
     "prompts",
     ["", [], [""], ["a", ""], [[]], None, float("nan"), [float("nan")], ["a", None], [["a"]], 7, [[1.5]], [[True]],
-     [[-1]], [[10**6]], ["a", [3, 10**6]], [{"role": "user"}], "\ud800", {"role": "user", "content": "x"}, b"bytes"],
+     [[-1]], [[10**6]], ["a", [3, 10**6]], [{"role": "user"}], "\ud800", {"role": "user", "content": "x"}, b"bytes",
+     BatchEncoding({"input_ids": [[5]]})],
 )  # fmt: skip
 def test_unusable_prompts_are_refused_before_anything_runs(lm: LoadedModel, prompts: Any) -> None:
     with pytest.raises(InputError) as refused:
