@@ -224,6 +224,8 @@ class Session:
 
     def _keep_prefix(self, ids: list[int]) -> int:
         """Cut the cache back to what it shares with the prompt; returns how many tokens that is."""
+        if self.cache is not None and self.cache.get_seq_length() != len(self._fed):  # somebody else has changed it
+            self._drop_cache()
         shared = next(
             (at for at, (old, new) in enumerate(zip(self._fed, ids, strict=False)) if old != new),
             min(len(self._fed), len(ids)),
