@@ -9,7 +9,7 @@ that will be used again they stay, and are fed padding. What all prompts begin w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -139,8 +139,21 @@ def generate(
             f"this cache holds {cache.batch_size} sequences and was given {len(batch)} prompts; "
             "give one for each, or make a new cache"
         )
-    stops = [stop] if isinstance(stop, str) else stop
-    return stream(lm, batch, cache, sampling, room, stops, keep=keep, read=read)
+    return stream(lm, batch, cache, sampling, room, stop_texts(stop), keep=keep, read=read)
+
+
+def stop_texts(stop: str | Sequence[str]) -> list[str]:
+    """The texts that end a sequence, one or several, as a list.
+
+    Raises
+    ------
+    InputError
+        If it is something else.
+    """
+    texts = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Iterable) else [stop]
+    for text in texts:
+        expect(str, "stop", text, "a string or several; leave it out where only end tokens end a sequence")
+    return texts
 
 
 @dataclass
