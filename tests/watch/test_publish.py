@@ -416,7 +416,7 @@ def test_nothing_stays_behind(lm: LoadedModel, hooks: Callable[[], int], tmp_pat
     publication.close()
     assert hooks() == before and find() == []
     (tmp_path / "there.kcr").touch()
-    with pytest.raises(InputError, match="exists"):
+    with pytest.raises(InputError, match=r"^the recording .*exists"):
         publish(lm, record=tmp_path / "there.kcr")
     with pytest.raises(InputError, match="publish takes"):
         publish("smollm2")  # type: ignore[arg-type]
