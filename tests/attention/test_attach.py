@@ -18,6 +18,8 @@ from transformers import (
     BertModel,
     DynamicCache,
     PreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
@@ -449,6 +451,28 @@ def test_probe_looks_again_at_a_model_that_has_lost_layers() -> None:
     pair.forward(tokens(1, 2, 12))
     pair.decode(3)
     assert len(pair.ours.tiered_layers) == 2
+
+
+def test_probe_of_a_model_that_counts_from_what_its_last_run_left() -> None:
+    """Qwen 2 VL keeps how far images have moved the positions of each sequence, until it generates again."""
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.25,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        },
+        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2},
+    )
+    model = Qwen2VLForConditionalGeneration(config).eval()
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    want = model.generate(tokens(1, 2, 12), **options)
+    with attach(model):
+        assert model.generate(tokens(1, 2, 12), **holding(KCache(model, WHOLE)), **options).equal(want)
 
 
 def test_probe_leaves_latent_attention_alone() -> None:
