@@ -209,22 +209,36 @@ class KCache(Cache):
         InputError
             If there is no such sequence.
         """
+        held = self.batch_size
         if indices.dtype == torch.bool:
+            if held and len(indices) != held:
+                raise InputError(f"this cache holds {held} sequences, and the mask is of {len(indices)}")
             indices = indices.nonzero()[:, 0]
-        if (held := self.batch_size) and not bool(((indices >= -held) & (indices < held)).all()):
-            raise InputError(
-                f"this cache holds {held} sequences and was asked for {indices.tolist()}; they count from 0"
-            )
+        self._check_held([index + held if index < 0 else index for index in indices.tolist()])
         indices = indices % max(1, held)
         self.shared.select(indices)
         super().batch_select_indices(indices)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Reorder the sequences for beam search; nothing moves when the order stays."""
-        if beam_idx.tolist() == list(range(self.batch_size)):
+        """Reorder the sequences for beam search; nothing moves when the order stays.
+
+        Raises
+        ------
+        InputError
+            If there is no such sequence.
+        """
+        order = beam_idx.tolist()
+        if order == list(range(self.batch_size)):
             return
+        self._check_held(order)
         self.shared.select(beam_idx)
         super().reorder_cache(cast(torch.LongTensor, beam_idx))
+
+    def _check_held(self, order: list[int]) -> None:
+        """Raise unless these are sequences the cache holds, before anything moves; an empty cache takes any."""
+        held = self.batch_size
+        if held and not all(0 <= index < held for index in order):
+            raise InputError(f"this cache holds {held} sequences, 0 to {held - 1}, and was asked for {order}")
 
     @property
     def batch_size(self) -> int:

@@ -139,11 +139,14 @@ def test_select_and_repeat(policy: str) -> None:
     assert pair.ours.snapshot().batch == 1
 
 
-@pytest.mark.parametrize("wrong", [[3], [0, -4]])
+@pytest.mark.parametrize("wrong", [[3], [0, -4], [True, False, False, True]])
 def test_sequences_that_are_not_there_are_refused(wrong: list[int]) -> None:
     pair = filled()
     with pytest.raises(InputError, match="holds 3 sequences"):
         pair.ours.batch_select_indices(torch.tensor(wrong))
+    for order in ([-1, 0, 1], [0, 3, 1]):
+        with pytest.raises(InputError, match="holds 3 sequences"):
+            pair.ours.reorder_cache(torch.tensor(order))
     same_contents(pair)
     pair.decode(1)
 
