@@ -89,7 +89,8 @@ def generate(
         A string is continued as it stands; a list of ``{"role", "content"}`` goes through the chat template.
     policy : Policy, optional
     sampling : Sampling, optional
-        Default: the model's own generation config.
+        Default: the model's own generation config, of which nothing but what :class:`Sampling` names and the end tokens
+        is read: no default of transformers' ``generate`` (``top_k=50``), nor tokens or n-grams that it forbids.
     max_new_tokens : int
         At most so many per sequence, and never past the model's context unless ``allow_overflow``.
     stop : str or sequence of str
