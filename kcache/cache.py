@@ -105,12 +105,15 @@ class KCache(Cache):
         # Only the call stack tells whose forward this is: a model that is not attached never comes to our attention
         # function, and would go on with this chunk's rows as if they were all.
         caller = sys._getframe(1).f_locals.get("self")
+        layer = self.layers[layer_idx]
         if isinstance(caller, torch.nn.Module):
             self.shared.check_owner(caller)
             self._warn_unattached()
+            if isinstance(layer, TieredLayer):
+                self.shared.check_answered(layer)
+                layer.waits_for_attention = self.shared.attached
         if self.shared.runs_ahead:
             self.shared.about_to_change()
-        layer = self.layers[layer_idx]
         if self._latest is not None and self._latest is not layer:
             self._latest.release()
         self._latest = layer if isinstance(layer, TieredLayer) else None

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from kcache.attention.switching import is_attached
 from kcache.backends import dense
 from kcache.cache import KCache
 from kcache.errors import CacheStateError, InputError, KCacheError, UnsupportedModelError
+from kcache.models.arguments import cache_in
 from kcache.policy import Policy
 from tests.pair import WHOLE, Pair, forward
 from tests.tiny_models import holding, left_padding, make, tokens
@@ -397,6 +399,25 @@ def test_a_cache_refuses_rows_of_other_shapes(keys: tuple[int, ...], values: tup
 def test_a_cache_that_is_pickled_says_why_not() -> None:
     with pytest.raises(CacheStateError, match="cannot be pickled"):
         pickle.dumps(KCache(make("llama"), OFFLOAD))
+
+
+def test_attention_that_was_replaced_since_the_model_was_looked_at_is_refused() -> None:
+    """It would attend to each forward's new rows alone."""
+
+    def forward_of_its_own(self: Any, hidden_states: torch.Tensor, **given: Any) -> tuple[torch.Tensor, None]:
+        k, v = (made(hidden_states).unflatten(-1, (-1, 8)).transpose(1, 2) for made in (self.k_proj, self.v_proj))
+        cache: Any = cache_in(given)
+        _, values = cache.update(k, v, self.layer_idx)
+        return hidden_states + values.sum(), None
+
+    model: Any = make("llama")
+    cache = KCache(model, WHOLE)
+    for layer in model.model.layers:
+        layer.self_attn.forward = MethodType(forward_of_its_own, layer.self_attn)
+    with attach(model):
+        forward(model, cache, tokens(1, 2, 5))
+        with pytest.raises(CacheStateError, match="was replaced"):
+            forward(model, cache, tokens(2, 2, 1))
 
 
 def test_one_forward_with_two_updates_of_a_layer_is_refused() -> None:
