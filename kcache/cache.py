@@ -6,6 +6,7 @@ share one :class:`~kcache.layers.shared.Shared`.
 
 from __future__ import annotations
 
+import operator
 import sys
 import warnings
 from collections.abc import Iterator
@@ -104,12 +105,15 @@ class KCache(Cache):
         # Only the call stack tells whose forward this is: a model that is not attached never comes to our attention
         # function, and would go on with this chunk's rows as if they were all.
         caller = sys._getframe(1).f_locals.get("self")
+        layer = self.layers[layer_idx]
         if isinstance(caller, torch.nn.Module):
             self.shared.check_owner(caller)
             self._warn_unattached()
+            if isinstance(layer, TieredLayer):
+                self.shared.check_answered(layer)
+                layer.waits_for_attention = self.shared.attached
         if self.shared.runs_ahead:
             self.shared.about_to_change()
-        layer = self.layers[layer_idx]
         if self._latest is not None and self._latest is not layer:
             self._latest.release()
         self._latest = layer if isinstance(layer, TieredLayer) else None
@@ -163,7 +167,17 @@ class KCache(Cache):
             self.shared.look = before
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens; the argument is negative, as transformers has it (``crop(-3)`` removes three)."""
+        """Remove the last tokens; the argument is negative, as transformers has it (``crop(-3)`` removes three).
+
+        Raises
+        ------
+        InputError
+            If it is positive, or not a whole number.
+        """
+        try:
+            tokens_to_remove = operator.index(tokens_to_remove)  # which a tensor of one whole number has, too
+        except TypeError:
+            raise InputError(f"crop takes a whole number of tokens to remove, got {tokens_to_remove!r}") from None
         self.shared.about_to_change()
         super().crop(tokens_to_remove)
 
@@ -191,17 +205,43 @@ class KCache(Cache):
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the sequences ``indices`` ``[B']``, in that order; a bool mask ``[B]`` works too."""
-        indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices % max(1, self.batch_size)
+        """Keep the sequences ``indices`` ``[B']``, in that order; a bool mask ``[B]`` works too.
+
+        Raises
+        ------
+        InputError
+            If there is no such sequence.
+        """
+        held = self.batch_size
+        if indices.dtype == torch.bool:
+            if held and len(indices) != held:
+                raise InputError(f"this cache holds {held} sequences, and the mask is of {len(indices)}")
+            indices = indices.nonzero()[:, 0]
+        self._check_held([index + held if index < 0 else index for index in indices.tolist()])
+        indices = indices % max(1, held)
         self.shared.select(indices)
         super().batch_select_indices(indices)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Reorder the sequences for beam search; nothing moves when the order stays."""
-        if beam_idx.tolist() == list(range(self.batch_size)):
+        """Reorder the sequences for beam search; nothing moves when the order stays.
+
+        Raises
+        ------
+        InputError
+            If there is no such sequence.
+        """
+        order = beam_idx.tolist()
+        if order == list(range(self.batch_size)):
             return
+        self._check_held(order)
         self.shared.select(beam_idx)
         super().reorder_cache(cast(torch.LongTensor, beam_idx))
+
+    def _check_held(self, order: list[int]) -> None:
+        """Raise unless these are sequences the cache holds, before anything moves; an empty cache takes any."""
+        held = self.batch_size
+        if held and not all(0 <= index < held for index in order):
+            raise InputError(f"this cache holds {held} sequences, 0 to {held - 1}, and was asked for {order}")
 
     @property
     def batch_size(self) -> int:

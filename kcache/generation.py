@@ -9,7 +9,7 @@ that will be used again they stay, and are fed padding. What all prompts begin w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,7 +90,8 @@ def generate(
         A string is continued as it stands; a list of ``{"role", "content"}`` goes through the chat template.
     policy : Policy, optional
     sampling : Sampling, optional
-        Default: the model's own generation config.
+        Default: the model's own generation config, of which nothing but what :class:`Sampling` names and the end tokens
+        is read: no default of transformers' ``generate`` (``top_k=50``), nor tokens or n-grams that it forbids.
     max_new_tokens : int
         At most so many per sequence, and never past the model's context unless ``allow_overflow``.
     stop : str or sequence of str
@@ -140,8 +141,21 @@ def generate(
             f"this cache holds {cache.batch_size} sequences and was given {len(batch)} prompts; "
             "give one for each, or make a new cache"
         )
-    stops = [stop] if isinstance(stop, str) else stop
-    return stream(lm, batch, cache, sampling, room, stops, keep=keep, read=read)
+    return stream(lm, batch, cache, sampling, room, stop_texts(stop), keep=keep, read=read)
+
+
+def stop_texts(stop: str | Sequence[str]) -> list[str]:
+    """The texts that end a sequence, one or several, as a list.
+
+    Raises
+    ------
+    InputError
+        If it is something else.
+    """
+    texts = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Iterable) else [stop]
+    for text in texts:
+        expect(str, "stop", text, "a string or several; leave it out where only end tokens end a sequence")
+    return texts
 
 
 @dataclass

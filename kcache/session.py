@@ -11,7 +11,7 @@ from kcache.decoding.forward import Read
 from kcache.decoding.prompts import Message, alike, check_length, check_messages, encode_messages
 from kcache.decoding.sampling import Sampling
 from kcache.errors import InputError, PolicyError, expect
-from kcache.generation import TokenEvent, stream
+from kcache.generation import TokenEvent, stop_texts, stream
 from kcache.loading import LoadedModel
 from kcache.policy import Policy
 
@@ -148,13 +148,14 @@ class Session:
         expect(str, "the message", text, "a string")
         if not text.strip():
             raise InputError("the message is empty")
+        stops = stop_texts(stop)
         self._close_reply()
         self._stop_asked = False
         ids = encode_messages(self.lm, self._with_system(text))
         room = check_length(self.lm, len(ids), max_new_tokens, self.allow_overflow)
         new = ids[self._keep_prefix(ids) :]
         assert self.cache is not None
-        reply = self._reply(text, ids, new, self.cache, room, [stop] if isinstance(stop, str) else stop, read)
+        reply = self._reply(text, ids, new, self.cache, room, stops, read)
         self._open = weakref.ref(reply)
         return reply
 
@@ -224,6 +225,8 @@ class Session:
 
     def _keep_prefix(self, ids: list[int]) -> int:
         """Cut the cache back to what it shares with the prompt; returns how many tokens that is."""
+        if self.cache is not None and self.cache.get_seq_length() != len(self._fed):  # somebody else has changed it
+            self._drop_cache()
         shared = min(alike(self._fed, ids), len(ids) - 1)
         if self.cache is not None and (self.cache.policy != self.policy or shared == 0):
             self._drop_cache()

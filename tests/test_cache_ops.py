@@ -85,6 +85,20 @@ def test_a_crop_forgets_picks_of_rows_that_may_be_gone() -> None:
     assert pair.ours.snapshot().layers[0].picks is None
 
 
+def test_crop_takes_whole_numbers_of_any_kind_and_no_others() -> None:
+    """Whoever counts tokens to take back on the device has them in a tensor."""
+    pair = filled()
+    pair.crop(torch.tensor(2))  # type: ignore[arg-type]
+    pair.decode(2)
+    before = pair.length
+    for wrong in (-1.0, torch.tensor(-1.5), None, "2"):
+        with pytest.raises(InputError, match="whole number"):
+            pair.ours.crop(wrong)  # type: ignore[arg-type]
+    assert pair.length == before
+    same_contents(pair)
+    pair.decode(2)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_crop_to_nothing_or_beyond(policy: str) -> None:
     for beyond in (0, 50):
@@ -123,6 +137,18 @@ def test_select_and_repeat(policy: str) -> None:
     pair.decode(2)
     same_contents(pair)
     assert pair.ours.snapshot().batch == 1
+
+
+@pytest.mark.parametrize("wrong", [[3], [0, -4], [True, False, False, True]])
+def test_sequences_that_are_not_there_are_refused(wrong: list[int]) -> None:
+    pair = filled()
+    with pytest.raises(InputError, match="holds 3 sequences"):
+        pair.ours.batch_select_indices(torch.tensor(wrong))
+    for order in ([-1, 0, 1], [0, 3, 1]):
+        with pytest.raises(InputError, match="holds 3 sequences"):
+            pair.ours.reorder_cache(torch.tensor(order))
+    same_contents(pair)
+    pair.decode(1)
 
 
 def test_reorder_to_fewer_sequences() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BatchEncoding
 
 from kcache.attaching import attach
 from kcache.attention.switching import is_attached
@@ -201,7 +202,8 @@ def test_all_forms_of_prompt(lm: LoadedModel) -> None:
 @pytest.mark.parametrize(
     "prompts",
     ["", [], [""], ["a", ""], [[]], None, float("nan"), [float("nan")], ["a", None], [["a"]], 7, [[1.5]], [[True]],
-     [[-1]], [[10**6]], ["a", [3, 10**6]], [{"role": "user"}], "\ud800", {"role": "user", "content": "x"}, b"bytes"],
+     [[-1]], [[10**6]], ["a", [3, 10**6]], [{"role": "user"}], "\ud800", {"role": "user", "content": "x"}, b"bytes",
+     BatchEncoding({"input_ids": [[5]]})],
 )  # fmt: skip
 def test_unusable_prompts_are_refused_before_anything_runs(lm: LoadedModel, prompts: Any) -> None:
     with pytest.raises(InputError) as refused:
@@ -223,6 +225,9 @@ _MISTAKES: dict[str, tuple[Callable[[Any], Any], type[KCacheError], str]] = {
     "sampling": (lambda lm: generate(lm, "x", sampling={"temperature": 0}), InputError, "sampling .*; got dict"),
     "no sampling": (lambda lm: Session(lm, sampling={}), InputError, "a kcache.Sampling, such as Sampling"),
     "a cache": (lambda lm: generate(lm, "x", cache=WHOLE), InputError, "cache must be a kcache.KCache; got Policy"),
+    "no stop": (lambda lm: generate(lm, "x", stop=None), InputError, "stop must be a string or several; .* NoneType"),
+    "a token to stop at": (lambda lm: generate(lm, "x", stop=[5]), InputError, "stop must be .* got int"),
+    "a session's stop": (lambda lm: Session(lm).send("x", stop=5), InputError, "stop must be .* got int"),
     "a message": (lambda lm: Session(lm).send(3), InputError, "the message must be a string; got int"),
     "no name": (lambda _: load(None), InputError, "name must be the name or path of a model; got NoneType"),
     "no name of a config": (lambda _: load_config(None), InputError, "got NoneType"),

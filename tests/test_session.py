@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
 from kcache.attention.switching import is_attached
+from kcache.cache import KCache
 from kcache.decoding.sampling import Sampling
 from kcache.errors import ContextLengthError, DoesNotFitError, InputError
 from kcache.generation import TokenEvent
@@ -201,6 +202,17 @@ def test_changes_between_turns(lm: LoadedModel) -> None:
     assert session.last_turn is None
     want, _ = anew(session, "four", max_new_tokens=6)
     assert said(session.send("four", max_new_tokens=6)) == want
+
+
+@pytest.mark.parametrize("change", [KCache.reset, lambda cache: cache.crop(-5)])
+def test_a_cache_that_somebody_else_has_changed_is_made_anew(lm: LoadedModel, change: Callable[[KCache], None]) -> None:
+    """Its memory given back between turns, say."""
+    session = Session(lm, WHOLE, sampling=GREEDY)
+    said(session.send("hello", max_new_tokens=6))
+    assert session.cache is not None
+    change(session.cache)
+    want, _ = anew(session, "and then?", max_new_tokens=12)
+    assert said(session.send("and then?", max_new_tokens=12)) == want
 
 
 def test_messages_are_loaded_and_copied(lm: LoadedModel) -> None:

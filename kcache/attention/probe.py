@@ -30,7 +30,7 @@ from kcache.attention.switching import switched, text_config
 from kcache.backends import dense
 from kcache.errors import UnsupportedModelError
 from kcache.machine.devices import input_device
-from kcache.models.arguments import with_cache
+from kcache.models.arguments import forward_parameters, with_cache
 from kcache.models.support import check_model
 
 _TOKENS = (3, 1)
@@ -145,7 +145,7 @@ def stock_layers(model: PreTrainedModel) -> list[Any]:
 
 
 def probe(model: PreTrainedModel) -> Verdict:
-    """Find the layers of ``model`` that can be tiered; asked once per model.
+    """Find the layers of ``model`` that can be tiered; asked once per model, and anew when it has more layers or fewer.
 
     Raises
     ------
@@ -153,7 +153,7 @@ def probe(model: PreTrainedModel) -> Verdict:
         If the model has no K and V to tier, attends outside the registry, or cannot run with a cache.
     """
     known = vars(model).get("_kcache_verdict")
-    if isinstance(known, Verdict):
+    if isinstance(known, Verdict) and known.layers == len(stock_layers(model)):
         return known
     check_model(model)
     layers = stock_layers(model)
@@ -218,11 +218,14 @@ def _watching(look: _Look) -> Iterator[None]:
 
 
 def _run(model: PreTrainedModel, cache: Cache) -> None:
-    device = input_device(model)
+    """Run a prompt and a step, with positions if the model takes them: some count on from their last run."""
+    tokens = torch.zeros(1, sum(_TOKENS), dtype=torch.long, device=input_device(model))
+    given = {"input_ids": tokens}
+    if "position_ids" in forward_parameters(model):
+        given["position_ids"] = torch.arange(sum(_TOKENS), device=tokens.device)[None]
     with torch.no_grad():
-        for count in _TOKENS:
-            tokens = torch.zeros(1, count, dtype=torch.long, device=device)
-            model(input_ids=tokens, **with_cache(model, cache))
+        for pieces in zip(*(tensor.split(_TOKENS, dim=1) for tensor in given.values()), strict=True):
+            model(**dict(zip(given, pieces, strict=True)), **with_cache(model, cache))
 
 
 def _check_runs(model: PreTrainedModel, cache: Cache, error: Exception) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
@@ -26,13 +27,18 @@ class _Scopes:
     before: list[tuple[PreTrainedConfig, str | None]]
     count: int = 0
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be that of a model that was copied or saved whole: none of its blocks is open, so it is not attached."""
+        _restore(state["before"])
+        self.before, self.count = [], 0
+
 
 @contextmanager
 def switched(model: PreTrainedModel) -> Iterator[None]:
     """Run ``model`` with kcache's attention, whatever it is."""
     with _LOCK:
         scopes = vars(model).get(_SCOPES)
-        if scopes is None:
+        if scopes is None or not scopes.count:
             scopes = vars(model)[_SCOPES] = _Scopes(_switch_on(model))
         scopes.count += 1
     try:
@@ -54,6 +60,7 @@ def _switch_on(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | Non
     name = _EAGER if text_config(model)._attn_implementation == "eager" else _NAME
     try:
         model.set_attn_implementation(name)
+        _switch_copies(model, name)
     except (ValueError, NotImplementedError) as error:  # transformers' own ways of saying that it cannot
         _restore(before)
         raise UnsupportedModelError(f"{type(model).__name__} cannot be attached: {error}") from error
@@ -64,6 +71,18 @@ def _switch_on(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | Non
             "serve it; use it with its own cache"
         )
     return before
+
+
+def _switch_copies(model: PreTrainedModel, name: str) -> None:
+    """Switch the modules that have a config of their own, as layers do that are copies of others.
+
+    transformers switches models alone, whose configs other modules mostly share.
+    """
+    kind = type(text_config(model))
+    if is_attached(model):
+        for config in _configs(model):
+            if type(config) is kind:
+                config._attn_implementation_internal = name
 
 
 def _restore(before: list[tuple[PreTrainedConfig, str | None]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -112,7 +112,7 @@ def check_length(lm: LoadedModel, tokens: int, max_new_tokens: int, allow_overfl
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if isinstance(prompts, (bytes, dict)) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
         raise _not_a_prompt(prompts)
     items = list(cast(Sequence[Any], prompts))
     if items and all(_is_whole(item) for item in items):

@@ -120,6 +120,18 @@ class Shared:
                 "numbers of tokens; reset it, or make a new one"
             )
 
+    def check_answered(self, layer: TieredLayer) -> None:
+        """Raise :class:`CacheStateError` if a forward went through all layers and a layer's attention never came here.
+
+        It was given new rows alone then, for others, and would go on with them as if they were all.
+        """
+        if layer.waits_for_attention and layer.length and self.residency.layers[-1].length == layer.length:
+            raise CacheStateError(
+                f"the attention of layer {layer.index} did not come to kcache for its latest rows: it was replaced "
+                "since the model was loaded or attached, or a forward was cut short there; make a new cache, and where "
+                "attention is in code of its own use the model's own cache"
+            )
+
     def check_owner(self, module: torch.nn.Module) -> None:
         """Raise :class:`CacheStateError` unless ``module`` belongs to the model the cache was made for."""
         if id(module) not in self._modules:

@@ -72,6 +72,7 @@ class TieredLayer(CountedLayer):
         self.length = 0
         self._k: RowBuffer | ByteRows | None = None
         self._v: ValueStore | None = None
+        self.waits_for_attention = False
         self._begin_to_count()
 
     # -- what transformers asks ------------------------------------------------------------------------------------
@@ -202,6 +203,7 @@ class TieredLayer(CountedLayer):
             raise InputError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
         if tokens_to_remove == 0 or self._v is None:
             return
+        self.waits_for_attention = False
         self.length = max(0, self.length + tokens_to_remove)
         self.picked = None
         self.shared.validity.crop(self.length)
@@ -229,6 +231,7 @@ class TieredLayer(CountedLayer):
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """Attention of this forward's queries over everything the layer holds, ``[B, Hq, Q, Dv]``."""
         assert self._k is not None and self._v is not None
+        self.waits_for_attention = False
         count = call.query.shape[2]
         mask = None if call.mask is None else call.mask[..., : self.length]
         allowed = as_bool(mask)

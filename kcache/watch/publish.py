@@ -112,6 +112,10 @@ def _model_of(target: Any) -> PreTrainedModel:
     model = target.shared.model() if isinstance(target, KCache) else getattr(target, "model", target)
     if isinstance(target, PreTrainedModel):
         model = target
+    if model is None and isinstance(target, KCache):
+        raise InputError(
+            "publish was given a KCache whose model is no longer there; keep the model as long as its cache"
+        )
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"publish takes a loaded model, a transformers model or a KCache, got {type(target).__name__}")
     return model

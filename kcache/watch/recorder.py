@@ -69,9 +69,9 @@ class Recorder:
         try:
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         except FileExistsError:
-            raise InputError(f"--record {path}: exists; give another name, or remove it") from None
+            raise InputError(f"the recording {path}: exists; give another name, or remove it") from None
         except OSError as error:
-            raise InputError(f"--record {path}: cannot be written: {error.strerror or error}") from None
+            raise InputError(f"the recording {path}: cannot be written: {error.strerror or error}") from None
         self._append(START.pack(MAGIC, VERSION))
 
     def begin(self, info: Message) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import pickle
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ from transformers import (
     BertModel,
     DynamicCache,
     PreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
@@ -29,6 +33,7 @@ from kcache.attention.switching import is_attached
 from kcache.backends import dense
 from kcache.cache import KCache
 from kcache.errors import CacheStateError, InputError, KCacheError, UnsupportedModelError
+from kcache.models.arguments import cache_in
 from kcache.policy import Policy
 from tests.pair import WHOLE, Pair, forward
 from tests.tiny_models import holding, left_padding, make, tokens
@@ -103,6 +108,37 @@ def test_attached_model_that_is_dropped_is_freed() -> None:
     gc.collect()
     assert gone() is None
     assert cache.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_an_attached_model_is_not_attached(twin_of: Callable[[PreTrainedModel], PreTrainedModel]) -> None:
+    model = make("llama")
+    with attach(model):
+        twin = twin_of(model)
+        assert is_attached(model)
+        assert implementations(twin) == {"sdpa"}
+        with attach(twin):
+            assert is_attached(twin)
+        assert implementations(twin) == {"sdpa"}
+        assert is_attached(model)
+    assert implementations(model) == {"sdpa"}
+    Pair(twin).forward(tokens(1, 2, 9))
+
+
+@pytest.mark.parametrize("attached_before", [False, True])
+def test_layers_with_a_config_of_their_own_are_attached(attached_before: bool) -> None:
+    """A copied layer brings a copy of the config, which tells its attention what to run."""
+    model = make("llama")
+    if attached_before:
+        with attach(model):
+            pass
+    layers: Any = model.model.layers
+    layers[1] = copy.deepcopy(layers[1])
+    pair = Pair(model)
+    pair.forward(tokens(1, 2, 12))
+    pair.decode(3)
+    assert len(pair.ours.tiered_layers) == 3
+    assert implementations(model) == {"sdpa"}
 
 
 def test_two_models_attached_at_once() -> None:
@@ -365,6 +401,25 @@ def test_a_cache_that_is_pickled_says_why_not() -> None:
         pickle.dumps(KCache(make("llama"), OFFLOAD))
 
 
+def test_attention_that_was_replaced_since_the_model_was_looked_at_is_refused() -> None:
+    """It would attend to each forward's new rows alone."""
+
+    def forward_of_its_own(self: Any, hidden_states: torch.Tensor, **given: Any) -> tuple[torch.Tensor, None]:
+        k, v = (made(hidden_states).unflatten(-1, (-1, 8)).transpose(1, 2) for made in (self.k_proj, self.v_proj))
+        cache: Any = cache_in(given)
+        _, values = cache.update(k, v, self.layer_idx)
+        return hidden_states + values.sum(), None
+
+    model: Any = make("llama")
+    cache = KCache(model, WHOLE)
+    for layer in model.model.layers:
+        layer.self_attn.forward = MethodType(forward_of_its_own, layer.self_attn)
+    with attach(model):
+        forward(model, cache, tokens(1, 2, 5))
+        with pytest.raises(CacheStateError, match="was replaced"):
+            forward(model, cache, tokens(2, 2, 1))
+
+
 def test_one_forward_with_two_updates_of_a_layer_is_refused() -> None:
     """A handle is for the rows of its own update only."""
     model = make("llama")
@@ -406,6 +461,39 @@ def test_probe_finds_the_layers_that_can_be_tiered() -> None:
     model = make("llama")
     assert probe(model) is probe(model)
     assert implementations(model) == {"sdpa"}
+
+
+def test_probe_looks_again_at_a_model_that_has_lost_layers() -> None:
+    model = make("llama")
+    assert len(KCache(model).tiered_layers) == 3
+    layers: Any = model.model.layers
+    model.model.layers, model.config.num_hidden_layers = layers[:2], 2
+    pair = Pair(model)
+    pair.forward(tokens(1, 2, 12))
+    pair.decode(3)
+    assert len(pair.ours.tiered_layers) == 2
+
+
+def test_probe_of_a_model_that_counts_from_what_its_last_run_left() -> None:
+    """Qwen 2 VL keeps how far images have moved the positions of each sequence, until it generates again."""
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.25,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        },
+        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2},
+    )
+    model = Qwen2VLForConditionalGeneration(config).eval()
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    want = model.generate(tokens(1, 2, 12), **options)
+    with attach(model):
+        assert model.generate(tokens(1, 2, 12), **holding(KCache(model, WHOLE)), **options).equal(want)
 
 
 def test_probe_leaves_latent_attention_alone() -> None:

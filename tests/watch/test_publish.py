@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from kcache.watch.publication import Publication
 from kcache.watch.recording import open_recording
 from kcache.watch.source import Source
 from tests.test_generation import loaded
-from tests.tiny_models import holding, tokens
+from tests.tiny_models import holding, make, tokens
 
 TOPN = Policy(topn=6, spread="even", dense_layers=1, dense_below=0)
 GREEDY = Sampling(temperature=0)
@@ -416,8 +417,12 @@ def test_nothing_stays_behind(lm: LoadedModel, hooks: Callable[[], int], tmp_pat
     publication.close()
     assert hooks() == before and find() == []
     (tmp_path / "there.kcr").touch()
-    with pytest.raises(InputError, match="exists"):
+    with pytest.raises(InputError, match=r"^the recording .*exists"):
         publish(lm, record=tmp_path / "there.kcr")
     with pytest.raises(InputError, match="publish takes"):
         publish("smollm2")  # type: ignore[arg-type]
+    alone = KCache(make("llama"))
+    gc.collect()
+    with pytest.raises(InputError, match="no longer there"):
+        publish(alone)
     assert hooks() == before and find() == []
