@@ -26,6 +26,7 @@ from kcache.attention.probe import probe
 from kcache.errors import InputError, ModelNotFoundError, UnsupportedModelError, expect
 from kcache.machine.devices import SPREADS, check_device_map, input_device, is_too_old
 from kcache.machine.parallel import check_heads
+from kcache.machine.threads import let_go_of_threads
 from kcache.models.demo import SMOLLM2
 from kcache.models.explained import explained, short
 from kcache.models.names import Source, find_source
@@ -179,6 +180,7 @@ def load(
             folder, dtype=torch_dtype, device_map=device_map, trust_remote_code=trust_remote_code, **extra
         )
     probe(model.eval().requires_grad_(False))
+    let_go_of_threads()
     return LoadedModel(source.name, model, tokenizer)
 
 

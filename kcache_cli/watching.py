@@ -62,7 +62,7 @@ class WatchOptions:
         if self.dashboard:
             from kcache_cli.tui.start import check_terminal
 
-            check_terminal()
+            check_terminal("--dashboard needs a terminal; leave it away where there is none")
 
     def refuse(self, reason: str) -> None:
         """Raise :class:`InputError` if a recording or a port was asked for."""

@@ -109,7 +109,7 @@ class History:
             )
 
     def names(self, index: int | None = None) -> tuple[str, ...]:
-        """See :class:`~kcache.watch.source.Source`; kept, like text, for the newest run only."""
+        """See :class:`~kcache.watch.source.Source`; kept for the newest run and the one before."""
         frame = self.latest() if index is None else self.frame(index)
         with self._lock:
             return () if frame is None else self._text.names(frame.run)

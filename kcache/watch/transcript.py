@@ -20,7 +20,7 @@ _MOST_SEQUENCES = 2**16
 
 
 class Transcript:
-    """Text of each token of each sequence of one run.
+    """Text of each token of each sequence of one run, and what its sequences and those of the run before are called.
 
     What comes begins where the viewer's text ends, or before that, where the cache was cut back.
     """
@@ -28,7 +28,7 @@ class Transcript:
     def __init__(self) -> None:
         self._run = 0
         self._rows: dict[int, list[str]] = {}
-        self._names: tuple[str, ...] = ()
+        self._names: dict[int, tuple[str, ...]] = {}
 
     def apply(self, message: Message) -> None:
         """Take in a text message; see :func:`text_message`.
@@ -42,12 +42,13 @@ class Transcript:
         if not isinstance(parts, list):
             raise FormatError("parts: a list was expected")
         if run != self._run:
-            self._run, self._rows, self._names = run, {}, ()
+            self._names = {at: called for at, called in self._names.items() if at == self._run}
+            self._run, self._rows = run, {}
         names = message.get("names")  # which older writers do not send
         if isinstance(names, list):
             if len(names) > _MOST_SEQUENCES or not all(isinstance(name, str) for name in names):
                 raise FormatError("names: a list of texts was expected")
-            self._names = tuple(names)
+            self._names[run] = tuple(names)
         for part in parts:
             if not isinstance(part, list) or len(part) != 3:
                 raise FormatError("parts: a sequence, a position and pieces were expected")
@@ -71,8 +72,11 @@ class Transcript:
         return found + [""] * (max(0, end - start) - len(found))
 
     def names(self, run: int) -> tuple[str, ...]:
-        """What the sequences of a run are called; empty where they have no names. Untrusted text."""
-        return self._names if run == self._run else ()
+        """What the sequences of a run are called; empty where they have no names, or are long gone. Untrusted text.
+
+        The last frame of a run is still looked at when the next one has begun.
+        """
+        return self._names.get(run, ())
 
 
 class TextCursor:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kcache.watch.frame import Frame
+from kcache_cli.tui.model.trace import HALF_LIFE_STEPS
 
-HALF_LIFE_STEPS = 32
 MOST_ROWS = 240
 """Rows of the picture of steps; of a longer answer, several steps share one."""
 

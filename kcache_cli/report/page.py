@@ -15,12 +15,13 @@ from kcache.watch.frame import Frame
 from kcache.watch.source import Source
 from kcache_cli.report.charts import Axis
 from kcache_cli.report.colours import picture, ramp
-from kcache_cli.report.heat import HALF_LIFE_STEPS, Heat, Maps
+from kcache_cli.report.heat import Heat, Maps
 from kcache_cli.report.samples import Samples, frames
 from kcache_cli.report.tables import figures, job_figures, layer_table, memory_bars, run_rows, turn_rows
 from kcache_cli.report.text import turns
 from kcache_cli.report.timeline import charts, clock, readout, x_ticks
 from kcache_cli.text import one_line, printable, size
+from kcache_cli.tui.model.trace import HALF_LIFE_STEPS
 
 if TYPE_CHECKING:
     from jinja2 import Environment

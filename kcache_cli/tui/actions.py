@@ -152,6 +152,14 @@ class Actions(App[None]):
         for line in self.query(Line):
             line.rate_hz = self.feed.rate_hz
 
+    def action_zoom(self, factor: float) -> None:
+        """Look at less of the context, or at more."""
+        self.query_one(HeatPanel).action_zoom(factor)
+
+    def action_zoom_all(self) -> None:
+        """Look at the whole context, or take the cursor away."""
+        self.query_one(HeatPanel).action_zoom_all()
+
     def action_step(self, by: int) -> None:
         """A frame back or on; in a running live view the heat map's cursor instead."""
         place = None if self.moment is None else self.moment.place
@@ -184,6 +192,9 @@ class Actions(App[None]):
 
     def action_probe(self) -> None:
         """Have exact layers say what they would pick, or no longer."""
+        if self.moment is not None and not self.moment.place.live:
+            self.notify("what layers would pick can be asked of a live run alone", timeout=3)
+            return
         self.feed.always_probe = not self.feed.always_probe
         word = "say what they would pick" if self.feed.always_probe else "only attend"
         self.notify(f"layers that attend exactly now {word}", timeout=3)

@@ -14,7 +14,7 @@ from typing import ClassVar
 from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
-from textual.binding import BindingType
+from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 from textual.message import Message
 from textual.theme import Theme
@@ -70,7 +70,12 @@ class Dashboard(Actions):
 
     CSS_PATH = "dashboard.tcss"
     TITLE = "kcache"
-    BINDINGS: ClassVar[list[BindingType]] = [*bindings()]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *bindings(),
+        Binding("z", "zoom(0.5)", "zoom in", show=False, id="heat.zoom_in"),
+        Binding("Z,x", "zoom(2)", "zoom out", show=False, id="heat.zoom_out"),
+        Binding("backspace", "zoom_all", "whole context", show=False, id="heat.zoom_all"),
+    ]
     ENABLE_COMMAND_PALETTE = True
 
     class Arrived(Message):
@@ -170,6 +175,7 @@ class Dashboard(Actions):
 
     @on(Ended)
     def _ended(self, event: Ended) -> None:
+        self.clear_notifications()  # of what is being waited for
         stopped = isinstance(event.failed, KeyboardInterrupt)
         self.query_one(Headline).over = "done" if event.failed is None else "stopped" if stopped else "failed"
 

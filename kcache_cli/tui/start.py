@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 NO_TERMINAL = "the dashboard needs a terminal; `kcache inspect --once` prints the state"
 
 
-def check_terminal() -> None:
-    """Refuse to draw where nobody sees it.
+def check_terminal(why: str = NO_TERMINAL) -> None:
+    """Refuse to draw where nobody sees it, and say ``why``.
 
     Raises
     ------
     InputError
     """
     if not has_terminal():
-        raise InputError(NO_TERMINAL)
+        raise InputError(why)
 
 
 def has_terminal() -> bool:

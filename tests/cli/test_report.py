@@ -31,10 +31,11 @@ from kcache_cli.inspect.values import state
 from kcache_cli.inspect.view import show
 from kcache_cli.report.charts import Axis, nice
 from kcache_cli.report.colours import picture
-from kcache_cli.report.heat import HALF_LIFE_STEPS, Heat, rebucketed
+from kcache_cli.report.heat import Heat, rebucketed
 from kcache_cli.report.page import page
 from kcache_cli.report.samples import frames
 from kcache_cli.report.text import turns
+from kcache_cli.tui.model.trace import HALF_LIFE_STEPS
 from tests.cli.conftest import Run
 from tests.watch.steps import Steps, Words
 

@@ -388,6 +388,26 @@ def test_probe() -> None:
     run(body)
 
 
+def test_a_replay_cannot_be_asked_what_would_be_picked() -> None:
+    async def body(driver: Driver) -> None:
+        await driver.press("p")
+        assert "of a live run alone" in driver.text()
+
+    run(body, FakeSource(conversation(), live=False))
+
+
+def test_zoom_is_for_all_panels() -> None:
+    async def body(driver: Driver) -> None:
+        heat = driver.app.query_one(HeatPanel)
+        for panel in ("4", "3", "5"):
+            await driver.press(panel, "z")
+            assert heat.window.end is not None
+            await driver.press("backspace")
+            assert heat.window.end is None
+
+    run(body)
+
+
 def test_short_contexts_are_asked_what_they_would_pick() -> None:
     async def body(driver: Driver) -> None:
         assert {"probe": True} in driver.source.asked

@@ -165,7 +165,7 @@ def test_history_decays_and_has_no_bias_at_first() -> None:
     assert moment([first]).past.decayed == pytest.approx(first.heat)
     trace = Trace()
     trace.add(first)
-    later = frame(1 + int(HALF_LIFE_STEPS), prompt=5984)  # as long, looking elsewhere
+    later = frame(1 + HALF_LIFE_STEPS, prompt=5984)  # as long, looking elsewhere
     trace.add(later)
     seen = trace.past().decayed
     assert seen.sum() == pytest.approx(first.heat.sum())

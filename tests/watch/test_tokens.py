@@ -165,15 +165,18 @@ def test_times_are_of_forwards_that_follow_each_other(tokens: Tokens) -> None:
 
 def test_names_are_those_of_one_run(tokens: Tokens) -> None:
     cursor, transcript = TextCursor(), Transcript()
-    for run, names in ((1, ("a", "b")), (2, ()), (3, ("too", "many", "names")), (4, ("c", "d"))):
+    before: tuple[str, ...] = ()
+    for run, names in ((1, ("a", "b")), (2, ()), (3, ("too", "many", "names")), (4, ("c", "d")), (5, ("e", "f"))):
         if names:
             tokens.name(names)
         tokens.take(forward(0, [[7, 7], [7, 7]], run=run))
         told(tokens, cursor, transcript)
         assert transcript.names(run) == (names if len(names) == 2 else ())
-        assert transcript.names(run + 1) == ()
+        assert transcript.names(run - 1) == before, "whose last frame may still be looked at"
+        assert transcript.names(run - 2) == transcript.names(run + 1) == ()
+        before = transcript.names(run)
     with pytest.raises(FormatError, match="names"):
-        transcript.apply({**text_message(4, []), "names": [7]})
+        transcript.apply({**text_message(5, []), "names": [7]})
 
 
 def test_what_ended_without_an_end_token_is_told_from_outside(tokens: Tokens) -> None:

@@ -15,7 +15,7 @@ from kcache.watch.frame import Frame
 
 REMEMBERED = 240
 """Frames that graphs go back."""
-HALF_LIFE_STEPS = 16.0
+HALF_LIFE_STEPS = 16
 """After so many steps a pick counts half in the decayed history."""
 _WINDOW = 32
 

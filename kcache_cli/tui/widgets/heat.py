@@ -20,9 +20,6 @@ class HeatPanel(HeatMap):
         Binding("down", "row(1)", "layer down", show=False, id="heat.down"),
         Binding("shift+left,a", "column(-1)", "cursor left", show=False, id="heat.left"),
         Binding("shift+right,d", "column(1)", "cursor right", show=False, id="heat.right"),
-        Binding("z", "zoom(0.5)", "zoom in", show=False, id="heat.zoom_in"),
-        Binding("Z,x", "zoom(2)", "zoom out", show=False, id="heat.zoom_out"),
-        Binding("backspace", "zoom_all", "whole context", show=False, id="heat.zoom_all"),
         Binding("enter", "open", "layer", show=False, id="heat.open"),
     ]
 
