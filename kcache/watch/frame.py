@@ -21,6 +21,8 @@ Role = Literal["prompt", "answer"]
 
 MOST_BUCKETS = 128
 """Buckets of a histogram at most; a long context fills more than half of them, a short one has a bucket per token."""
+HALF_LIFE_STEPS = 16
+"""After so many steps a pick counts half in a history of picks, wherever one is shown."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kcache.watch.frame import Frame
-from kcache_cli.tui.model.trace import HALF_LIFE_STEPS
+from kcache.watch.frame import HALF_LIFE_STEPS, Frame
 
 MOST_ROWS = 240
 """Rows of the picture of steps; of a longer answer, several steps share one."""

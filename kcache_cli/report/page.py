@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import kcache
 from kcache.errors import InputError
-from kcache.watch.frame import Frame
+from kcache.watch.frame import HALF_LIFE_STEPS, Frame
 from kcache.watch.source import Source
 from kcache_cli.report.charts import Axis
 from kcache_cli.report.colours import picture, ramp
@@ -21,7 +21,6 @@ from kcache_cli.report.tables import figures, job_figures, layer_table, memory_b
 from kcache_cli.report.text import turns
 from kcache_cli.report.timeline import charts, clock, readout, x_ticks
 from kcache_cli.text import one_line, printable, size
-from kcache_cli.tui.model.trace import HALF_LIFE_STEPS
 
 if TYPE_CHECKING:
     from jinja2 import Environment

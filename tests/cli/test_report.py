@@ -22,7 +22,7 @@ from kcache.errors import KCacheError
 from kcache.telemetry import Stats
 from kcache.watch.codec import Message, pack, unpack
 from kcache.watch.columns import read_frame
-from kcache.watch.frame import Frame, Info
+from kcache.watch.frame import HALF_LIFE_STEPS, Frame, Info
 from kcache.watch.kcr import DELTA, HEADER, KEY, MAGIC, START, VERSION, record
 from kcache.watch.recorder import Recorder
 from kcache.watch.recording import open_recording
@@ -35,7 +35,6 @@ from kcache_cli.report.heat import Heat, rebucketed
 from kcache_cli.report.page import page
 from kcache_cli.report.samples import frames
 from kcache_cli.report.text import turns
-from kcache_cli.tui.model.trace import HALF_LIFE_STEPS
 from tests.cli.conftest import Run
 from tests.watch.steps import Steps, Words
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kcache.errors import InputError
-from kcache.watch.frame import Frame, Info, Mark, Memory, bucket_tokens
+from kcache.watch.frame import HALF_LIFE_STEPS, Frame, Info, Mark, Memory, bucket_tokens
 from kcache_cli.tui.layout import PANELS, arrange
 from kcache_cli.tui.model import words
 from kcache_cli.tui.model.cell import cell
@@ -23,7 +23,7 @@ from kcache_cli.tui.model.moment import Moment
 from kcache_cli.tui.model.passage import beginning, pieces_of, role_at, weights
 from kcache_cli.tui.model.scale import slots, ticks
 from kcache_cli.tui.model.speed import speed_view
-from kcache_cli.tui.model.trace import HALF_LIFE_STEPS, Trace
+from kcache_cli.tui.model.trace import Trace
 from tests.tui.fakes import INFO, KV_HEADS, MIB, NEEDLE, TOPN, conversation, frame
 
 

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from kcache.telemetry import Stats
-from kcache.watch.frame import Frame
+from kcache.watch.frame import HALF_LIFE_STEPS, Frame
 
 REMEMBERED = 240
 """Frames that graphs go back."""
-HALF_LIFE_STEPS = 16
-"""After so many steps a pick counts half in the decayed history."""
 _WINDOW = 32
 
 
