@@ -82,7 +82,7 @@ def decode(
 def graph_of(cache: KCache) -> GraphDecoder | None:
     """Who decodes by replaying recorded steps; None where nothing records them, or the policy does without."""
     shared = cache.shared
-    if shared.make_tape is None or not has_triton():
+    if shared.make_tape is None or (shared.recording is None and not has_triton()):  # asked for each token
         return None
     from kcache.graph.decoder import GraphDecoder
 

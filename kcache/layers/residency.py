@@ -24,6 +24,7 @@ from kcache.tiers.rows import grown_length
 from kcache.tiers.spare import Spare
 
 if TYPE_CHECKING:
+    from kcache.layers.counted import CountedLayer
     from kcache.layers.tiered import TieredLayer
 
 
@@ -78,7 +79,7 @@ class Residency:
         """Sequences that are known to come, which is what the host tier has room for."""
         return self.sequences
 
-    def is_resident(self, layer: TieredLayer) -> bool:
+    def is_resident(self, layer: CountedLayer) -> bool:
         """Whether the layer's V stays on the device under the current plan."""
         if self.policy.offload == "none":
             return True

@@ -32,6 +32,7 @@ from kcache.tiers.spare import spare_of
 from kcache.tiers.validity import Validity
 
 if TYPE_CHECKING:
+    from kcache.layers.counted import CountedLayer
     from kcache.layers.tiered import TieredLayer
 
 
@@ -199,7 +200,7 @@ class Shared:
         """Scratch memory that decode steps now run in."""
         return tuple(item for backend in self._backends.values() for item in getattr(backend, "scratch", ()))
 
-    def is_resident(self, layer: TieredLayer) -> bool:
+    def is_resident(self, layer: CountedLayer) -> bool:
         """Whether the layer's V stays on the device."""
         return self.residency.is_resident(layer)
 
