@@ -30,8 +30,8 @@ from kcache.bench.run import run
 from kcache.bench.runner import Runner
 from kcache.cache import KCache
 from kcache.decoding.forward import prefill
-from kcache.loading import LoadedModel
 from kcache.machine.ram import read_ram
+from kcache.models.loaded import LoadedModel
 from kcache.policy import Policy
 from kcache.tiers.spare import spare_of
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from kcache.loading import LoadedModel
+from kcache.models.loaded import LoadedModel
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {

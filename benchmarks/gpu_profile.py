@@ -23,7 +23,7 @@ from benchmarks.gpu_models import Models
 from kcache.attaching import attach
 from kcache.cache import KCache
 from kcache.decoding.forward import prefill
-from kcache.loading import LoadedModel
+from kcache.models.loaded import LoadedModel
 
 _PAUSE_US = 3.0
 

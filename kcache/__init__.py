@@ -25,7 +25,8 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from kcache.generation import TokenEvent, generate
-    from kcache.loading import LoadedModel, load, load_config
+    from kcache.loading import load, load_config
+    from kcache.models.loaded import LoadedModel
     from kcache.models.names import ModelEntry, known_models, pull
     from kcache.policy import Policy, parse_bytes
     from kcache.session import Session, TurnStats
@@ -49,8 +50,9 @@ _HOMES = {
         "UnsupportedModelError",
     ),
     "generation": ("TokenEvent", "generate"),
-    "loading": ("LoadedModel", "load", "load_config"),
+    "loading": ("load", "load_config"),
     "memory": ("memory",),
+    "models.loaded": ("LoadedModel",),
     "models.names": ("ModelEntry", "known_models", "pull"),
     "policy": ("Policy", "parse_bytes"),
     "decoding.sampling": ("Sampling",),

@@ -26,8 +26,8 @@ from kcache.decoding.prompts import Prompt, check_length, encode
 from kcache.decoding.sampling import Sampler, Sampling
 from kcache.decoding.text import Detokenizer
 from kcache.errors import CacheStateError, InputError, expect
-from kcache.loading import LoadedModel
 from kcache.models.ends import end_ids
+from kcache.models.loaded import LoadedModel
 from kcache.policy import Policy
 from kcache.watch.capture import watchers_of
 

@@ -7,9 +7,8 @@ whether the model is one that kcache can serve. Loading itself is ``from_pretrai
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import (
@@ -17,18 +16,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from kcache.attention.probe import probe
 from kcache.errors import InputError, ModelNotFoundError, UnsupportedModelError, expect
-from kcache.machine.devices import SPREADS, check_device_map, input_device, is_too_old
+from kcache.machine.devices import SPREADS, check_device_map, is_too_old
 from kcache.machine.parallel import check_heads
 from kcache.machine.threads import let_go_of_threads
 from kcache.models.demo import SMOLLM2
 from kcache.models.explained import explained, short
+from kcache.models.loaded import LoadedModel, Reader
 from kcache.models.names import Source, find_source
 from kcache.models.progress import Progress, ignore_progress, quiet_transformers
 from kcache.models.support import check_supported, context_length
@@ -37,57 +36,6 @@ DeviceMap = str | int | torch.device | dict[str, Any] | None
 Name = str | os.PathLike[str]
 
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model with its tokenizer.
-
-    Attributes
-    ----------
-    name : str
-        What it was asked for as.
-    model : PreTrainedModel
-    tokenizer : PreTrainedTokenizerBase
-        Pads on the left, with its end token where it has no padding token.
-    """
-
-    name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids go in: the device that the first layers run on."""
-        return input_device(self.model)
-
-    @property
-    def vocabulary(self) -> int:
-        """Token ids the model knows are those below this."""
-        return len(cast(Any, self.model.get_input_embeddings()).weight)
-
-    @property
-    def context_length(self) -> int | None:
-        """The most tokens the model was made for; None where its config does not say."""
-        return context_length(self.model.config)
-
-
-@dataclass(frozen=True)
-class Reader:
-    """What of a model turns prompts into tokens, without its weights.
-
-    Attributes
-    ----------
-    name : str
-    tokenizer : PreTrainedTokenizerBase
-    context_length : int or None
-    vocabulary : int
-    """
-
-    name: str
-    tokenizer: PreTrainedTokenizerBase
-    context_length: int | None
-    vocabulary: int
 
 
 def load_reader(

@@ -12,7 +12,7 @@ from kcache.decoding.prompts import Message, alike, check_length, check_messages
 from kcache.decoding.sampling import Sampling
 from kcache.errors import InputError, PolicyError, expect
 from kcache.generation import TokenEvent, stop_texts, stream
-from kcache.loading import LoadedModel
+from kcache.models.loaded import LoadedModel
 from kcache.policy import Policy
 
 

@@ -83,7 +83,7 @@ class Engine(Protocol):
         """Turn flags into kcache's sampling settings."""
 
     def reader(self, model: ModelOptions, progress: Progress) -> Any:
-        """Load what turns prompts into tokens (:class:`kcache.loading.Reader`), without the weights."""
+        """Load what turns prompts into tokens (:class:`kcache.models.loaded.Reader`), without the weights."""
 
     def load(self, model: ModelOptions, progress: Progress) -> Any:
         """Load the model."""

@@ -20,7 +20,8 @@ from kcache.decoding.sampling import Sampler, Sampling
 from kcache.decoding.text import Detokenizer
 from kcache.errors import ContextLengthError, DoesNotFitError, InputError, KCacheError, PolicyError
 from kcache.generation import TokenEvent, generate
-from kcache.loading import LoadedModel, load, load_config
+from kcache.loading import load, load_config
+from kcache.models.loaded import LoadedModel
 from kcache.models.names import pull
 from kcache.policy import Policy
 from kcache.session import Session

@@ -12,7 +12,7 @@ from kcache.cache import KCache
 from kcache.decoding.sampling import Sampling
 from kcache.errors import ContextLengthError, DoesNotFitError, InputError
 from kcache.generation import TokenEvent
-from kcache.loading import LoadedModel
+from kcache.models.loaded import LoadedModel
 from kcache.policy import Policy
 from kcache.session import Session
 from tests.pair import WHOLE

@@ -18,7 +18,7 @@ from kcache.decoding.forward import step_logits
 from kcache.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from kcache.loading import LoadedModel
+    from kcache.models.loaded import LoadedModel
 
 
 _LONGEST_TOKEN = 8  # characters a token of prose has at most, on average over a context

@@ -17,7 +17,7 @@ from kcache.evaluate.places import Place
 from kcache.policy import Policy
 
 if TYPE_CHECKING:
-    from kcache.loading import LoadedModel
+    from kcache.models.loaded import LoadedModel
 
 STEPS = 64
 

@@ -21,7 +21,7 @@ from kcache.models.weights import Weights
 from kcache.planning.plan import predict
 
 if TYPE_CHECKING:
-    from kcache.loading import LoadedModel
+    from kcache.models.loaded import LoadedModel
 
 
 @dataclass(frozen=True)

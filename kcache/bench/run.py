@@ -26,7 +26,7 @@ from kcache.machine.ram import read_ram
 from kcache.tiers.spare import spare_of
 
 if TYPE_CHECKING:
-    from kcache.loading import LoadedModel
+    from kcache.models.loaded import LoadedModel
 
 
 class Watch(Protocol):

@@ -28,7 +28,7 @@ from kcache.layers.tiered import TieredLayer
 from kcache.telemetry import Stats
 
 if TYPE_CHECKING:
-    from kcache.loading import LoadedModel
+    from kcache.models.loaded import LoadedModel
 
 _WARM_PROMPT = 256
 _LEAST_STEPS = 4

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 from kcache.errors import ContextLengthError, InputError
-
-if TYPE_CHECKING:
-    from kcache.loading import LoadedModel, Reader
+from kcache.models.loaded import LoadedModel, Reader
 
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | list[int] | list[Message]

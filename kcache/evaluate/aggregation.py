@@ -17,7 +17,7 @@ from kcache.evaluate.haystack import Prose, count_tokens, passage, spread
 from kcache.evaluate.needle import Problem
 
 if TYPE_CHECKING:
-    from kcache.loading import LoadedModel
+    from kcache.models.loaded import LoadedModel
 
 COMMON, COMMON_TIMES, OTHER_TIMES = 10, 30, 3
 HOPS = 4

@@ -28,7 +28,7 @@ from kcache.policy import Policy
 from kcache.telemetry import Stats
 
 if TYPE_CHECKING:
-    from kcache.loading import LoadedModel
+    from kcache.models.loaded import LoadedModel
 
 _BLOCK = 64
 """Steps in one forward: more saves little and takes room for their logits."""

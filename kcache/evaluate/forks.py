@@ -22,7 +22,7 @@ from kcache.models.ends import end_ids
 from kcache.policy import Policy
 
 if TYPE_CHECKING:
-    from kcache.loading import LoadedModel
+    from kcache.models.loaded import LoadedModel
 
 _FULL = Policy(offload="none")
 

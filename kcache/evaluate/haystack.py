@@ -18,7 +18,7 @@ from kcache.decoding.prompts import check_messages
 from kcache.errors import InputError
 
 if TYPE_CHECKING:
-    from kcache.loading import LoadedModel
+    from kcache.models.loaded import LoadedModel
 
 _LONGEST = 400  # characters of a sentence; what has no end by then is cut
 _SENTENCE = re.compile(rf"\S.{{0,{_LONGEST}}}?(?:[.!?]\s+|\s*\n\s*\n\s*|\Z)|\S.{{0,{_LONGEST}}}\s*", re.S)

@@ -8,7 +8,7 @@ import torch
 
 from kcache.attention.handles import AttentionCall
 from kcache.backends import dense
-from kcache.layers.tiered import TieredLayer
+from kcache.layers.attending import AttendingLayer
 
 _EVERY = 8
 """The error is looked at in one of so many steps: exact attention beside each would double the time."""
@@ -23,7 +23,7 @@ class LayerLook:
         self._mass: defaultdict[int, torch.Tensor | float] = defaultdict(float)
         self._error: defaultdict[int, torch.Tensor | float] = defaultdict(float)
 
-    def __call__(self, layer: TieredLayer, call: AttentionCall, out: torch.Tensor) -> None:
+    def __call__(self, layer: AttendingLayer, call: AttentionCall, out: torch.Tensor) -> None:
         """Take in one step of one layer."""
         if layer.mode != "topn" or layer.mass is None:
             return
@@ -44,7 +44,7 @@ class LayerLook:
         return [float(self._error[i]) / self._looked[i] if self._looked[i] else 0.0 for i in range(layers)]
 
 
-def attention_error(layer: TieredLayer, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
+def attention_error(layer: AttendingLayer, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
     """Distance of ``out`` ``[1, Hq, 1, Dv]`` from exact attention over the same rows, over the length of the latter.
 
     The rows as the cache keeps them: what keeping them in 8 bits costs is in neither.

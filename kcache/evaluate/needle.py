@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kcache.evaluate.haystack import Prose, passage
 
 if TYPE_CHECKING:
-    from kcache.loading import LoadedModel
+    from kcache.models.loaded import LoadedModel
 
 KEYS = 4
 _COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "silver")

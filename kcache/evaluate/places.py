@@ -11,7 +11,7 @@ from kcache.errors import ContextLengthError, InputError
 
 if TYPE_CHECKING:
     from kcache.evaluate.haystack import Prose
-    from kcache.loading import LoadedModel
+    from kcache.models.loaded import LoadedModel
 
 
 @dataclass(frozen=True)

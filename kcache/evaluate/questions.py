@@ -19,7 +19,7 @@ from kcache.decoding.prompts import alike
 from kcache.evaluate.forks import Contender, Prefix
 
 if TYPE_CHECKING:
-    from kcache.loading import LoadedModel
+    from kcache.models.loaded import LoadedModel
 
 Row = dict[str, Any]
 

@@ -21,7 +21,7 @@ from kcache.evaluate.needle import Problem, multikey, passkey
 from kcache.policy import Policy
 
 if TYPE_CHECKING:
-    from kcache.loading import LoadedModel
+    from kcache.models.loaded import LoadedModel
 
 Kind = Literal["passkey", "multikey", "common-words", "variable-tracking"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

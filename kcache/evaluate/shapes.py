@@ -21,7 +21,7 @@ from kcache.planning.sizes import TierSizes, least_resident
 from kcache.policy import Policy
 
 if TYPE_CHECKING:
-    from kcache.loading import LoadedModel
+    from kcache.models.loaded import LoadedModel
 
 _DENSE_LAYERS = (0, 1, 2, 3, 4, 6, 8)
 _TAIL_PARTS = (4, 3, 2, 1)

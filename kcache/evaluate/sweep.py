@@ -14,7 +14,7 @@ from kcache.evaluate.haystack import Prose
 from kcache.evaluate.places import Place
 
 if TYPE_CHECKING:
-    from kcache.loading import LoadedModel
+    from kcache.models.loaded import LoadedModel
 
 
 @dataclass(frozen=True)

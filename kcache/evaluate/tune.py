@@ -24,7 +24,7 @@ from kcache.evaluate.places import Place
 from kcache.evaluate.shapes import Shape
 
 if TYPE_CHECKING:
-    from kcache.loading import LoadedModel
+    from kcache.models.loaded import LoadedModel
 
 TOPNS = (16, *(step * 2**power for power in range(2, 8) for step in (5, 6, 7, 8)))
 """16 to 1,024 in steps of a seventh to a quarter."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -17,9 +17,6 @@ from kcache.layers.would_pick import would_pick
 from kcache.telemetry import LayerKind
 from kcache.tiers.bytes import ByteRows
 from kcache.tiers.lowrank import LowRankTail
-
-if TYPE_CHECKING:
-    from kcache.layers.tiered import TieredLayer
 
 
 class Buffers(NamedTuple):
@@ -38,20 +35,25 @@ class AttendingLayer(CountedLayer):
 
     Attributes
     ----------
-    following : TieredLayer or None
+    following : AttendingLayer or None
         The layer whose V is wanted next.
     waits_for_attention : bool
         Whether rows were stored whose attention has not come yet.
     """
 
     device: torch.device
-    following: TieredLayer | None
+    following: AttendingLayer | None
     waits_for_attention: bool
 
     @property
     def offloaded(self) -> bool:
         """Whether V lives in the host tier."""
         return self._v is not None and self._v.host is not None
+
+    def spill(self) -> None:
+        """Move V to the host tier."""
+        if self._v is not None:
+            self._v.spill()
 
     @property
     def kind(self) -> LayerKind:
@@ -87,6 +89,11 @@ class AttendingLayer(CountedLayer):
         if self.following is None:
             self._v.release()
         return out
+
+    def prefetch_values(self, chunk: int) -> None:
+        """Start bringing V to the device for the exact pass over ``chunk`` new rows that is about to come."""
+        if self._v is not None:
+            self._v.prefetch(chunk)
 
     def _decodes_topn(self, mask: torch.Tensor | None) -> bool:
         if not self.offloaded or self.shared.force_exact or self.length < self.shared.policy.dense_below:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from kcache.attention.handles import AttentionCall
 from kcache.errors import CacheStateError
-
-if TYPE_CHECKING:
-    from kcache.layers.tiered import TieredLayer
+from kcache.layers.attending import AttendingLayer
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """The usual :class:`~kcache.attention.handles.Handle`: which rows of which layer."""
 
-    layer: TieredLayer
+    layer: AttendingLayer
     end: int
 
     def attend(self, module: torch.nn.Module, call: AttentionCall) -> torch.Tensor:

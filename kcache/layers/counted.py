@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from kcache.layers.shared import Shared
 from kcache.planning.sizes import SCALE_BYTES
 from kcache.telemetry import Stats, StepMode
 from kcache.tiers.bytes import ByteRows
 from kcache.tiers.rows import RowBuffer
 from kcache.tiers.values import ValueStore
-
-if TYPE_CHECKING:
-    from kcache.layers.shared import Shared
 
 
 class Picked(NamedTuple):

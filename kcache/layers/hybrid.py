@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from transformers.cache_utils import (
@@ -11,10 +11,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from kcache.layers.shared import Shared
 from kcache.layers.tiered import TieredLayer
-
-if TYPE_CHECKING:
-    from kcache.layers.shared import Shared
 
 
 class HybridTieredLayer(TieredLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]

@@ -5,14 +5,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
+from kcache.layers.protocol import Layer
 from kcache.planning.sizes import TierSizes
-
-if TYPE_CHECKING:
-    from kcache.layers.tiered import TieredLayer
 
 
 class Place:
@@ -21,7 +17,7 @@ class Place:
     Attributes
     ----------
     device : torch.device
-    layers : list of TieredLayer
+    layers : list of Layer
     least, resident : int
         How many of the first of them keep V there whatever the budget, and how many do.
     sizes : TierSizes
@@ -35,7 +31,7 @@ class Place:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.layers: list[TieredLayer] = []
+        self.layers: list[Layer] = []
         self.least = self.resident = self.working = 0
         self.budget: int | None = None
 

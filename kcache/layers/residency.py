@@ -7,13 +7,14 @@ devices each has a budget of its own, for the layers that are there, and the sho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from kcache.errors import DoesNotFitError
 from kcache.layers.place import Place
+from kcache.layers.protocol import Layer
 from kcache.machine.devices import keeps_hot_rows
 from kcache.machine.parallel import ALONE, Ranks
 from kcache.machine.ram import read_ram
@@ -23,17 +24,13 @@ from kcache.policy import Policy
 from kcache.tiers.rows import grown_length
 from kcache.tiers.spare import Spare
 
-if TYPE_CHECKING:
-    from kcache.layers.counted import CountedLayer
-    from kcache.layers.tiered import TieredLayer
-
 
 class Residency:
     """The residency plan of one cache.
 
     Attributes
     ----------
-    layers : list of TieredLayer
+    layers : sequence of Layer
         The layers it plans for, first to last.
     devices : dict
         The device of each layer by its index; a layer that is not named is on the one that first has rows.
@@ -57,7 +54,7 @@ class Residency:
         self.policy = policy
         self.max_length = max_length
         self.context = context
-        self.layers: list[TieredLayer] = []
+        self.layers: Sequence[Layer] = ()
         self.devices: dict[int, torch.device] = {}
         self._ranks = ranks
         self._spare = spare
@@ -79,7 +76,7 @@ class Residency:
         """Sequences that are known to come, which is what the host tier has room for."""
         return self.sequences
 
-    def is_resident(self, layer: CountedLayer) -> bool:
+    def is_resident(self, layer: Layer) -> bool:
         """Whether the layer's V stays on the device under the current plan."""
         if self.policy.offload == "none":
             return True
@@ -87,16 +84,16 @@ class Residency:
             return layer in self.layers[: self.policy.dense_layers]
         return layer.index in self._resident
 
-    def resident_room(self, layer: TieredLayer) -> int:
+    def resident_room(self, layer: Layer) -> int:
         """Rows V on the device grows to: all, or as many as a layer that will leave can hold before it does."""
         young = max(0, self.policy.dense_below - 1)
         return self.planned if self.is_resident(layer) else min(self.planned, young)
 
-    def key_room(self, layer: TieredLayer) -> int:
+    def key_room(self, layer: Layer) -> int:
         """Rows K as it comes grows to: all, unless it is narrowed to 8 bits when V leaves."""
         return self.resident_room(layer) if self.policy.key_planes else self.planned
 
-    def leaves(self, layer: TieredLayer, length: int) -> bool:
+    def leaves(self, layer: Layer, length: int) -> bool:
         """Whether V of a layer goes to the host tier at ``length`` rows."""
         return not self.is_resident(layer) and self.leaves_at(length)
 
@@ -104,7 +101,7 @@ class Residency:
         """Whether V of layers that are not resident is in the host tier at ``length`` rows."""
         return length >= self.policy.dense_below or not self.keeps_young
 
-    def plan(self, layer: TieredLayer, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
+    def plan(self, layer: Layer, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
         """Plan for ``end`` rows, and those expected, if that is more than was planned for, or the batch is larger.
 
         Where sequences have left, the plan is theirs: what it gave them is still held, and nobody is refused for less.
@@ -141,7 +138,7 @@ class Residency:
             if late.length and not late.offloaded and self.leaves(late, late.length):
                 late.spill()
 
-    def _places(self, layer: TieredLayer, sizes: TierSizes, rows: int, batch: int) -> list[Place]:
+    def _places(self, layer: Layer, sizes: TierSizes, rows: int, batch: int) -> list[Place]:
         """The devices there are, with their layers, sizes, and budgets for so many rows of each of ``batch`` sequences.
 
         ``layer`` is the one whose rows arrive.

@@ -10,7 +10,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from kcache.attention.switching import is_ours, text_config
 from kcache.backends import Backend, choose_backend
 from kcache.errors import CacheStateError, UnsupportedModelError
+from kcache.layers.protocol import Layer
 from kcache.layers.residency import Residency
 from kcache.layers.spread import spread_of
-from kcache.layers.stepwise import Look
 from kcache.machine.devices import input_device
 from kcache.machine.parallel import Ranks, ranks_of
 from kcache.machine.tape import tape_for
@@ -30,10 +30,6 @@ from kcache.policy import Policy
 from kcache.tiers.link import Link
 from kcache.tiers.spare import spare_of
 from kcache.tiers.validity import Validity
-
-if TYPE_CHECKING:
-    from kcache.layers.counted import CountedLayer
-    from kcache.layers.tiered import TieredLayer
 
 
 class Recording(Protocol):
@@ -64,7 +60,7 @@ class Shared:
         self.ranks = ranks_of(model)
         self.spread = spread_of(policy, self.ranks)
         self.probing = False
-        self.look: Look | None = None
+        self.look: Callable[..., None] | None = None  # a Look of kcache.layers.stepwise
         self.reached: Callable[[int], None] | None = None
         self.spare = spare_of(model)
         self.residency = Residency(
@@ -109,7 +105,7 @@ class Shared:
         finally:
             self.reached = None
 
-    def check_whole(self, layer: TieredLayer, past: int) -> None:
+    def check_whole(self, layer: Layer, past: int) -> None:
         """Raise :class:`CacheStateError` if a forward begins on layers of different lengths.
 
         That is what an interrupt in the middle of a forward leaves.
@@ -121,7 +117,7 @@ class Shared:
                 "numbers of tokens; reset it, or make a new one"
             )
 
-    def check_answered(self, layer: TieredLayer) -> None:
+    def check_answered(self, layer: Layer) -> None:
         """Raise :class:`CacheStateError` if a forward went through all layers and a layer's attention never came here.
 
         It was given new rows alone then, for others, and would go on with them as if they were all.
@@ -138,7 +134,7 @@ class Shared:
         if id(module) not in self._modules:
             raise CacheStateError("this cache was made for another model; make a KCache for each model")
 
-    def replays(self, layer: TieredLayer, keys: torch.Tensor) -> bool:
+    def replays(self, layer: Layer, keys: torch.Tensor) -> bool:
         """Whether a layer takes the new rows ``[B, Hkv, T, D]`` one by one; one whose V stays need not."""
         if self.look is None or self.force_exact or not self.attached:
             return False
@@ -200,11 +196,11 @@ class Shared:
         """Scratch memory that decode steps now run in."""
         return tuple(item for backend in self._backends.values() for item in getattr(backend, "scratch", ()))
 
-    def is_resident(self, layer: CountedLayer) -> bool:
+    def is_resident(self, layer: Layer) -> bool:
         """Whether the layer's V stays on the device."""
         return self.residency.is_resident(layer)
 
-    def plan_residency(self, layer: TieredLayer, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
+    def plan_residency(self, layer: Layer, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
         """Make sure ``end`` rows will fit, moving V of the last resident layers out if they have to make room."""
         before = self.residency.planned
         self.residency.plan(layer, keys, values, end)

@@ -14,21 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 
+from kcache.attention.handles import AttentionCall
 from kcache.errors import CacheStateError
+from kcache.layers.attending import AttendingLayer
 
-if TYPE_CHECKING:
-    from kcache.attention.handles import AttentionCall
-    from kcache.layers.tiered import TieredLayer
-
-Look = Callable[["TieredLayer", "AttentionCall", torch.Tensor], None]
+Look = Callable[[AttendingLayer, AttentionCall, torch.Tensor], None]
 """Shown each step of each replaying layer: the layer as the step left it, its call, the result ``[1, Hq, 1, Dv]``."""
 
 
-def no_look(layer: TieredLayer, call: AttentionCall, out: torch.Tensor) -> None:
+def no_look(layer: AttendingLayer, call: AttentionCall, out: torch.Tensor) -> None:
     """Look at nothing."""
 
 
@@ -36,7 +33,7 @@ def no_look(layer: TieredLayer, call: AttentionCall, out: torch.Tensor) -> None:
 class Block:
     """What ``update`` hands to the attention function for a block: rows that are stored when their turn comes."""
 
-    layer: TieredLayer
+    layer: AttendingLayer
     start: int
 
     def attend(self, module: torch.nn.Module, call: AttentionCall) -> torch.Tensor:

@@ -8,7 +8,7 @@ the host tier once it is not. ``update`` only stores; the attention function the
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,13 +19,11 @@ from kcache.layers.attending import AttendingLayer
 from kcache.layers.chunk import Chunk
 from kcache.layers.counted import Picked
 from kcache.layers.kinds import RowKind
+from kcache.layers.shared import Shared
 from kcache.layers.stepwise import Block
 from kcache.tiers.bytes import ByteRows
 from kcache.tiers.rows import RowBuffer
 from kcache.tiers.values import ValueStore
-
-if TYPE_CHECKING:
-    from kcache.layers.shared import Shared
 
 
 class TieredLayer(AttendingLayer):
@@ -46,7 +44,7 @@ class TieredLayer(AttendingLayer):
     def __init__(self, index: int, shared: Shared) -> None:
         self.index = index
         self.shared = shared
-        self.following: TieredLayer | None = None
+        self.following = None
         self._forget()
 
     def _forget(self) -> None:
@@ -144,11 +142,6 @@ class TieredLayer(AttendingLayer):
         if self._v is not None:
             self._v.release()
 
-    def spill(self) -> None:
-        """Move V to the host tier."""
-        if self._v is not None:
-            self._v.spill()
-
     def settle(self) -> None:
         """Take rows that were stored without attention into the tail, as real ones."""
         if self._v is not None:
@@ -159,11 +152,6 @@ class TieredLayer(AttendingLayer):
         """Let the device read V only after what is under way has arrived; the host does not wait."""
         if self._v is not None:
             self._v.ready_for_kernels()
-
-    def prefetch_values(self, chunk: int) -> None:
-        """Start bringing V to the device for the exact pass over ``chunk`` new rows that is about to come."""
-        if self._v is not None:
-            self._v.prefetch(chunk)
 
     def reset(self) -> None:
         """Empty the layer and give its memory back; counters start anew."""

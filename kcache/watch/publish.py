@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,13 +16,11 @@ from kcache.cache import KCache
 from kcache.errors import InputError
 from kcache.machine.host import cpu_name, versions
 from kcache.models.ends import end_ids
+from kcache.models.loaded import LoadedModel
 from kcache.models.support import context_length
 from kcache.watch.frame import Info
 from kcache.watch.publication import Publication
 from kcache.watch.tokens import Pieces
-
-if TYPE_CHECKING:
-    from kcache.loading import LoadedModel
 
 
 def publish(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kcache.loading import LoadedModel
+from kcache.models.loaded import LoadedModel
 from kcache.speed.machine import Machine
 from tests.saved import byte_tokenizer, byte_vocabulary
 from tests.tiny_models import make

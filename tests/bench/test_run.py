@@ -23,7 +23,7 @@ from kcache.bench.runner import VariedSampler
 from kcache.cache import KCache
 from kcache.decoding import loop as decoding
 from kcache.errors import UnsupportedModelError
-from kcache.loading import LoadedModel
+from kcache.models.loaded import LoadedModel
 from kcache.policy import Policy
 from tests.bench.machines import machine, tiny
 

@@ -18,7 +18,7 @@ from kcache.decoding.sampling import Sampling
 from kcache.errors import DoesNotFitError
 from kcache.generation import generate
 from kcache.layers.residency import Residency
-from kcache.loading import LoadedModel
+from kcache.models.loaded import LoadedModel
 from kcache.policy import Policy
 from kcache.tiers.rows import RowBuffer
 from kcache.verify.judge import _build

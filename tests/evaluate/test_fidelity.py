@@ -18,7 +18,7 @@ from kcache.evaluate.figures import Figures, summary
 from kcache.evaluate.haystack import Prose
 from kcache.evaluate.places import find_places
 from kcache.evaluate.sweep import Spec, make_row, run, turns_of
-from kcache.loading import LoadedModel
+from kcache.models.loaded import LoadedModel
 from tests.bench.machines import tiny
 from tests.tiny_models import make
 

@@ -11,7 +11,7 @@ from kcache.attaching import attach
 from kcache.cache import KCache
 from kcache.decoding.forward import prefill, step_logits
 from kcache.evaluate.forks import Contender, Prefix, contenders
-from kcache.loading import LoadedModel
+from kcache.models.loaded import LoadedModel
 from kcache.policy import Policy
 from tests.bench.machines import tiny
 from tests.tiny_models import tokens

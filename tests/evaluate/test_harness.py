@@ -19,7 +19,7 @@ from kcache.evaluate.agreement import summarise
 from kcache.evaluate.forks import contenders
 from kcache.evaluate.harness import AnsweringLM, Tasks, evaluate, open_tasks
 from kcache.evaluate.questions import Answerer
-from kcache.loading import LoadedModel
+from kcache.models.loaded import LoadedModel
 from kcache.policy import Policy
 from tests.bench.machines import tiny
 

@@ -17,7 +17,7 @@ from kcache.evaluate.agreement import judged, summarise
 from kcache.evaluate.forks import Prefix, contenders
 from kcache.evaluate.localdata import local_tasks, stock_name, task_folders
 from kcache.evaluate.questions import Answerer, Part, Question, common_prefix, row_key
-from kcache.loading import LoadedModel
+from kcache.models.loaded import LoadedModel
 from kcache.policy import Policy
 from tests.bench.machines import tiny
 from tests.tiny_models import tokens

@@ -14,7 +14,7 @@ from kcache.evaluate.aggregation import COMMON, COMMON_TIMES, HOPS, OTHER_TIMES,
 from kcache.evaluate.haystack import Prose, count_tokens, passage, split_prompt, spread
 from kcache.evaluate.needle import KEYS, multikey, passkey
 from kcache.evaluate.retrieval import KINDS, Spec, check_lengths, make_problem, run_cases, score
-from kcache.loading import LoadedModel
+from kcache.models.loaded import LoadedModel
 from kcache.policy import Policy
 from tests.bench.machines import tiny
 from tests.saved import byte_tokenizer

@@ -7,7 +7,7 @@ import torch
 
 from kcache.bench.cases import Spec, make_cases
 from kcache.bench.run import run
-from kcache.loading import LoadedModel
+from kcache.models.loaded import LoadedModel
 from kcache.policy import Policy
 from kcache.speed.machine import measure
 from tests.bench.machines import tiny

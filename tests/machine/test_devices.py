@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
 import kcache
 from kcache.layers.residency import Residency
-from kcache.layers.tiered import TieredLayer
 from kcache.machine.devices import input_device, read_device_map
 from kcache.planning.need import ModelShape
 from tests.saved import save_tiny
@@ -82,12 +81,17 @@ class FakeLayer:
     is_initialized = False
     offloaded = False
     length = 0
+    waits_for_attention = False
+    hot = None
 
     def __init__(self, index: int, device: torch.device) -> None:
         self.index, self.device = index, device
 
     def stats(self) -> kcache.Stats:
         return kcache.Stats()
+
+    def spill(self) -> None:
+        raise AssertionError("nothing to move")
 
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -100,7 +104,7 @@ def planned(where: list[torch.device], rows: int, arriving: torch.device | None 
     if arriving is not None:
         layers[0].device = arriving
     residency = Residency(kcache.Policy(dense_below=0, tail="none", **policy), rows)
-    residency.layers = cast(list[TieredLayer], layers)
+    residency.layers = layers
     residency.devices = dict(enumerate(where))
     keys = torch.zeros(1, 2, 1, 4)
     residency.plan(residency.layers[0], keys, keys, 1)
@@ -164,7 +168,7 @@ def on_a_card(free: int, monkeypatch: pytest.MonkeyPatch, **policy: Any) -> tupl
     for name in ("memory_reserved", "memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda device: 0)
     residency = Residency(kcache.Policy(dense_below=0, tail="none", dense_layers=2, **policy), 8192, shape=shape)
-    residency.layers = cast(list[TieredLayer], [FakeLayer(index, FIRST) for index in range(28)])
+    residency.layers = [FakeLayer(index, FIRST) for index in range(28)]
     residency.devices = dict.fromkeys(range(28), FIRST)
     keys = torch.zeros(1, 2, 1, 4)
     residency.plan(residency.layers[0], keys, keys, 1)
