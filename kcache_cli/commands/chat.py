@@ -138,7 +138,10 @@ def read_message() -> str:
     """
     text = _decode(sys.stdin.buffer.read(), "standard input") if sys.stdin is not None else ""
     if not text.strip():
-        raise InputError("the message on standard input is empty; pipe one in, or run kcache chat at a terminal")
+        raise InputError(
+            "standard input is no terminal to type at, and empty; pipe a message in (echo 'What is a KV cache?' | "
+            "kcache chat), or give kcache a terminal (docker run -it, ssh -t)"
+        )
     return text.strip("\n")
 
 
