@@ -16,8 +16,8 @@ from textual.message import Message
 from kcache_cli.chat import slash
 from kcache_cli.chat.conversation import Conversation
 from kcache_cli.chat.figures import between_figures
-from kcache_cli.chat.writer import answer_writer
-from kcache_cli.console import console, terminal_width
+from kcache_cli.chat.writer import AnswerWriter
+from kcache_cli.console import console, put, terminal_width
 from kcache_cli.exits import describe
 from kcache_cli.text import printable
 from kcache_cli.tui.look import Look
@@ -110,10 +110,12 @@ class Conversing:
         terminal = console()
         for who, said in lines:
             if who == "model":
-                answer_writer()(said if said.endswith("\n") else said + "\n")
+                answer = AnswerWriter()
+                answer.write(said)
+                answer.end()
             else:
                 shown = between_figures(said, terminal_width()) if who == "remark" else said
-                terminal.print(printable(f">>> {said}" if who == "you" else shown), style=_STYLES[who])
+                put(terminal, printable(f">>> {said}" if who == "you" else shown), _STYLES[who])
 
     def _so_far(self) -> list[tuple[Who, str]]:
         with self._lock:
