@@ -92,11 +92,12 @@ def chat(
         note(f"the document is {tokens:,} tokens; more memory is taken than for {planned:,}")
     with watching(engine, lm, "chat", watch_options) as publication:
         if shown and publication is not None:
+            from kcache_cli.chat.prompt import open_history
             from kcache_cli.ending import show
             from kcache_cli.tui.conversation import Conversing
             from kcache_cli.tui.start import dashboard
 
-            talk = Conversing(conversation)
+            talk = Conversing(conversation, open_history(history_file()))
             try:
                 show(dashboard(publication.source(), talk=talk))
             finally:

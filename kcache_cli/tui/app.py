@@ -57,7 +57,8 @@ class Dashboard(Actions):
     talk : Talk, optional
         A conversation of this process, for the input at the bottom.
     typed : callable, optional
-        Returns what was written to it before there was an input: lines to send, and the beginning of one.
+        Returns what was typed before there was a dashboard: for a conversation lines to send and the beginning of one,
+        else nothing that was meant for it.
     stop : callable, optional
         What Ctrl-C does to the work that is watched; returns whether there was any to stop.
     ascii : bool
@@ -134,7 +135,8 @@ class Dashboard(Actions):
         yield Notice(id="notice")
         yield Timeline(id="timeline")
         hint = "write to the model; /help lists commands"
-        say = Say(self._draft, placeholder=hint, select_on_focus=False, id="say")
+        earlier = () if self.conversation is None else self.conversation.earlier
+        say = Say(self._draft, earlier, placeholder=hint)
         say.border_subtitle = "esc: panels   ctrl-c: stop the reply   ctrl-d: leave"
         yield say
         yield Footer(show_command_palette=True)

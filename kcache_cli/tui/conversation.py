@@ -16,6 +16,7 @@ from textual.message import Message
 from kcache_cli.chat import slash
 from kcache_cli.chat.conversation import Conversation
 from kcache_cli.chat.figures import between_figures
+from kcache_cli.chat.repl import unquote
 from kcache_cli.chat.writer import AnswerWriter
 from kcache_cli.console import console, put, terminal_width
 from kcache_cli.exits import describe
@@ -23,6 +24,7 @@ from kcache_cli.text import printable
 from kcache_cli.tui.look import Look
 
 if TYPE_CHECKING:
+    from prompt_toolkit.history import History
     from textual.app import App
 
 Who = Literal["you", "model", "remark", "error"]
@@ -47,10 +49,19 @@ class Conversing:
     ----------
     conversation : Conversation
         Quiet: it draws nothing itself.
+    history : History, optional
+        Where what the user writes is kept from one chat to the next.
+
+    Attributes
+    ----------
+    earlier : list of str
+        See :class:`~kcache_cli.tui.talk.Talk`.
     """
 
-    def __init__(self, conversation: Conversation) -> None:
+    def __init__(self, conversation: Conversation, history: History | None = None) -> None:
         self.conversation = conversation
+        self._history = history
+        self.earlier = [] if history is None else [unquote(text) for text in history.load_history_strings()][::-1]
         self._lines: list[tuple[Who, list[str]]] = [("remark", [_GREETING])]
         self._waiting = 0  # of the lines the last, which are questions that are not answered yet
         self._lock = threading.Lock()
@@ -70,6 +81,10 @@ class Conversing:
 
     def say(self, text: str) -> None:
         """See :class:`~kcache_cli.tui.talk.Talk`."""
+        if text not in self.earlier[-1:]:
+            self.earlier.append(text)
+            if self._history is not None:
+                self._history.append_string(text)
         self._add("you", text)
         self._asked.put(text)
 

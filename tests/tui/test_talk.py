@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from prompt_toolkit.history import History
 from textual.events import Paste
 from textual.widgets import Input
 
 from kcache.policy import Policy
 from kcache_cli.chat.conversation import Conversation
+from kcache_cli.chat.prompt import open_history
 from kcache_cli.ending import Ended, heard
 from kcache_cli.tui.app import Dashboard
 from kcache_cli.tui.beside import Beside
@@ -42,10 +44,12 @@ def hold(session: FakeSession, at: int) -> tuple[threading.Event, threading.Even
     return reached, go
 
 
-def chat(*answers: list[str], document: str | None = None) -> tuple[Conversing, FakeSession]:
+def chat(
+    *answers: list[str], document: str | None = None, history: History | None = None
+) -> tuple[Conversing, FakeSession]:
     session = FakeSession(FakeModel(), Policy(), answers or [["Hello", " there", "."]])
     told = Conversation(cast(Any, session), "fake", 100, True, document, quiet=True)
-    return Conversing(told), session
+    return Conversing(told, history), session
 
 
 async def until(driver: Driver, condition: Callable[[], bool]) -> None:
@@ -61,6 +65,13 @@ async def write(driver: Driver, text: str) -> None:
     """Put text into the input, and send it."""
     driver.app.query_one("#say", Input).value = text
     await driver.press("enter")
+
+
+async def write_two(driver: Driver, reached: threading.Event) -> None:
+    """Ask, and ask again while the engine hangs in the first answer."""
+    await write(driver, "first")
+    await until(driver, reached.is_set)
+    await write(driver, "second")
 
 
 def said(driver: Driver) -> str:
@@ -104,6 +115,31 @@ def test_what_was_typed_before_there_was_an_input_is_kept() -> None:
     asyncio.run(whole())
 
 
+def test_what_was_written_before_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "history").write_text('\n# then\n+hello\n\n# later\n+"""two\n+  lines\x1b"""\n')
+    history = open_history(tmp_path / "history")
+
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=chat(history=history)[0]) as driver:
+            say = driver.app.query_one("#say", Input)
+
+            async def press(*keys: str) -> str:
+                await driver.press(*keys)
+                return say.value
+
+            assert await press("up") == "two lines"
+            assert await press("up") == await press("up") == "hello"
+            assert await press("down", "down") == await press("down") == ""
+            await write(driver, "how?")
+            await write(driver, "how?")
+            assert await press("h", "up") == "how?" and await press("up") == "hello"  # those that begin like it
+            assert await press("down", "down") == "h"
+            assert await press("up", "exclamation_mark", "up") == "how?!"
+
+    asyncio.run(whole())
+    assert (tmp_path / "history").read_text().count("+how?") == 1
+
+
 def test_all_lines_that_are_pasted_are_written() -> None:
     async def whole() -> None:
         async with running(FakeSource(conversation()), talk=chat()[0]) as driver:
@@ -121,9 +157,7 @@ def test_an_answer_follows_its_question_though_another_waits() -> None:
 
     async def whole() -> None:
         async with running(FakeSource(conversation()), talk=talk) as driver:
-            await write(driver, "first")
-            await until(driver, reached.is_set)
-            await write(driver, "second")
+            await write_two(driver, reached)
             await until(driver, lambda: said(driver).endswith("first\none\n▶ second"))
             go.set()
             await until(driver, lambda: "tok/s" in said(driver).split("three")[-1])
@@ -138,9 +172,7 @@ def test_leaving_waits_for_no_answer_that_has_not_begun() -> None:
 
     async def whole() -> None:
         async with running(FakeSource(conversation()), talk=talk) as driver:
-            await write(driver, "first")
-            await until(driver, reached.is_set)
-            await write(driver, "second")
+            await write_two(driver, reached)
             threading.Timer(0.2, go.set).start()
 
     asyncio.run(whole())
