@@ -306,7 +306,8 @@ class Dashboard(Actions):
         start, end = positions.start, min(positions.stop, frame.tokens)
         texts = self.shelf.pieces(start, end, 0, moment.place.index)
         found = weights(frame, layer, start, end)
-        pieces = [piece for piece in flat(pieces_of(frame, texts, start, found)) if not piece.special]
+        pieces = flat(pieces_of(frame, texts, start, found))
+        pieces = [piece for piece in pieces if not piece.special or piece.weight > 0]
         best = max(range(len(pieces)), key=lambda at: pieces[at].weight, default=0)
         while sum(len(piece.text) for piece in pieces[:best]) > width // 3:
             pieces.pop(0)
