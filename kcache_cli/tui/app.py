@@ -44,6 +44,9 @@ from kcache_cli.tui.widgets.say import Say
 from kcache_cli.tui.widgets.speed import SpeedPanel
 from kcache_cli.tui.widgets.words import WordsPanel
 
+_USUAL_LAYERS = 30
+"""What there is room for until it is known."""
+
 
 class Dashboard(Actions):
     """Watch a source.
@@ -231,10 +234,16 @@ class Dashboard(Actions):
         width, height = self.size
         height -= 2 + self.has_class("stepping") + self.has_class("closed") + 3 * self.has_class("talking")
         height -= 3 * screen.query_one("#filter").has_class("open")
-        layers = 30 if self.moment is None or self.moment.frame is None else max(1, len(self.moment.frame.layers))
-        lines = -(-layers // 2) if self.look.halves else layers
+        known = 0 if self.moment is None or self.moment.frame is None else len(self.moment.frame.layers)
+        layers = known or _USUAL_LAYERS
         plan = arrange(
-            width, height, lines, chosen=self.chosen, maximised=self.maximised, talking=self.has_class("talking")
+            width,
+            height,
+            -(-layers // 2) if self.look.halves else layers,
+            chosen=self.chosen,
+            maximised=self.maximised,
+            talking=self.has_class("talking"),
+            writing=self._writes,
         )
         self.set_class(width < 100 or height < 30, "small")
         for name, share in (("#top", plan.top), ("#heat", plan.middle), ("#low", plan.low)):
@@ -295,6 +304,7 @@ class Dashboard(Actions):
     def on_descendant_focus(self) -> None:
         """Show the conversation, or what is under the cursor again."""
         if self.conversation is not None:
+            self.place_panels()
             self.show_words()
 
     def quote(self, layer: int, positions: range, width: int) -> Text:

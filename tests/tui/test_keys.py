@@ -84,6 +84,16 @@ def test_the_cursor_reads_a_cell() -> None:
     run(unknown, FakeSource(bare))
 
 
+def test_an_empty_cache_leaves_its_layers_their_room() -> None:
+    async def body(driver: Driver) -> None:
+        before = heat(driver).size
+        driver.source.add(frame(1))
+        await driver.tick()
+        assert heat(driver).size == before
+
+    run(body, FakeSource([frame(0, layers=0)]), size=(200, 60))
+
+
 def test_quit() -> None:
     async def body(driver: Driver) -> None:
         await driver.pilot.press("q")
