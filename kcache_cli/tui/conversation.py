@@ -31,6 +31,7 @@ Who = Literal["you", "model", "remark", "error"]
 _STYLES = {"you": None, "remark": "dim", "error": "red"}
 _LOOK_S = 0.2
 _KEYS = {
+    "pgup, pgdn": "read back in what was said, and on",
     "esc": "goes to the panels, where ? lists keys; i comes back",
     "ctrl-c": "stops the reply, or the reading",
     "ctrl-d": "leaves",

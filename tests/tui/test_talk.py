@@ -14,7 +14,8 @@ from typing import Any, cast
 
 import pytest
 from prompt_toolkit.history import History
-from textual.events import Paste
+from textual.events import MouseScrollUp, Paste
+from textual.geometry import Offset
 from textual.widgets import Input
 
 from kcache.policy import Policy
@@ -219,6 +220,37 @@ def test_save_replaces_nothing_but_saved_conversations(tmp_path: Path) -> None:
     asyncio.run(whole())
 
 
+def test_what_was_said_can_be_read_back() -> None:
+    talk, _ = chat(["one\n" * 30], ["two\n" * 3])
+
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), (80, 24), talk=talk) as driver:
+            panel = driver.app.query_one(WordsPanel)
+            await write(driver, "/help")
+            await until(driver, lambda: "ctrl-d" in said(driver))
+            await driver.settle()
+            assert "/help  " not in driver.text()
+            await driver.press("pageup", "pageup", "pageup", "pageup")
+            assert "/help  " in driver.text() and "1-4 of 15, pgup and pgdn" in driver.text()
+            await write(driver, "count")  # what is said is followed again
+            await until(driver, lambda: "tok/s" in said(driver))
+            await driver.settle()
+            assert "TTFT" in driver.text()
+            await driver.pilot._post_mouse_events([MouseScrollUp, MouseScrollUp], WordsPanel, offset=Offset(9, 3))
+            await driver.settle()
+            top = panel.top
+            assert top is not None and "TTFT" not in driver.text()
+            await write(driver, "/set topn")
+            panel.top = top  # it stays, though more is said
+            await until(driver, lambda: "topn = " in said(driver))
+            await driver.settle()
+            assert panel.top == top and "topn =" not in driver.text()
+            await driver.press("pagedown", "pagedown")
+            assert panel.top is None and "topn =" in driver.text()
+
+    asyncio.run(whole())
+
+
 @pytest.mark.parametrize(("name", "size"), [("wide-chat", (120, 40)), ("small-chat", (80, 24))])
 def test_how_a_chat_looks(name: str, size: tuple[int, int], request: pytest.FixtureRequest) -> None:
     talk, _ = chat(["The secret code", " is 7413", "."], document="a word " * 20)
@@ -294,6 +326,28 @@ def test_what_is_said_goes_before_what_is_under_the_cursor() -> None:
             assert "write below" in driver.text() and "text from token" not in driver.text()
             await driver.press("escape")
             assert "text from token" in driver.text()
+
+    asyncio.run(whole())
+
+
+def test_on_a_small_terminal_what_is_said_comes_back_for_who_writes() -> None:
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), (80, 24), talk=chat()[0]) as driver:
+            await driver.press("escape", "4")
+            assert "4 layers" in driver.text() and "6 text" not in driver.text()
+            await driver.press("i")
+            assert "6 text" in driver.text() and "write below" in driver.text()
+            await driver.press("escape")
+            assert "4 layers" in driver.text()
+
+    asyncio.run(whole())
+
+
+def test_what_a_toast_says_hides_nothing_of_the_input() -> None:
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=chat()[0]) as driver:
+            await driver.press("ctrl+c")
+            assert "nothing to stop" in driver.text() and "esc: panels   ctrl-c: stop the reply" in driver.text()
 
     asyncio.run(whole())
 
