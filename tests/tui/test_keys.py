@@ -495,6 +495,16 @@ def test_sequences_are_called_by_their_names() -> None:
     run(body, source=source)
 
 
+def test_names_stay_apart_in_two_columns() -> None:
+    source = FakeSource(conversation(9, batch=16))
+    source.called = tuple(f"poem-{number}-of-many-lines" for number in range(10, 26))
+
+    async def body(driver: Driver) -> None:
+        assert "poem-10-" in driver.text() and "poem-11-" in driver.text()
+
+    run(body, source=source)
+
+
 def test_sequences_of_which_nothing_is_known_yet() -> None:
     source = FakeSource([replace(frame(1, batch=4), sequences=())])
     source.called = ("a", "b", "c", "d")

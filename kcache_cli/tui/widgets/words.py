@@ -135,12 +135,12 @@ class WordsPanel(Panel):
         return lines
 
     def _labels(self, count: int, width: int) -> list[Text]:
-        """Names of sequences, of one width and a third of the line at most; numbers where there are no names."""
+        """Names of sequences, of one width and half of the line at most; numbers where there are no names."""
         muted = self.look.palette.muted
         if not count or len(self.names) != count:
             return [Text(f"{index:>3} ", muted) for index in range(count)]
         names = [Text(one_line(name), muted) for name in self.names]
-        room = min(width // 3, max(3, *(name.cell_len for name in names)))
+        room = min(width // 2, max(3, *(name.cell_len for name in names)))
         labels = [cut(name, room) for name in names]
         for label in labels:
             label.append(" " * (room + 1 - label.cell_len))
