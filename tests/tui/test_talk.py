@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 from prompt_toolkit.history import History
-from textual.events import MouseScrollUp, Paste
+from textual.events import Key, MouseScrollUp, Paste
 from textual.geometry import Offset
 from textual.widgets import Input
 
@@ -148,6 +148,18 @@ def test_all_lines_that_are_pasted_are_written() -> None:
             say.post_message(Paste("one\n\n  two\r\nthree\n"))
             await driver.settle()
             assert say.value == "one two three"
+
+    asyncio.run(whole())
+
+
+def test_letters_that_are_kept_apart_are_written_so() -> None:
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=chat()[0]) as driver:
+            say = driver.app.query_one("#say", Input)
+            for letter in "می\u200cخواهم":
+                say.post_message(Key("any", letter))
+            await driver.settle()
+            assert say.value == "می\u200cخواهم"
 
     asyncio.run(whole())
 

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from textual.binding import Binding, BindingType
-from textual.events import Paste
+from textual.events import Key, Paste
 from textual.widgets import Input
 
 from kcache_cli.text import printable
+
+_JOINERS = ("\u200c", "\u200d")
 
 
 class Say(Input):
@@ -33,6 +35,12 @@ class Say(Input):
         self._earlier = earlier
         self._found: list[str] = []  # what begins as what was written does, and at the end that itself
         self._at = 0
+
+    def on_key(self, event: Key) -> None:
+        """Take what joins letters of Persian or Hindi, and emoji, or keeps them apart: an input drops it unseen."""
+        if event.character in _JOINERS:
+            self.insert_text_at_cursor(event.character)
+            event.stop()
 
     def on_paste(self, event: Paste) -> None:
         """Make one line of it; an input takes the first alone."""
