@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kcache_cli.terminal import hushed
-from kcache_cli.text import one_line, size
+from kcache_cli.text import between_words, one_line, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,9 +43,10 @@ def plain_table() -> Table:
 
 
 def put(console: Console, text: str, style: str | None = None) -> None:
-    """Print text wrapped to the console, but for indented lines: they are commands, to be copied whole."""
+    """Print text, at a terminal wrapped at words, but for indented lines: they are commands, to be copied whole."""
+    width = console.width if console.is_terminal else None
     for line in text.split("\n"):
-        console.print(line, style=style, soft_wrap=line.startswith("  "))
+        console.print(line if line.startswith("  ") else between_words(line, width), style=style, soft_wrap=True)
 
 
 def terminal_width() -> int | None:

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import os
 import sys
-import textwrap
 
 import typer
 
 from kcache.errors import ContextLengthError, InputError, KCacheError, PolicyError, UnsupportedModelError
-from kcache_cli.text import one_line
+from kcache_cli.text import between_words, one_line
 
 FAILED = 1
 USAGE = 2
@@ -110,10 +109,7 @@ def _say(line: str) -> None:
     """Print a line on standard error, wrapped at words for a terminal, which would break it inside them."""
     from kcache_cli.console import terminal_width
 
-    width = terminal_width()
-    if width is not None:
-        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
-    print(line, file=sys.stderr)
+    print(between_words(line, terminal_width()), file=sys.stderr)
 
 
 def _is_device_out_of_memory(error: BaseException) -> bool:

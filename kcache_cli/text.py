@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from typing import Any
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -22,6 +23,11 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """Make printable text of a single line, for error messages."""
     return " ".join(printable(text).split())
+
+
+def between_words(line: str, width: int | None) -> str:
+    """Break a line of more than ``width`` columns between words; None is no limit."""
+    return line if width is None else textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 def json_line(value: Any) -> str:

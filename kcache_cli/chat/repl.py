@@ -9,8 +9,8 @@ from collections.abc import Callable
 from kcache_cli.chat import slash
 from kcache_cli.chat.conversation import Conversation, stop_on_ctrl_c
 from kcache_cli.chat.figures import between_figures
-from kcache_cli.chat.writer import answer_writer
-from kcache_cli.console import console, terminal_width
+from kcache_cli.chat.writer import AnswerWriter
+from kcache_cli.console import console, put, terminal_width
 from kcache_cli.ending import Ended
 from kcache_cli.exits import debugging, describe
 from kcache_cli.text import json_line, printable
@@ -58,11 +58,11 @@ class Repl:
             except Exception as error:  # whatever it is, the conversation goes on
                 if debugging():
                     raise
-                self._console.print(printable(describe(error)), style="red")
+                put(self._console, printable(describe(error)), "red")
 
     def say(self, text: str) -> None:
         """Print a remark; it is no part of any answer."""
-        self._console.print(printable(between_figures(text, terminal_width())), style="dim")
+        put(self._console, printable(between_figures(text, terminal_width())), "dim")
 
     def _greet(self) -> None:
         context = self.conversation.session.lm.context_length
@@ -94,26 +94,19 @@ class Repl:
         self._answer(unquote(line))
 
     def _answer(self, message: str) -> None:
-        pieces: list[str] = []
-        show = answer_writer()
-
-        def write(piece: str) -> None:
-            pieces.append(piece)
-            if not self.as_json:
-                show(piece)
-
+        answer = AnswerWriter()
         reply = ending = None
         try:
             with stop_on_ctrl_c(self.conversation):
-                reply = self.conversation.ask(message, write)
+                reply = self.conversation.ask(message, _unseen if self.as_json else answer.write)
                 ending = reply.ending
         except Ended:
             raise
         except KeyboardInterrupt:
             ending = "stopped"
         finally:
-            if pieces and not self.as_json and not "".join(pieces).endswith("\n"):
-                print(flush=True)
+            if answer.has_begun:
+                answer.end()
         if ending is not None:
             self.say(ending)
         if reply is None or reply.figures is None:
@@ -122,6 +115,10 @@ class Repl:
             print(json_line(reply.figures.to_json(reply.text, reply.finish_reason)), flush=True)
         else:
             self.say(reply.figures.footer(self.conversation.host_only))
+
+
+def _unseen(piece: str) -> None:
+    """Print nothing of an answer that is printed as a whole."""
 
 
 def unquote(line: str) -> str:
@@ -141,13 +138,13 @@ def is_open(text: str) -> bool:
 def answer_once(conversation: Conversation, message: str, as_json: bool) -> None:
     """Answer one message on standard output, for a script or a pipe."""
     if as_json:
-        reply = conversation.ask(message, lambda piece: None)
+        reply = conversation.ask(message, _unseen)
         if reply.figures is not None:
             print(json_line(reply.figures.to_json(reply.text, reply.finish_reason)), flush=True)
         return
-    reply = conversation.ask(message, answer_writer())
-    if not reply.text.endswith("\n"):
-        print(flush=True)
+    answer = AnswerWriter()
+    reply = conversation.ask(message, answer.write)
+    answer.end()
     if reply.ending is not None:
         print(reply.ending, file=sys.stderr)
     if reply.figures is not None:

@@ -92,11 +92,12 @@ def chat(
         note(f"the document is {tokens:,} tokens; more memory is taken than for {planned:,}")
     with watching(engine, lm, "chat", watch_options) as publication:
         if shown and publication is not None:
+            from kcache_cli.chat.prompt import open_history
             from kcache_cli.ending import show
             from kcache_cli.tui.conversation import Conversing
             from kcache_cli.tui.start import dashboard
 
-            talk = Conversing(conversation)
+            talk = Conversing(conversation, open_history(history_file()))
             try:
                 show(dashboard(publication.source(), talk=talk))
             finally:
@@ -138,7 +139,10 @@ def read_message() -> str:
     """
     text = _decode(sys.stdin.buffer.read(), "standard input") if sys.stdin is not None else ""
     if not text.strip():
-        raise InputError("the message on standard input is empty; pipe one in, or run kcache chat at a terminal")
+        raise InputError(
+            "standard input is no terminal to type at, and empty; pipe a message in (echo 'What is a KV cache?' | "
+            "kcache chat), or give kcache a terminal (docker run -it, ssh -t)"
+        )
     return text.strip("\n")
 
 

@@ -27,6 +27,7 @@ from kcache_cli.tui.talk import Talk
 from kcache_cli.tui.widgets.bars import Line, Timeline
 from kcache_cli.tui.widgets.heat import HeatPanel
 from kcache_cli.tui.widgets.layers import LayersPanel
+from kcache_cli.tui.widgets.words import WordsPanel
 
 
 class Actions(App[None]):
@@ -258,6 +259,11 @@ class Actions(App[None]):
         if self.conversation is not None and event.value.strip():
             self.conversation.say(event.value)
             event.input.value = ""
+            self.query_one(WordsPanel).top = None
+
+    def action_page(self, by: int) -> None:
+        """Read back in the conversation, or on."""
+        self.query_one(WordsPanel).action_page(by)
 
     def get_system_commands(self, screen: Screen) -> Iterable[SystemCommand]:
         """The command palette: what Textual offers, and every key."""

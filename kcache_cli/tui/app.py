@@ -44,6 +44,9 @@ from kcache_cli.tui.widgets.say import Say
 from kcache_cli.tui.widgets.speed import SpeedPanel
 from kcache_cli.tui.widgets.words import WordsPanel
 
+_USUAL_LAYERS = 30
+"""What there is room for until it is known."""
+
 
 class Dashboard(Actions):
     """Watch a source.
@@ -57,7 +60,8 @@ class Dashboard(Actions):
     talk : Talk, optional
         A conversation of this process, for the input at the bottom.
     typed : callable, optional
-        Returns what was written to it before there was an input: lines to send, and the beginning of one.
+        Returns what was typed before there was a dashboard: for a conversation lines to send and the beginning of one,
+        else nothing that was meant for it.
     stop : callable, optional
         What Ctrl-C does to the work that is watched; returns whether there was any to stop.
     ascii : bool
@@ -134,7 +138,8 @@ class Dashboard(Actions):
         yield Notice(id="notice")
         yield Timeline(id="timeline")
         hint = "write to the model; /help lists commands"
-        say = Say(self._draft, placeholder=hint, select_on_focus=False, id="say")
+        earlier = () if self.conversation is None else self.conversation.earlier
+        say = Say(self._draft, earlier, placeholder=hint)
         say.border_subtitle = "esc: panels   ctrl-c: stop the reply   ctrl-d: leave"
         yield say
         yield Footer(show_command_palette=True)
@@ -229,10 +234,16 @@ class Dashboard(Actions):
         width, height = self.size
         height -= 2 + self.has_class("stepping") + self.has_class("closed") + 3 * self.has_class("talking")
         height -= 3 * screen.query_one("#filter").has_class("open")
-        layers = 30 if self.moment is None or self.moment.frame is None else max(1, len(self.moment.frame.layers))
-        lines = -(-layers // 2) if self.look.halves else layers
+        known = 0 if self.moment is None or self.moment.frame is None else len(self.moment.frame.layers)
+        layers = known or _USUAL_LAYERS
         plan = arrange(
-            width, height, lines, chosen=self.chosen, maximised=self.maximised, talking=self.has_class("talking")
+            width,
+            height,
+            -(-layers // 2) if self.look.halves else layers,
+            chosen=self.chosen,
+            maximised=self.maximised,
+            talking=self.has_class("talking"),
+            writing=self._writes,
         )
         self.set_class(width < 100 or height < 30, "small")
         for name, share in (("#top", plan.top), ("#heat", plan.middle), ("#low", plan.low)):
@@ -293,6 +304,7 @@ class Dashboard(Actions):
     def on_descendant_focus(self) -> None:
         """Show the conversation, or what is under the cursor again."""
         if self.conversation is not None:
+            self.place_panels()
             self.show_words()
 
     def quote(self, layer: int, positions: range, width: int) -> Text:
@@ -304,7 +316,8 @@ class Dashboard(Actions):
         start, end = positions.start, min(positions.stop, frame.tokens)
         texts = self.shelf.pieces(start, end, 0, moment.place.index)
         found = weights(frame, layer, start, end)
-        pieces = [piece for piece in flat(pieces_of(frame, texts, start, found)) if not piece.special]
+        pieces = flat(pieces_of(frame, texts, start, found))
+        pieces = [piece for piece in pieces if not piece.special or piece.weight > 0]
         best = max(range(len(pieces)), key=lambda at: pieces[at].weight, default=0)
         while sum(len(piece.text) for piece in pieces[:best]) > width // 3:
             pieces.pop(0)

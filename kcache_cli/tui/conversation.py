@@ -16,19 +16,22 @@ from textual.message import Message
 from kcache_cli.chat import slash
 from kcache_cli.chat.conversation import Conversation
 from kcache_cli.chat.figures import between_figures
-from kcache_cli.chat.writer import answer_writer
-from kcache_cli.console import console, terminal_width
+from kcache_cli.chat.repl import unquote
+from kcache_cli.chat.writer import AnswerWriter
+from kcache_cli.console import console, put, terminal_width
 from kcache_cli.exits import describe
 from kcache_cli.text import printable
 from kcache_cli.tui.look import Look
 
 if TYPE_CHECKING:
+    from prompt_toolkit.history import History
     from textual.app import App
 
 Who = Literal["you", "model", "remark", "error"]
 _STYLES = {"you": None, "remark": "dim", "error": "red"}
 _LOOK_S = 0.2
 _KEYS = {
+    "pgup, pgdn": "read back in what was said, and on",
     "esc": "goes to the panels, where ? lists keys; i comes back",
     "ctrl-c": "stops the reply, or the reading",
     "ctrl-d": "leaves",
@@ -47,10 +50,19 @@ class Conversing:
     ----------
     conversation : Conversation
         Quiet: it draws nothing itself.
+    history : History, optional
+        Where what the user writes is kept from one chat to the next.
+
+    Attributes
+    ----------
+    earlier : list of str
+        See :class:`~kcache_cli.tui.talk.Talk`.
     """
 
-    def __init__(self, conversation: Conversation) -> None:
+    def __init__(self, conversation: Conversation, history: History | None = None) -> None:
         self.conversation = conversation
+        self._history = history
+        self.earlier = [] if history is None else [unquote(text) for text in history.load_history_strings()][::-1]
         self._lines: list[tuple[Who, list[str]]] = [("remark", [_GREETING])]
         self._waiting = 0  # of the lines the last, which are questions that are not answered yet
         self._lock = threading.Lock()
@@ -70,6 +82,10 @@ class Conversing:
 
     def say(self, text: str) -> None:
         """See :class:`~kcache_cli.tui.talk.Talk`."""
+        if text not in self.earlier[-1:]:
+            self.earlier.append(text)
+            if self._history is not None:
+                self._history.append_string(text)
         self._add("you", text)
         self._asked.put(text)
 
@@ -110,10 +126,12 @@ class Conversing:
         terminal = console()
         for who, said in lines:
             if who == "model":
-                answer_writer()(said if said.endswith("\n") else said + "\n")
+                answer = AnswerWriter()
+                answer.write(said)
+                answer.end()
             else:
                 shown = between_figures(said, terminal_width()) if who == "remark" else said
-                terminal.print(printable(f">>> {said}" if who == "you" else shown), style=_STYLES[who])
+                put(terminal, printable(f">>> {said}" if who == "you" else shown), _STYLES[who])
 
     def _so_far(self) -> list[tuple[Who, str]]:
         with self._lock:

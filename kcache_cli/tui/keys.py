@@ -50,6 +50,8 @@ KEYS = (
     Key("probe", "p", "probe", "probe", "have layers that attend exactly say what they would pick"),
     Key("escape", "escape", "escape", "close", "close what is open; from the input back to the panels"),
     Key("talk", "i", "talk", "write", "write to the model (kcache chat --dashboard)"),
+    Key("earlier", "pageup", "page(-1)", "read back", "text: back in the conversation; pgdn goes on"),
+    Key("later", "pagedown", "page(1)", "read on", "text: on in the conversation"),
     Key("leave", "ctrl+d", "quit", "leave", "leave, from the input as well"),
     Key("stop", "ctrl+c", "stop", "stop", "stop the reply, or the job"),
 )

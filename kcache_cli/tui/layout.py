@@ -21,7 +21,14 @@ class Layout:
 
 
 def arrange(
-    width: int, height: int, lines: int, *, chosen: str = "heat", maximised: str | None = None, talking: bool = False
+    width: int,
+    height: int,
+    lines: int,
+    *,
+    chosen: str = "heat",
+    maximised: str | None = None,
+    talking: bool = False,
+    writing: bool = False,
 ) -> Layout:
     """Share ``height`` lines.
 
@@ -37,13 +44,15 @@ def arrange(
         The panel that has everything.
     talking : bool
         The text is a conversation of this process, which wants more room.
+    writing : bool
+        The user writes to it just now, and wants to see it, whatever was asked for last.
     """
     if maximised is not None:
         is_top, is_low = maximised in ("memory", "link"), maximised in ("layers", "speed", "words")
         middle = 0 if is_top or is_low else height
         return Layout(height * is_top, middle, height * is_low, frozenset({maximised}))
     if width < _ROOMY[0] or height < _ROOMY[1] - 2:
-        return _small(height, chosen, talking)
+        return _small(height, "words" if writing else chosen, talking)
     top = 9 if height >= 38 else 8
     if talking:
         low = max(9, height // 3)

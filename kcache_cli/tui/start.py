@@ -49,7 +49,7 @@ def dashboard(source: Source, stop: Callable[[], bool] | None = None, *, talk: T
     return Dashboard(
         source,
         talk=talk,
-        typed=None if talk is None else partial(typed_ahead, sys.stdin),
+        typed=partial(typed_ahead, sys.stdin),
         stop=stop,
         ascii=settings.ascii or not _writes_blocks(),
         theme=settings.theme,

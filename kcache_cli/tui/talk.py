@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from rich.text import Text
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 
 class Talk(Protocol):
     """Takes what the user writes; the engine runs in a thread of its own."""
+
+    @property
+    def earlier(self) -> Sequence[str]:
+        """What the user has written, the latest last; it grows."""
 
     def begin(self, app: App) -> None:
         """The dashboard is there: post it a :class:`~kcache_cli.tui.conversation.Said` when there is something new."""

@@ -113,7 +113,9 @@ def test_what_is_remarkable_is_told(run: Run) -> None:
     assert "kcache: no two ways about it\n" in run("chat", input="hi", engine=engine).stderr
 
 
-@pytest.mark.parametrize(("message", "say"), [("", "empty"), (" \n ", "empty"), (b"\xff\xfe", "not UTF-8")])
+@pytest.mark.parametrize(
+    ("message", "say"), [("", "no terminal to type at, and empty; pipe"), (" \n ", "empty"), (b"\xff\xfe", "not UTF-8")]
+)
 def test_bad_message_is_told_before_loading(run: Run, message: str | bytes, say: str) -> None:
     engine = FakeEngine()
     result = run("chat", input=message, engine=engine)

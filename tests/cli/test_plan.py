@@ -133,7 +133,8 @@ def test_more_may_be_allowed_where_there_is_more(run: Run, config: str) -> None:
 def test_what_fits_in_no_batch_is_not_called_the_fastest(run: Run, config: str) -> None:
     result = run("plan", config, "--gpu", "rtx4090", "--host", "64GiB", "--ctx", "128k")
     assert result.exit_code == 3
-    assert "no batch fits" in result.stdout and "fastest" not in result.stdout.splitlines()[0]
+    first = " ".join(result.stdout.partition("NVIDIA")[0].split())  # a long folder makes lines of it
+    assert "no batch fits" in first and "fastest" not in first
 
 
 def test_windows_alone_leave_nothing_to_tier(run: Run, tmp_path: Path) -> None:

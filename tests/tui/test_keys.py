@@ -84,6 +84,16 @@ def test_the_cursor_reads_a_cell() -> None:
     run(unknown, FakeSource(bare))
 
 
+def test_an_empty_cache_leaves_its_layers_their_room() -> None:
+    async def body(driver: Driver) -> None:
+        before = heat(driver).size
+        driver.source.add(frame(1))
+        await driver.tick()
+        assert heat(driver).size == before
+
+    run(body, FakeSource([frame(0, layers=0)]), size=(200, 60))
+
+
 def test_quit() -> None:
     async def body(driver: Driver) -> None:
         await driver.pilot.press("q")
@@ -481,6 +491,16 @@ def test_sequences_are_called_by_their_names() -> None:
         assert "[31m[red]x" in text and "\x1b" not in text and "日本語" in text
         bars = [line for line in lines if "short" in line or "a-name" in line]
         assert len({line.rstrip().rstrip("│ ").rfind(" ") for line in bars}) == 1, "figures stand below each other"
+
+    run(body, source=source)
+
+
+def test_names_stay_apart_in_two_columns() -> None:
+    source = FakeSource(conversation(9, batch=16))
+    source.called = tuple(f"poem-{number}-of-many-lines" for number in range(10, 26))
+
+    async def body(driver: Driver) -> None:
+        assert "poem-10-" in driver.text() and "poem-11-" in driver.text()
 
     run(body, source=source)
 

@@ -12,6 +12,7 @@ import pytest
 from kcache.errors import InputError
 from kcache.watch.frame import HALF_LIFE_STEPS, Frame, Info, Mark, Memory, bucket_tokens
 from kcache_cli.tui.layout import PANELS, arrange
+from kcache_cli.tui.look import Look
 from kcache_cli.tui.model import words
 from kcache_cli.tui.model.cell import cell
 from kcache_cli.tui.model.detail import detail
@@ -24,6 +25,8 @@ from kcache_cli.tui.model.passage import beginning, pieces_of, role_at, weights
 from kcache_cli.tui.model.scale import slots, ticks
 from kcache_cli.tui.model.speed import speed_view
 from kcache_cli.tui.model.trace import Trace
+from kcache_cli.tui.palette import DARK
+from kcache_cli.tui.widgets.paint import words as painted
 from tests.tui.fakes import INFO, KV_HEADS, MIB, NEEDLE, TOPN, conversation, frame
 
 
@@ -413,6 +416,18 @@ def test_text_is_printable_and_knows_who_said_it() -> None:
     assert [piece.special for piece in pieces] == [False, True, False]
     assert [piece.role for piece in pieces] == ["prompt", "answer", "answer"]
     assert role_at(replace(now, marks=()), 3) == "prompt"
+
+
+def test_the_name_of_a_role_is_no_word_of_the_text() -> None:
+    texts = ["<|im_end|>", "\n", "<|im_start|>", "ass", "istant", "\n", "assistant", "<start_of_turn>", "user", " me"]
+    special = [piece.text for piece in pieces_of(frame(9), texts, 0) if piece.special]
+    assert special == ["<|im_end|>", "<|im_start|>", "ass", "istant", "<start_of_turn>", "user"]
+
+
+def test_a_special_token_is_lit_where_it_was_picked_and_faint_elsewhere() -> None:
+    pieces = pieces_of(frame(9), ["<|im_start|>", "<|im_end|>"], 0, np.array([0.5, 0.0]))
+    lit, faint = painted(pieces, Look()).spans
+    assert "on #" in str(lit.style) and str(faint.style) == DARK.faint
 
 
 def test_weights_are_shares_of_heads() -> None:

@@ -36,6 +36,19 @@ def test_settings_reach_the_dashboard(settings_file: Path) -> None:
         dashboard(FakeSource(conversation()))
 
 
+def test_what_was_typed_while_a_job_was_loaded_are_no_keys_of_the_dashboard(
+    settings_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = ["q"]
+    monkeypatch.setattr("kcache_cli.tui.start.typed_ahead", lambda stream: waiting.pop())
+
+    async def opened() -> None:
+        async with dashboard(FakeSource(conversation()), lambda: True).run_test():
+            assert not waiting
+
+    asyncio.run(opened())
+
+
 def test_other_keys() -> None:
     assert parse_keys(None) == {}
     assert parse_keys("pause=o, quit=x ctrl+q") == {"pause": "o", "quit": "x,ctrl+q"}

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from textual.events import Paste
+from prompt_toolkit.history import History
+from textual.events import Key, MouseScrollUp, Paste
+from textual.geometry import Offset
 from textual.widgets import Input
 
 from kcache.policy import Policy
 from kcache_cli.chat.conversation import Conversation
+from kcache_cli.chat.prompt import open_history
 from kcache_cli.ending import Ended, heard
 from kcache_cli.tui.app import Dashboard
 from kcache_cli.tui.beside import Beside
@@ -42,10 +45,12 @@ def hold(session: FakeSession, at: int) -> tuple[threading.Event, threading.Even
     return reached, go
 
 
-def chat(*answers: list[str], document: str | None = None) -> tuple[Conversing, FakeSession]:
+def chat(
+    *answers: list[str], document: str | None = None, history: History | None = None
+) -> tuple[Conversing, FakeSession]:
     session = FakeSession(FakeModel(), Policy(), answers or [["Hello", " there", "."]])
     told = Conversation(cast(Any, session), "fake", 100, True, document, quiet=True)
-    return Conversing(told), session
+    return Conversing(told, history), session
 
 
 async def until(driver: Driver, condition: Callable[[], bool]) -> None:
@@ -61,6 +66,13 @@ async def write(driver: Driver, text: str) -> None:
     """Put text into the input, and send it."""
     driver.app.query_one("#say", Input).value = text
     await driver.press("enter")
+
+
+async def write_two(driver: Driver, reached: threading.Event) -> None:
+    """Ask, and ask again while the engine hangs in the first answer."""
+    await write(driver, "first")
+    await until(driver, reached.is_set)
+    await write(driver, "second")
 
 
 def said(driver: Driver) -> str:
@@ -104,6 +116,31 @@ def test_what_was_typed_before_there_was_an_input_is_kept() -> None:
     asyncio.run(whole())
 
 
+def test_what_was_written_before_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "history").write_text('\n# then\n+hello\n\n# later\n+"""two\n+  lines\x1b"""\n')
+    history = open_history(tmp_path / "history")
+
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=chat(history=history)[0]) as driver:
+            say = driver.app.query_one("#say", Input)
+
+            async def press(*keys: str) -> str:
+                await driver.press(*keys)
+                return say.value
+
+            assert await press("up") == "two lines"
+            assert await press("up") == await press("up") == "hello"
+            assert await press("down", "down") == await press("down") == ""
+            await write(driver, "how?")
+            await write(driver, "how?")
+            assert await press("h", "up") == "how?" and await press("up") == "hello"  # those that begin like it
+            assert await press("down", "down") == "h"
+            assert await press("up", "exclamation_mark", "up") == "how?!"
+
+    asyncio.run(whole())
+    assert (tmp_path / "history").read_text().count("+how?") == 1
+
+
 def test_all_lines_that_are_pasted_are_written() -> None:
     async def whole() -> None:
         async with running(FakeSource(conversation()), talk=chat()[0]) as driver:
@@ -115,15 +152,25 @@ def test_all_lines_that_are_pasted_are_written() -> None:
     asyncio.run(whole())
 
 
+def test_letters_that_are_kept_apart_are_written_so() -> None:
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=chat()[0]) as driver:
+            say = driver.app.query_one("#say", Input)
+            for letter in "می\u200cخواهم":
+                say.post_message(Key("any", letter))
+            await driver.settle()
+            assert say.value == "می\u200cخواهم"
+
+    asyncio.run(whole())
+
+
 def test_an_answer_follows_its_question_though_another_waits() -> None:
     talk, session = chat(["one", " two"], ["three"])
     reached, go = hold(session, 2)
 
     async def whole() -> None:
         async with running(FakeSource(conversation()), talk=talk) as driver:
-            await write(driver, "first")
-            await until(driver, reached.is_set)
-            await write(driver, "second")
+            await write_two(driver, reached)
             await until(driver, lambda: said(driver).endswith("first\none\n▶ second"))
             go.set()
             await until(driver, lambda: "tok/s" in said(driver).split("three")[-1])
@@ -138,9 +185,7 @@ def test_leaving_waits_for_no_answer_that_has_not_begun() -> None:
 
     async def whole() -> None:
         async with running(FakeSource(conversation()), talk=talk) as driver:
-            await write(driver, "first")
-            await until(driver, reached.is_set)
-            await write(driver, "second")
+            await write_two(driver, reached)
             threading.Timer(0.2, go.set).start()
 
     asyncio.run(whole())
@@ -183,6 +228,37 @@ def test_save_replaces_nothing_but_saved_conversations(tmp_path: Path) -> None:
             await write(driver, f"/save {file}")
             await until(driver, lambda: "is no saved conversation; take another name" in said(driver))
             assert file.read_text() == "my notes"
+
+    asyncio.run(whole())
+
+
+def test_what_was_said_can_be_read_back() -> None:
+    talk, _ = chat(["one\n" * 30], ["two\n" * 3])
+
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), (80, 24), talk=talk) as driver:
+            panel = driver.app.query_one(WordsPanel)
+            await write(driver, "/help")
+            await until(driver, lambda: "ctrl-d" in said(driver))
+            await driver.settle()
+            assert "/help  " not in driver.text()
+            await driver.press("pageup", "pageup", "pageup", "pageup")
+            assert "/help  " in driver.text() and "1-4 of 15, pgup and pgdn" in driver.text()
+            await write(driver, "count")  # what is said is followed again
+            await until(driver, lambda: "tok/s" in said(driver))
+            await driver.settle()
+            assert "TTFT" in driver.text()
+            await driver.pilot._post_mouse_events([MouseScrollUp, MouseScrollUp], WordsPanel, offset=Offset(9, 3))
+            await driver.settle()
+            top = panel.top
+            assert top is not None and "TTFT" not in driver.text()
+            await write(driver, "/set topn")
+            panel.top = top  # it stays, though more is said
+            await until(driver, lambda: "topn = " in said(driver))
+            await driver.settle()
+            assert panel.top == top and "topn =" not in driver.text()
+            await driver.press("pagedown", "pagedown")
+            assert panel.top is None and "topn =" in driver.text()
 
     asyncio.run(whole())
 
@@ -262,6 +338,28 @@ def test_what_is_said_goes_before_what_is_under_the_cursor() -> None:
             assert "write below" in driver.text() and "text from token" not in driver.text()
             await driver.press("escape")
             assert "text from token" in driver.text()
+
+    asyncio.run(whole())
+
+
+def test_on_a_small_terminal_what_is_said_comes_back_for_who_writes() -> None:
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), (80, 24), talk=chat()[0]) as driver:
+            await driver.press("escape", "4")
+            assert "4 layers" in driver.text() and "6 text" not in driver.text()
+            await driver.press("i")
+            assert "6 text" in driver.text() and "write below" in driver.text()
+            await driver.press("escape")
+            assert "4 layers" in driver.text()
+
+    asyncio.run(whole())
+
+
+def test_what_a_toast_says_hides_nothing_of_the_input() -> None:
+    async def whole() -> None:
+        async with running(FakeSource(conversation()), talk=chat()[0]) as driver:
+            await driver.press("ctrl+c")
+            assert "nothing to stop" in driver.text() and "esc: panels   ctrl-c: stop the reply" in driver.text()
 
     asyncio.run(whole())
 

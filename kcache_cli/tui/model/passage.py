@@ -11,11 +11,15 @@ from kcache.watch.frame import Frame, Role
 from kcache_cli.text import printable
 
 _SPECIAL = re.compile(r"<\|[^|<>]*\|>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>")
+_BEFORE_A_ROLE = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>")
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A token: its text, printable, who said it, and the share of heads that picked it."""
+    """A token: its text, printable, who said it, and the share of heads that picked it.
+
+    A ``special`` one was said by nobody: it belongs to the model's form of a chat, as the name of a role does.
+    """
 
     text: str
     position: int
@@ -27,11 +31,14 @@ class Piece:
 def pieces_of(frame: Frame, texts: list[str], start: int, weights: np.ndarray | None = None) -> list[Piece]:
     """Make pieces of the texts of tokens from ``start`` on; ``weights`` has a number for each."""
     found = []
+    names_role = False
     for at, text in enumerate(texts):
         plain = printable(text)
+        is_special = _SPECIAL.fullmatch(plain.strip()) is not None
+        names_role = plain.strip() in _BEFORE_A_ROLE if is_special else names_role and plain.isalpha()
         weight = 0.0 if weights is None or at >= len(weights) else float(weights[at])
         role = role_at(frame, start + at)
-        found.append(Piece(plain, start + at, role, _SPECIAL.fullmatch(plain.strip()) is not None, weight))
+        found.append(Piece(plain, start + at, role, is_special or names_role, weight))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from rich.table import Table
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -29,7 +30,7 @@ _MORE = (
     ("z x", "zoom in and out; backspace shows the whole context"),
     ("enter", "open the chosen layer"),
 )
-_APART = ("memory", "link", "heat", "layers", "speed", "text", "mode_back", "reverse", "previous_turn")
+_APART = ("memory", "link", "heat", "layers", "speed", "text", "mode_back", "reverse", "previous_turn", "later")
 
 
 class HelpScreen(ModalScreen[None]):
@@ -44,30 +45,29 @@ class HelpScreen(ModalScreen[None]):
     """
 
     def compose(self) -> ComposeResult:
-        """One text."""
+        """One table."""
         with VerticalScroll() as box:
             box.border_title = "keys"
-            yield Static(self._text())
+            yield Static(self._table())
 
-    def _text(self) -> Text:
-        look = look_of(self.app)
-        palette = look.palette
-        text = Text()
+    def _table(self) -> Table:
+        palette = look_of(self.app).palette
+        table = Table.grid(padding=(0, 2))
+        table.add_column(justify="right", min_width=10, no_wrap=True)
+        table.add_column()
 
         def line(name: str, what: str, tone: str) -> None:
-            text.append(f"{name:>10}  ", f"bold {tone}")
-            text.append(f"{what}\n", palette.text)
+            table.add_row(Text(name, f"bold {tone}"), Text(what, palette.text))
 
         for key in KEYS:
             if key.id not in _APART:
                 line(key.display or self._display(key.id), key.long, palette.accent)
         for shown, what in _MORE:
             line(shown, what, palette.accent)
-        text.append("\n")
+        table.add_row()
         for name, what in _PANELS:
             line(name, what, palette.warn)
-        text.right_crop(1)
-        return text
+        return table
 
     def _display(self, name: str) -> str:
         return " ".join(self.app.get_key_display(binding) for binding in self._bound(name))

@@ -86,13 +86,8 @@ class LayersPanel(Panel):
         table = table_for(width)
         lines = [self._head(table, width)]
         lines += [self._line(row, table, width) for row in self._rows[self._top : self._top + shown]]
-        subtitle = self._subtitle(moment, shown)
-        if subtitle != self.border_subtitle:  # after this drawing, which has the frame's old one
-            self.call_later(self._say_below, subtitle)
+        self.say_below(self._subtitle(moment, shown))
         return lines
-
-    def _say_below(self, subtitle: str) -> None:
-        self.border_subtitle = subtitle
 
     def rows(self, moment: Moment) -> list[LayerRow]:
         """The rows that are shown."""

@@ -41,15 +41,14 @@ def legend(look: Look, width: int, low: str, high: str) -> Text:
 
 
 def words(pieces: Sequence[Piece], look: Look, roles: bool = True) -> Text:
-    """Tokens as running text; those that were picked stand out by how many heads picked them."""
+    """Tokens as running text; those that were picked stand out by how many heads picked them, special ones as well."""
     palette = look.palette
     ramp = palette.ramp
     text = Text(no_wrap=False)
     for piece in pieces:
-        if piece.special:
-            text.append(piece.text, palette.faint)
-            continue
         style = (palette.prompt if piece.role == "prompt" else palette.answer) if roles else palette.text
+        if piece.special:
+            style = palette.faint
         shown = piece.text.replace("\t", _TAB)
         if piece.weight <= 0:
             text.append(shown, style)

@@ -49,6 +49,11 @@ class Panel(Widget, can_focus=True):
         self._drawn = None
         self.refresh()
 
+    def say_below(self, text: str) -> None:
+        """Have the frame say something: after this drawing, which has the frame's old words."""
+        if text != (self.border_subtitle or ""):
+            self.call_later(setattr, self, "border_subtitle", text)
+
     @abstractmethod
     def draw(self, moment: Moment, width: int, height: int) -> list[Text]:
         """The lines of the panel, at most ``height`` of them, ``width`` cells wide."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.text import Text
+from textual import events
 from textual.reactive import reactive
 
 from kcache.watch.frame import Frame, SequenceFrame
@@ -32,6 +33,8 @@ class WordsPanel(Panel):
     """What the sequences are called, where they have names: text of the job's input."""
     said: reactive[Text | None] = reactive(None, always_update=True, repaint=False)
     """A conversation of this process, shown instead."""
+    top: reactive[int | None] = reactive(None)
+    """The first line of the conversation that is shown to one who reads back; None follows what is said."""
 
     def watch_pieces(self) -> None:
         """Draw them."""
@@ -41,12 +44,45 @@ class WordsPanel(Panel):
         """Draw it."""
         self.redraw()
 
+    def watch_top(self) -> None:
+        """Draw the other part."""
+        self.redraw()
+
+    def action_page(self, by: int) -> None:
+        """Go on in the conversation by pages, or back."""
+        self._go(by * max(1, self.size.height - 1))
+
+    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
+        """Back."""
+        self._go(-1)
+        event.stop()
+
+    def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
+        """On."""
+        self._go(1)
+        event.stop()
+
+    def _go(self, by: int) -> None:
+        if self.said is None or self.passage:
+            return
+        last = max(0, len(wrapped(self.said, self.size.width)) - self.size.height)
+        top = max(0, by + (last if self.top is None else min(self.top, last)))
+        self.top = None if top >= last else top
+
+    def _conversation(self, said: Text, width: int, height: int) -> list[Text]:
+        lines = wrapped(said, width)
+        last = max(0, len(lines) - height)
+        top = last if self.top is None else min(self.top, last)
+        self.say_below(f"{top + 1}-{top + height} of {len(lines)}, pgup and pgdn" if last else "")
+        return lines[top : top + height]
+
     def draw(self, moment: Moment, width: int, height: int) -> list[Text]:
         """See :class:`~kcache_cli.tui.widgets.panel.Panel`."""
         frame = moment.frame
         assert frame is not None
         if self.said is not None and not self.passage:
-            return wrapped(self.said, width)[-height:]
+            return self._conversation(self.said, width, height)
+        self.say_below("")
         if frame.began > 1 and not self.passage:
             return self._batch(frame, width, height)
         head: list[Text] = []
@@ -64,7 +100,7 @@ class WordsPanel(Panel):
     def draw_empty(self, width: int, height: int) -> list[Text]:
         """What is said even before the first frame."""
         if self.said is not None:
-            return wrapped(self.said, width)[-height:]
+            return self._conversation(self.said, width, height)
         return super().draw_empty(width, height)
 
     def _job(self, job: tuple[int, int], width: int) -> Text:
@@ -99,12 +135,12 @@ class WordsPanel(Panel):
         return lines
 
     def _labels(self, count: int, width: int) -> list[Text]:
-        """Names of sequences, of one width and a third of the line at most; numbers where there are no names."""
+        """Names of sequences, of one width and half of the line at most; numbers where there are no names."""
         muted = self.look.palette.muted
         if not count or len(self.names) != count:
             return [Text(f"{index:>3} ", muted) for index in range(count)]
         names = [Text(one_line(name), muted) for name in self.names]
-        room = min(width // 3, max(3, *(name.cell_len for name in names)))
+        room = min(width // 2, max(3, *(name.cell_len for name in names)))
         labels = [cut(name, room) for name in names]
         for label in labels:
             label.append(" " * (room + 1 - label.cell_len))
