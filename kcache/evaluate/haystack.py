@@ -105,7 +105,7 @@ def _fill(lm: LoadedModel, prose: Prose, room: int, start: float) -> tuple[list[
 
 def count_tokens(lm: LoadedModel, text: str) -> int:
     """Tokens of a piece of text by itself."""
-    return len(cast(Any, lm.tokenizer(text, add_special_tokens=False, verbose=False))["input_ids"])
+    return len(token_ids(lm, text))
 
 
 def split_prompt(lm: LoadedModel, context: str, question: str, lead: str = "") -> tuple[list[int], list[int]]:
@@ -134,11 +134,11 @@ def split_prompt(lm: LoadedModel, context: str, question: str, lead: str = "") -
         special = False  # the template has written them
     else:
         text, at, special = f"{context}\n\nQuestion: {question}\nAnswer:", len(context) + 2, True
-    head = _ids(lm, text[:at], special)
-    return head, _ids(lm, text[at:] + lead, False)
+    return token_ids(lm, text[:at], special), token_ids(lm, text[at:] + lead)
 
 
-def _ids(lm: LoadedModel, text: str, special: bool) -> list[int]:
+def token_ids(lm: LoadedModel, text: str, special: bool = False) -> list[int]:
+    """The tokens of a text; with ``special`` those that the tokenizer puts around every text, too."""
     return list(cast(Any, lm.tokenizer(text, add_special_tokens=special, verbose=False))["input_ids"])
 
 
