@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +50,7 @@ def answer(context: typer.Context, question: Question) -> None:
     from kcache.evaluate.tune import HeldPlaces, Search, topns_for
     from kcache_cli.engine import engine_of, load_with_bar
     from kcache_cli.evaluate.prose import read_prose
+    from kcache_cli.evaluate.report import finish
     from kcache_cli.evaluate.tune_table import COMMAND, NAMES, markdown
     from kcache_cli.exits import note
     from kcache_cli.rows.store import Store
@@ -82,9 +82,7 @@ def answer(context: typer.Context, question: Question) -> None:
         raise
     finally:
         rows = book.close(search.trials, best)
-    if target is not None:
-        sys.stdout.write(markdown(rows))
-        book.store.say_where()
+    finish(book.store, markdown(rows))
     _conclude(search, rows, question)
 
 
