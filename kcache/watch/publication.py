@@ -178,7 +178,12 @@ class Publication:
 
     @property
     def _watched(self) -> bool:
-        return bool(self._viewers) or (self._recorder is not None and self._recorder.problem is None)
+        return bool(self._viewers) or self._writing is not None
+
+    @property
+    def _writing(self) -> Recorder | None:
+        """The recorder, while it works."""
+        return None if self._recorder is None or self._recorder.problem is not None else self._recorder
 
     def _turn(self) -> None:
         """Take what the engine has left, and serve everybody."""
@@ -203,7 +208,7 @@ class Publication:
         """Tell the engine when the next frame is wanted."""
         capture = self._capture
         capture.probe = any(viewer.probe for viewer in self._viewers)
-        if self._recorder is not None and self._recorder.problem is None:
+        if self._writing is not None:
             capture.interval_s, capture.due_s = 0.0, 0.0
         elif self._viewers:
             capture.interval_s = max(self._frame_s / _SHARE, 1 / max(viewer.rate_hz for viewer in self._viewers))
@@ -270,10 +275,10 @@ class Publication:
         frame["number"] = self._number
         self._shown_s = time.monotonic()
         self._board.show(frame)
-        if self._recorder is not None and self._recorder.problem is None:
+        if (recorder := self._writing) is not None:
             if self._number == 1:
-                self._recorder.begin(asdict(self._present_info()))
-            self._recorder.write(frame, self._tokens)
+                recorder.begin(asdict(self._present_info()))
+            recorder.write(frame, self._tokens)
 
     def _hello(self) -> Message:
         return {"kind": "hello", "magic": MAGIC, "version": VERSION, "info": asdict(self._present_info())}
