@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -73,7 +74,7 @@ def config(
     _print_table(file, rows)
 
 
-def _print_table(file: Any, rows: list[tuple[str, Any, str]]) -> None:
+def _print_table(file: Path, rows: list[tuple[str, Any, str]]) -> None:
     from kcache_cli.console import answers, plain_table
     from kcache_cli.settings import Settings
 
@@ -97,7 +98,7 @@ def _built_in(name: str) -> Any:
     return getattr(Policy, name, None)
 
 
-def _write_template(file: Any) -> None:
+def _write_template(file: Path) -> None:
     from kcache_cli.settings import Settings
 
     lines = ["# Settings of kcache. Flags and KCACHE_* variables go before these.", ""]
