@@ -25,13 +25,10 @@ def is_ordinary(
         return False
     batch, heads, count, dim = query.shape
     kv_heads, length = keys.shape[1:3]
-    if not query.dtype == keys.dtype == values.dtype or heads % kv_heads:
-        return False
-    if keys.shape != (batch, kv_heads, length, dim) or values.shape[:3] != keys.shape[:3]:
-        return False
-    if mask is None:
-        return True
-    return mask.dtype == torch.bool and mask.shape[0] in (1, batch) and mask.shape[1:] == (1, count, length)
+    fit = keys.shape == (batch, kv_heads, length, dim) and values.shape[:3] == keys.shape[:3] and heads % kv_heads == 0
+    if mask is not None:
+        fit = fit and mask.shape[0] in (1, batch) and mask.shape[1:] == (1, count, length) and mask.dtype == torch.bool
+    return fit and query.dtype == keys.dtype == values.dtype
 
 
 def wants_operators(tensors: Sequence[torch.Tensor]) -> bool:

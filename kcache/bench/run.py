@@ -93,14 +93,12 @@ class _Race:
                 self.problems[engine] = problem
         together = self._fit_together()
         self._race(together)
-        if together and any(problem.status == "does not fit" for problem in self._late_problems()):
+        late = [self.problems[engine] for engine in self.runners if engine in self.problems]
+        if together and any(problem.status == "does not fit" for problem in late):
             self._race(together=False)
         fidelity = self._fidelity() if self.spec.fidelity else {}
         measured = {engine: runner.measured for engine, runner in self.runners.items()}
         return make_rows(self.lm, self.spec, self.case, measured, self.problems, fidelity, machine, env)
-
-    def _late_problems(self) -> list[Problem]:
-        return [self.problems[engine] for engine in self.runners if engine in self.problems]
 
     def _race(self, together: bool) -> None:
         """Give every engine its turns."""

@@ -174,10 +174,6 @@ class Publication:
         return [*(viewer for viewer in self._server.viewers if viewer.greeted), *self._local]
 
     @property
-    def _watched(self) -> bool:
-        return bool(self._viewers) or self._writing is not None
-
-    @property
     def _writing(self) -> Recorder | None:
         """The recorder, while it works."""
         return None if self._recorder is None or self._recorder.problem is not None else self._recorder
@@ -241,7 +237,8 @@ class Publication:
         is_new, self._seen_viewers = count > self._seen_viewers, count
         phase = self._phase_now()
         stale = self._capture.running and time.monotonic() - self._shown_s >= _LOOK_S
-        if self._watched and not shown and (is_new or phase != self._phase or stale):
+        watched = count > 0 or self._writing is not None
+        if watched and not shown and (is_new or phase != self._phase or stale):
             captured = self._capture.take_now()
             if captured is not None:
                 if self._capture.ready:  # a frame of a moment before has come meanwhile: the next turn's

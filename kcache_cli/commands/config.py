@@ -51,6 +51,7 @@ def config(
       kcache config --init
       KCACHE_TOPN=64 kcache config --json
     """
+    from kcache.policy import Policy
     from kcache_cli import paths, settings
 
     file = paths.config_file()
@@ -66,7 +67,10 @@ def config(
     rows = []
     for name in settings.Settings.model_fields:
         given = getattr(values, name)
-        rows.append((name, _built_in(name) if given is None else given, settings.source_of(name, in_file)))
+        value = (
+            getattr(Policy, name, None) if given is None else given
+        )  # without a default, kcache or the model chooses
+        rows.append((name, value, settings.source_of(name, in_file)))
     if as_json:
         found = {name: {"value": value, "source": source} for name, value, source in rows}
         print(json.dumps({"file": str(file), "settings": found}, indent=2))
@@ -89,13 +93,6 @@ def _print_table(file: Path, rows: list[tuple[str, Any, str]]) -> None:
     console.print(f"{file}{'' if file.exists() else ' (does not exist)'}", soft_wrap=True)
     console.print()
     console.print(table)
-
-
-def _built_in(name: str) -> Any:
-    """What applies when nothing is set: the policy's default; None where kcache or the model choose."""
-    from kcache.policy import Policy
-
-    return getattr(Policy, name, None)
 
 
 def _write_template(file: Path) -> None:

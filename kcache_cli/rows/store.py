@@ -156,9 +156,6 @@ class Store:
         if chart is not None and self.rows:
             note(f"drew {chart}")
 
-    def _render(self) -> str:
-        return render(self.rows, self.form, self._markdown)
-
     def _print(self, rows: Sequence[Row]) -> None:
         """Print what of these rows has not been printed yet."""
         text = render(rows, self.form, self._markdown)
@@ -173,7 +170,7 @@ class Store:
 
     def _write(self) -> None:
         assert self.target is not None
-        replace(self.target, self._render().encode())
+        replace(self.target, render(self.rows, self.form, self._markdown).encode())
 
 
 def read_text(option: str, name: str | Path) -> str:
