@@ -293,3 +293,11 @@ def engine_of(ctx: typer.Context) -> Engine:
     """The engine a command was started with; the real one unless a test gave another."""
     engine: Engine = ctx.obj if ctx.obj is not None else KCacheEngine()
     return engine
+
+
+def load_with_bar(engine: Engine, model: ModelOptions) -> Any:
+    """Load a model, and show on standard error how far that is."""
+    from kcache_cli.console import download_bar
+
+    with download_bar(f"loading {model.name}") as progress:
+        return engine.load(model, progress)

@@ -152,12 +152,11 @@ def _run(
     from kcache_cli.batch.output import STDOUT, OrderedOutput, mend, opened
     from kcache_cli.batch.progress import Meter, Published, Watch, progress_bar
     from kcache_cli.batch.run import plan_work, run_batches
-    from kcache_cli.console import download_bar
+    from kcache_cli.engine import load_with_bar
     from kcache_cli.tui.beside import Beside
     from kcache_cli.tui.start import dashboard
 
-    with download_bar(f"loading {job.model.name}") as progress:
-        lm = job.engine.load(job.model, progress)
+    lm = load_with_bar(job.engine, job.model)
     for remark in job.engine.remarks(lm, sampling_options, job.sampling):
         note(remark)
     ids = [item.entry.id for item in work]

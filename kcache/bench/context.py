@@ -8,13 +8,14 @@ that picks of random rows have no locality of their own. The text is the Python 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kcache.decoding.forward import step_logits
+from kcache.decoding.prompts import token_ids
 from kcache.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -100,8 +101,7 @@ def real_ids(lm: LoadedModel, ctx: int, batch: int) -> torch.Tensor:
     for number in range(batch):
         start = number * len(text) // batch
         piece = (text[start:] + text[:start])[: ctx * _LONGEST_TOKEN]
-        tokens: Any = lm.tokenizer(piece, add_special_tokens=False, verbose=False)
-        ids = torch.tensor(tokens["input_ids"])
+        ids = torch.tensor(token_ids(lm, piece))
         rows.append(ids.repeat(-(-ctx // len(ids)))[:ctx])
     return torch.stack(rows).to(lm.device)
 

@@ -22,7 +22,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._before: int | None = torch.cuda.memory_allocated()
         else:
-            self._before = _resident() if _reset_mark() else None
+            self._before = _status("VmRSS") if _reset_mark() else None
 
     def added_bytes(self) -> int | None:
         """The peak since construction, over what was in use then."""
@@ -30,10 +30,6 @@ class PeakMemory:
             return None
         peak = torch.cuda.max_memory_allocated() if self._cuda else _status("VmHWM")
         return max(0, peak - self._before)
-
-
-def _resident() -> int:
-    return _status("VmRSS")
 
 
 def _reset_mark() -> bool:

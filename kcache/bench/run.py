@@ -93,14 +93,12 @@ class _Race:
                 self.problems[engine] = problem
         together = self._fit_together()
         self._race(together)
-        if together and any(problem.status == "does not fit" for problem in self._late_problems()):
+        late = [self.problems[engine] for engine in self.runners if engine in self.problems]
+        if together and any(problem.status == "does not fit" for problem in late):
             self._race(together=False)
         fidelity = self._fidelity() if self.spec.fidelity else {}
         measured = {engine: runner.measured for engine, runner in self.runners.items()}
         return make_rows(self.lm, self.spec, self.case, measured, self.problems, fidelity, machine, env)
-
-    def _late_problems(self) -> list[Problem]:
-        return [self.problems[engine] for engine in self.runners if engine in self.problems]
 
     def _race(self, together: bool) -> None:
         """Give every engine its turns."""
@@ -152,14 +150,11 @@ class _Race:
         if reason is not None:
             return Problem("unavailable", reason)
         device, host = self._need(engine)
-        on_cuda = self.lm.device.type == "cuda"
         free, ram = self._free()
-        if device + (0 if on_cuda else host) > free:
-            where = "device memory" if on_cuda else "RAM"
-            return Problem(
-                "does not fit", f"needs {_gib(device + (0 if on_cuda else host))} of {where}; {_gib(free)} are free"
-            )
-        if on_cuda and host > ram:
+        if device > free:
+            where = "device memory" if self._on_cuda else "RAM"
+            return Problem("does not fit", f"needs {_gib(device)} of {where}; {_gib(free)} are free")
+        if host > ram:
             return Problem("does not fit", f"needs {_gib(host)} of RAM; {_gib(ram)} are free")
         return None
 
@@ -168,25 +163,27 @@ class _Race:
 
         Not on CUDA when a policy asks for what the card has free: that would depend on the others.
         """
-        needs = [self._need(engine) for engine in self.case.engines if engine not in self.problems]
-        on_cuda = self.lm.device.type == "cuda"
-        if on_cuda and any(
-            engine.policy is not None and engine.policy.offload == "auto" for engine in self.case.engines
-        ):
+        policies = [engine.policy for engine in self.case.engines if engine.policy is not None]
+        if self._on_cuda and any(policy.offload == "auto" for policy in policies):
             return False
-        free, ram = self._free()
+        needs = [self._need(engine) for engine in self.case.engines if engine not in self.problems]
         device, host = (sum(part) for part in zip(*needs, strict=True)) if needs else (0, 0)
-        if not on_cuda:
-            return device + host <= ram * _SHARE_OF_FREE
+        free, ram = self._free()
         return device <= free * _SHARE_OF_FREE and host <= ram * _SHARE_OF_FREE
 
+    @property
+    def _on_cuda(self) -> bool:
+        return self.lm.device.type == "cuda"
+
     def _need(self, engine: Engine) -> tuple[int, int]:
-        return engine.need(self.shapes, self.case.ctx + self.spec.new_tokens, self.case.batch)
+        """Bytes an engine takes on the device and in RAM; on a host-only run the device is RAM, and takes all."""
+        device, host = engine.need(self.shapes, self.case.ctx + self.spec.new_tokens, self.case.batch)
+        return (device, host) if self._on_cuda else (device + host, 0)
 
     def _free(self) -> tuple[int, int]:
         """Bytes free on the device and in RAM."""
         ram = read_ram().available + spare_of(self.lm.model).nbytes
-        if self.lm.device.type != "cuda":
+        if not self._on_cuda:
             return ram, ram
         devices = {shape.device for shape in self.shapes}
         cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

@@ -160,7 +160,8 @@ class Runner:
         assert self._cache is not None
         ids = real_ids(self._lm, self.case.ctx, self.case.batch)
         sampler = Sampler(Sampling(temperature=0, repetition_penalty=1.0), GenerationConfig(), self._lm.device)
-        self._synchronise()
+        if self._lm.device.type == "cuda":
+            torch.cuda.synchronize(self._lm.device)
         began = time.perf_counter()
         logits = self.engine.prefill(self._lm.model, self._cache, ids)
         tokens = decode(self._lm.model, self._cache, logits, sampler, ids)
@@ -176,7 +177,3 @@ class Runner:
         length = self.case.ctx if self._lm.device.type == "cuda" else min(self.case.ctx, _WARM_PROMPT)
         ids = real_ids(self._lm, length, self.case.batch)
         self.engine.prefill(self._lm.model, self.engine.make(self._lm.model, length + 1), ids)
-
-    def _synchronise(self) -> None:
-        if self._lm.device.type == "cuda":
-            torch.cuda.synchronize(self._lm.device)

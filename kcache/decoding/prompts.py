@@ -120,6 +120,11 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return items
 
 
+def token_ids(lm: LoadedModel | Reader, text: str, special: bool = False) -> list[int]:
+    """The tokens of a text; with ``special`` those that the tokenizer puts around every text, too."""
+    return list(cast(Any, lm.tokenizer(text, add_special_tokens=special, verbose=False))["input_ids"])
+
+
 def _encode_one(lm: LoadedModel | Reader, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         _check_text(prompt, "the prompt")

@@ -18,7 +18,7 @@ from kcache.attaching import attach
 from kcache.cache import KCache
 from kcache.decoding.forward import step_logits
 from kcache.evaluate.figures import Figures
-from kcache.evaluate.forks import Prefix
+from kcache.evaluate.forks import FULL, Prefix
 from kcache.evaluate.layers import LayerLook
 from kcache.evaluate.places import Place
 from kcache.layers.snapshots import total
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 _BLOCK = 64
 """Steps in one forward: more saves little and takes room for their logits."""
-_FULL = Policy(offload="none")
 
 
 @dataclass(frozen=True)
@@ -90,58 +89,45 @@ class HeldPlace:
         self._prefix = Prefix(lm, self._prompt[0, :-1].tolist())
         watch("full attention")
         ids, following = place.ids[:, -steps - 1 : -1], place.ids[0, -steps:, None]
-        full = [*_forced(lm, _begin(lm, self._prefix, _FULL, self._prompt, steps), ids)]
-        self._truth = _Truth(place.start, ids, following.split(_BLOCK), full)
+        self._start, self._ids, self._following = place.start, ids, following.split(_BLOCK)
+        self._full = [*_forced(lm, self._begin(FULL), ids)]
 
     def beside(self, policy: Policy) -> Figures:
-        """Measure a policy."""
-        return self._truth.beside(self._lm, _begin(self._lm, self._prefix, policy, self._prompt, self._steps))
-
-
-@dataclass(frozen=True)
-class _Truth:
-    """Tokens ``[1, T]`` to force, those that follow each ``[block, 1]``, and what full attention says, by block."""
-
-    start: int
-    ids: torch.Tensor
-    following: Sequence[torch.Tensor]
-    scores: Sequence[torch.Tensor]
-
-    def beside(self, lm: LoadedModel, cache: KCache) -> Figures:
-        """Force the tokens through ``cache`` and compare."""
+        """Measure a policy: force the tokens through a cache under it, and compare block by block."""
+        cache = self._begin(policy)
         look, before = LayerLook(), _tiered(cache)
         rows = {layer.index: layer.rows_fetched for layer in cache.tiered_layers}
         kl, same, nll_full, nll = [], [], [], []
-        for full, got, tokens in zip(self.scores, _forced(lm, cache, self.ids, look), self.following, strict=True):
+        found = _forced(self._lm, cache, self._ids, look)
+        for full, got, tokens in zip(self._full, found, self._following, strict=True):
             kl.append((full.exp() * (full - got)).sum(-1))
             same.append(full.argmax(-1) == got.argmax(-1))
             nll_full.append(-full.gather(1, tokens))
             nll.append(-got.gather(1, tokens))
         after = _tiered(cache)
         return Figures(
-            start=self.start,
+            start=self._start,
             nll_full=float(torch.cat(nll_full).mean()),
             nll=float(torch.cat(nll).mean()),
             kl=[float(f"{value:.4g}") for value in torch.cat(kl).tolist()],
             top1=float(torch.cat(same).float().mean()),
             mass=look.mass(),
             rows_per_kv_head=_rows(cache, rows, look),
-            bytes_h2d_per_token=(after.bytes_h2d - before.bytes_h2d) / self.ids.shape[1],
+            bytes_h2d_per_token=(after.bytes_h2d - before.bytes_h2d) / self._steps,
             device_overhead=(after.device_bytes - after.k_bytes) / max(1, after.full_kv_bytes),
             layer_error=look.errors(len(cache.layers)),
         )
 
+    def _begin(self, policy: Policy) -> KCache:
+        """A cache under ``policy`` that holds the prompt, whose last token it attends exactly, as the others were.
 
-def _begin(lm: LoadedModel, prefix: Prefix, policy: Policy, prompt: torch.Tensor, steps: int) -> KCache:
-    """A cache under ``policy`` that holds the prompt, whose last token it attends exactly, as the others were.
-
-    After that token a cache filled by copying is as its own prefill would have left it: the tail has seen all rows,
-    and no step will be charged for showing them to it.
-    """
-    (cache,) = prefix.fork((), [policy], steps + 1).caches
-    with attach(lm.model), cache.exact():
-        step_logits(lm.model, cache, prompt[:, -1:])
-    return cache
+        After that token a cache filled by copying is as its own prefill would have left it: the tail has seen all rows,
+        and no step will be charged for showing them to it.
+        """
+        (cache,) = self._prefix.fork((), [policy], self._steps + 1).caches
+        with attach(self._lm.model), cache.exact():
+            step_logits(self._lm.model, cache, self._prompt[:, -1:])
+        return cache
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from kcache.policy import Policy
 if TYPE_CHECKING:
     from kcache.models.loaded import LoadedModel
 
-_FULL = Policy(offload="none")
+FULL = Policy(offload="none")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Contender:
 
 def contenders(policy: Policy, topns: Sequence[int]) -> tuple[Contender, ...]:
     """Full attention, then ``policy`` with each N."""
-    return Contender("dense", _FULL), *(Contender("kcache", policy.replace(topn=topn)) for topn in topns)
+    return Contender("dense", FULL), *(Contender("kcache", policy.replace(topn=topn)) for topn in topns)
 
 
 class Prefix:
@@ -62,7 +62,7 @@ class Prefix:
 
     def __init__(self, lm: LoadedModel, ids: Sequence[int] = ()) -> None:
         self.lm, self.ids = lm, list(ids)
-        self._cache = KCache(lm.model, _FULL, max_length=max(1, len(self.ids)))
+        self._cache = KCache(lm.model, FULL, max_length=max(1, len(self.ids)))
         self._logits = self._prefill(self._cache, self.ids)
 
     def fork(self, more: Sequence[int], policies: Sequence[Policy], room: int) -> Fork:
@@ -80,7 +80,7 @@ class Prefix:
         length = len(ids) + room
         source, logits = self._cache, self._logits
         if more:
-            source = self._copy(self._cache, _FULL, self.ids, length)
+            source = self._copy(self._cache, FULL, self.ids, length)
             logits = self._prefill(source, list(more))
         return Fork(self.lm, [self._copy(source, policy, ids, length) for policy in policies], logits)
 

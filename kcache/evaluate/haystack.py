@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-from kcache.decoding.prompts import check_messages
+from kcache.decoding.prompts import check_messages, token_ids
 from kcache.errors import InputError
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _fill(lm: LoadedModel, prose: Prose, room: int, start: float) -> tuple[list[
 
 def count_tokens(lm: LoadedModel, text: str) -> int:
     """Tokens of a piece of text by itself."""
-    return len(cast(Any, lm.tokenizer(text, add_special_tokens=False, verbose=False))["input_ids"])
+    return len(token_ids(lm, text))
 
 
 def split_prompt(lm: LoadedModel, context: str, question: str, lead: str = "") -> tuple[list[int], list[int]]:
@@ -134,12 +134,7 @@ def split_prompt(lm: LoadedModel, context: str, question: str, lead: str = "") -
         special = False  # the template has written them
     else:
         text, at, special = f"{context}\n\nQuestion: {question}\nAnswer:", len(context) + 2, True
-    head = _ids(lm, text[:at], special)
-    return head, _ids(lm, text[at:] + lead, False)
-
-
-def _ids(lm: LoadedModel, text: str, special: bool) -> list[int]:
-    return list(cast(Any, lm.tokenizer(text, add_special_tokens=special, verbose=False))["input_ids"])
+    return token_ids(lm, text[:at], special), token_ids(lm, text[at:] + lead)
 
 
 def spread(count: int, random: Sequence[float]) -> list[float]:

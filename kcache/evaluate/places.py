@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 
+from kcache.decoding.prompts import token_ids
 from kcache.errors import ContextLengthError, InputError
+from kcache.evaluate.haystack import Prose
 
 if TYPE_CHECKING:
-    from kcache.evaluate.haystack import Prose
     from kcache.models.loaded import LoadedModel
 
 
@@ -57,6 +58,5 @@ def find_places(lm: LoadedModel, prose: Prose, ctx: int, steps: int, count: int)
 
 def _tokens(lm: LoadedModel, text: str) -> tuple[list[int], list[int]]:
     """The tokenizer's begin token, if it has one, and the text's ids."""
-    ids = cast(Any, lm.tokenizer(text, add_special_tokens=False, verbose=False))["input_ids"]
-    first = cast(Any, lm.tokenizer("a"))["input_ids"][:1]
-    return (first if first == [lm.tokenizer.bos_token_id] else []), list(ids)
+    first = token_ids(lm, "a", special=True)[:1]
+    return (first if first == [lm.tokenizer.bos_token_id] else []), token_ids(lm, text)

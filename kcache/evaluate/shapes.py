@@ -17,6 +17,7 @@ from kcache.cache import KCache
 from kcache.decoding.forward import step_logits
 from kcache.errors import InputError
 from kcache.evaluate.fidelity import Case
+from kcache.evaluate.forks import FULL
 from kcache.planning.sizes import TierSizes, least_resident
 from kcache.policy import Policy
 
@@ -114,7 +115,7 @@ class _Tensors:
 
 def _a_row(lm: LoadedModel) -> _Tensors:
     """Let the model keep one token, and look."""
-    cache = KCache(lm.model, Policy(offload="none"), max_length=1)
+    cache = KCache(lm.model, FULL, max_length=1)
     with attach(lm.model):
         step_logits(lm.model, cache, torch.zeros(1, 1, dtype=torch.long, device=lm.device))
     for layer in cache.tiered_layers:

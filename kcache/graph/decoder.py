@@ -12,19 +12,16 @@ goes on without, for a reason that is logged and kept in :attr:`GraphDecoder.rea
 
 from __future__ import annotations
 
-import gc
 import logging
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
 
 from kcache.cache import KCache
 from kcache.graph.fit import may_begin, never, not_now
-from kcache.graph.fuse import Fusion
-from kcache.graph.step import GraphStep
+from kcache.graph.recorded import RecordedStep, forget_unseen
 from kcache.machine.tape import Tape
 from kcache.watch.capture import Capture, watchers_of
 
@@ -32,8 +29,6 @@ PROOFS = 2
 """Steps of a recording that are compared with steps taken without it: at its own length, and at another."""
 _TOLERANCE = {torch.float32: 1e-3}
 _LOOSE = 0.05
-
-_RECORDING = threading.Lock()
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +47,6 @@ class GraphDecoder:
         Why steps are no more recorded; None while they are.
     replayed, recorded : int
         Steps taken by replaying, and recordings made.
-    fused : dict
-        How many norms and the like run as one kernel in the present recording.
     """
 
     def __init__(self, make_tape: Callable[[], Tape]) -> None:
@@ -63,29 +56,27 @@ class GraphDecoder:
         self._model: PreTrainedModel | None = None
         self._cache: KCache | None = None
         self._weights = 0
+        self._held: list[torch.Tensor] = []  # weights that the recording reads, should another one put them elsewhere
+        self._recording: RecordedStep | None = None
         self._watchers: list[Capture] = []
         self._tokens = torch.empty(0)
-        self._step: GraphStep | None = None
         self._trial: tuple[torch.Tensor, int] | None = None  # logits, and the rows they are for
         self._at = -1
         self._launched = self._advanced = False
         self._run = 0
         self._not_now: str | None = None
         self._may_fuse = True
-        self.forget()
+
+    @property
+    def fused(self) -> dict[str, int]:
+        """How many norms and the like run as one kernel in the present recording."""
+        return {} if self._recording is None else self._recording.fused
 
     def forget(self) -> None:
         """Let go of the recording and of all it holds."""
         self.pause()
-        self._step = None
-        self._tape: Tape | None = None
-        self._logits: torch.Tensor | None = None
-        self._key: tuple[object, ...] = ()
-        self._scratch: tuple[object, ...] = ()
-        self._kept: list[torch.Tensor] = []
-        self._held: list[torch.Tensor] = []  # weights that the recording reads, should another one put them elsewhere
-        self._proofs = 0
-        self.fused: dict[str, int] = {}
+        self._recording = None
+        self._held = []
 
     def begin(self, model: PreTrainedModel, cache: KCache) -> int:
         """Serve a run of decode steps until :meth:`leave`, or until another begins; returns its number."""
@@ -125,31 +116,31 @@ class GraphDecoder:
             with torch.inference_mode(False), torch.no_grad():
                 return self._launch(cache, tokens, going, end)
         except Exception as error:  # whatever it is, decoding goes on without
-            _forget_unseen(cache)
+            forget_unseen(cache)
             self._give_up(_first_cause(error))
             return None
 
     def _launch(self, cache: KCache, tokens: torch.Tensor, going: torch.Tensor | None, end: int) -> torch.Tensor | None:
         padded = cache.shared.validity.bitmap is not None or going is not None
-        if self._step is None or self._key != self._fingerprint(cache, padded):
+        if self._recording is None or self._recording.key != self._recording.fingerprint(cache, padded, self._weights):
             self._record(cache, tokens, going, end, padded)
-        step, tape = self._step, self._tape
-        assert step is not None and tape is not None and self._logits is not None
+        recording = self._recording
+        assert recording is not None
         if self._at != end - 1:
-            step.enter(cache)
+            recording.step.enter(cache)
             self._at = end - 1
-        self._keep(cache)
+        recording.keep(cache)
         self._tokens = tokens[:, None]
-        step.feed(tokens, going, end)
-        tape.replay()
-        if self._proofs < PROOFS:
-            trial = self._logits.clone()
-            self._take_back(cache)
+        recording.step.feed(tokens, going, end)
+        recording.tape.replay()
+        if recording.proofs < PROOFS:
+            trial = recording.logits.clone()
+            recording.take_back(cache)
             self._withdraw()
             self._trial = trial, end
             return None
         self._launched = True
-        return self._logits
+        return recording.logits
 
     def commit(self, run: int) -> bool:
         """Take in the step that a run launched: it counts, and the cache is one row longer.
@@ -161,27 +152,28 @@ class GraphDecoder:
         """
         if run != self._run or not self._launched:
             return False
-        assert self._cache is not None and self._step is not None
+        assert self._cache is not None and self._recording is not None
+        step = self._recording.step
         self._launched, self._advanced = False, True
         self._at += 1
         self.replayed += 1
         for watcher in self._watchers:
             watcher.step_begins(self._cache, self._tokens)
-        self._step.advance(self._cache, self._at, _event(self._step.inputs.length.device))
+        step.advance(self._cache, self._at, _event(step.inputs.length.device))
         for watcher in self._watchers:
             watcher.step_ends(self._cache)
         return True
 
     def check(self, run: int, logits: torch.Tensor) -> None:
         """Compare logits ``[B, vocabulary]`` of a run's step with those of the recording, if it is on trial."""
-        if run != self._run or self._cache is None or self._trial is None:
+        if run != self._run or self._cache is None or self._recording is None or self._trial is None:
             return
         (trial, end), self._trial = self._trial, None
         if end != self._cache.get_seq_length():
             return
         error = _difference(trial, logits)
         if error <= _TOLERANCE.get(logits.dtype, _LOOSE):
-            self._proofs += 1
+            self._recording.proofs += 1
         else:
             self._give_up(f"the recorded step's logits were off by {error:.1e}")
 
@@ -199,72 +191,41 @@ class GraphDecoder:
 
     def pause(self) -> None:
         """Let others change the cache; a step that was launched and not committed is as if it had not been."""
-        if self._launched and self._cache is not None:
-            self._take_back(self._cache)
+        if self._launched and self._cache is not None and self._recording is not None:
+            self._recording.take_back(self._cache)
         self._launched, self._trial = False, None
         self._withdraw()
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Inside, what is counted leaves out a step that was launched and not committed."""
-        state = self._cache.shared.step_state if self._launched and self._cache is not None else []
-        counted = [tensor.clone() for tensor in state]
-        _copy(self._kept if state else [], state)
-        try:
+        if self._launched and self._cache is not None and self._recording is not None:
+            with self._recording.set_aside(self._cache):
+                yield
+        else:
             yield
-        finally:
-            _copy(counted, state)
 
     def _record(self, cache: KCache, tokens: torch.Tensor, going: torch.Tensor | None, end: int, padded: bool) -> None:
         self.forget()
         assert self._model is not None
-        step = GraphStep(self._model, cache, padded)
-        step.enter(cache)
-        step.feed(tokens, going, end)
-        self._step = step
-        self._kept = [tensor.clone() for tensor in cache.shared.step_state]
-        tape, fusion, spread = self._make_tape(), Fusion(self._model), cache.shared.spread
-        place = None if spread is None else spread.place
-        try:
-            with _without_collector(), fusion.applied() if self._may_fuse else nullcontext():
-                self._logits = tape.record(step.run, tokens.device)
-        finally:
-            self.fused = fusion.used
-            self._take_back(cache)
-            if spread is not None and place is not None:
-                spread.go_back(place)
-        self._tape = tape
+        self._recording = recording = RecordedStep(self._model, cache, padded, self._make_tape())
+        recording.make(cache, tokens, going, end, self._may_fuse)
         self._hold()
-        self._scratch = cache.shared.scratch
-        self._key = self._fingerprint(cache, padded)
+        recording.key = recording.fingerprint(cache, padded, self._weights)
         self.recorded += 1
         _log.debug("recorded a decode step at %d rows; in one kernel each: %s", end, self.fused or "nothing")
-
-    def _fingerprint(self, cache: KCache, padded: bool) -> tuple[object, ...]:
-        assert self._step is not None
-        counters = tuple(tensor.data_ptr() for tensor in cache.shared.step_state)
-        return (padded, self._weights, counters, *self._step.fingerprint())
 
     def _hold(self) -> None:
         """Note where the weights are; what a recording reads of them stays until the run ends."""
         assert self._model is not None
         weights = [parameter.detach() for parameter in self._model.parameters()]
         self._weights = hash(tuple(weight.data_ptr() for weight in weights))
-        self._held = weights if self._step is not None else []
-
-    def _keep(self, cache: KCache) -> None:
-        """Note what the next step changes in place, should it turn out not to be wanted."""
-        _copy(cache.shared.step_state, self._kept)
-
-    def _take_back(self, cache: KCache) -> None:
-        """Undo what a step has changed in place, and what is kept of the row it wrote past the end."""
-        _copy(self._kept, cache.shared.step_state)
-        _forget_unseen(cache)
+        self._held = weights if self._recording is not None else []
 
     def _withdraw(self) -> None:
         """Leave the cache as if steps had been taken without the recording, so that others can go on."""
-        if self._step is not None and self._advanced:
-            self._step.leave()
+        if self._recording is not None and self._advanced:
+            self._recording.step.leave()
         self._advanced, self._at = False, -1
 
     def _give_up(self, reason: str) -> None:
@@ -276,19 +237,6 @@ class GraphDecoder:
             return
         self.reason = reason
         _log.warning("decoding goes on without a recorded step: %s", reason)
-
-
-def _forget_unseen(cache: KCache) -> None:
-    for layer in cache.tiered_layers:
-        layer.forget_unseen()
-
-
-def _copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
-    """Copy many small tensors, in one launch for each dtype."""
-    pairs = list(zip(sources, targets, strict=True))
-    for dtype in {source.dtype for source in sources}:
-        group = [pair for pair in pairs if pair[0].dtype == dtype]
-        torch._foreach_copy_([target for _, target in group], [source for source, _ in group])
 
 
 def _first_cause(error: BaseException) -> str:
@@ -314,19 +262,3 @@ def _difference(got: torch.Tensor, want: torch.Tensor) -> float:
     want = torch.where(known, want, 0.0)
     error = torch.where(known, got, 0.0) - want
     return float((error.norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-6)).max())
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Keep the garbage collector from running: what it frees may wait for the device, which no recording survives.
-
-    It is the whole process's, so one thread records at a time.
-    """
-    with _RECORDING:
-        enabled = gc.isenabled()
-        gc.disable()
-        try:
-            yield
-        finally:
-            if enabled:
-                gc.enable()

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kcache.cache import KCache
 from kcache.graph.layers import CapturedCache, CapturedLayer, CapturedTiered, CapturedWindow, Inputs
+from kcache.layers.shared import Shared
 from kcache.layers.tiered import TieredLayer
 from kcache.models.arguments import forward_parameters, with_cache
 
@@ -38,16 +39,15 @@ class GraphStep:
         tiered = cache.tiered_layers
         capacity = min(layer.buffers()[0].shape[2] for layer in tiered)
         self.inputs = Inputs(cache.batch_size, capacity, padded, tiered[0].device)
-        self.layers = [self._stand_in(index, cache) for index in range(len(cache.layers))]
+        self.layers = [self._stand_in(layer, cache.shared) for layer in cache.layers]
         self._model, self._cache = model, CapturedCache(self.layers)
         self._mask = torch.ones(cache.batch_size, 1, 1, 1, dtype=torch.bool, device=tiered[0].device)
 
-    def _stand_in(self, index: int, cache: KCache) -> CapturedLayer:
-        layer = cache.layers[index]
+    def _stand_in(self, layer: object, shared: Shared) -> CapturedLayer:
         if isinstance(layer, TieredLayer):
             return CapturedTiered(layer, self.inputs)
         assert isinstance(layer, DynamicSlidingWindowLayer)
-        return CapturedWindow(layer, self.inputs, cache.shared)
+        return CapturedWindow(layer, self.inputs, shared)
 
     def run(self) -> torch.Tensor:
         """Take the step; returns logits ``[B, vocabulary]``."""

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import TracebackType
 
 from transformers import PreTrainedModel
 
@@ -140,9 +139,7 @@ class Publication:
     def __enter__(self) -> Publication:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -177,8 +174,9 @@ class Publication:
         return [*(viewer for viewer in self._server.viewers if viewer.greeted), *self._local]
 
     @property
-    def _watched(self) -> bool:
-        return bool(self._viewers) or (self._recorder is not None and self._recorder.problem is None)
+    def _writing(self) -> Recorder | None:
+        """The recorder, while it works."""
+        return None if self._recorder is None or self._recorder.problem is not None else self._recorder
 
     def _turn(self) -> None:
         """Take what the engine has left, and serve everybody."""
@@ -203,7 +201,7 @@ class Publication:
         """Tell the engine when the next frame is wanted."""
         capture = self._capture
         capture.probe = any(viewer.probe for viewer in self._viewers)
-        if self._recorder is not None and self._recorder.problem is None:
+        if self._writing is not None:
             capture.interval_s, capture.due_s = 0.0, 0.0
         elif self._viewers:
             capture.interval_s = max(self._frame_s / _SHARE, 1 / max(viewer.rate_hz for viewer in self._viewers))
@@ -239,7 +237,8 @@ class Publication:
         is_new, self._seen_viewers = count > self._seen_viewers, count
         phase = self._phase_now()
         stale = self._capture.running and time.monotonic() - self._shown_s >= _LOOK_S
-        if self._watched and not shown and (is_new or phase != self._phase or stale):
+        watched = count > 0 or self._writing is not None
+        if watched and not shown and (is_new or phase != self._phase or stale):
             captured = self._capture.take_now()
             if captured is not None:
                 if self._capture.ready:  # a frame of a moment before has come meanwhile: the next turn's
@@ -270,10 +269,10 @@ class Publication:
         frame["number"] = self._number
         self._shown_s = time.monotonic()
         self._board.show(frame)
-        if self._recorder is not None and self._recorder.problem is None:
+        if (recorder := self._writing) is not None:
             if self._number == 1:
-                self._recorder.begin(asdict(self._present_info()))
-            self._recorder.write(frame, self._tokens)
+                recorder.begin(asdict(self._present_info()))
+            recorder.write(frame, self._tokens)
 
     def _hello(self) -> Message:
         return {"kind": "hello", "magic": MAGIC, "version": VERSION, "info": asdict(self._present_info())}

@@ -16,7 +16,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,14 +39,9 @@ if TYPE_CHECKING:
 _MOST_TASKS = 10_000
 
 
-@contextmanager
-def on_ray(address: str | None, workers: int | None) -> Iterator[RayEngine]:
-    """Yield an engine whose batches run on Ray; a cluster it has started ends with it."""
-    engine = RayEngine(address, workers)
-    try:
-        yield engine
-    finally:
-        engine.close()
+def on_ray(address: str | None, workers: int | None) -> AbstractContextManager[RayEngine]:
+    """Make an engine whose batches run on Ray, for a ``with`` block; a cluster it has started ends with that."""
+    return contextlib.closing(RayEngine(address, workers))
 
 
 def decoder_of(engine: Any) -> Decoder:
@@ -232,14 +227,14 @@ class _ResultsOnly(io.TextIOBase):
 def _unheard() -> Iterator[None]:
     """Let what Ray's libraries write to standard error past Python go nowhere."""
     sys.stderr.flush()
-    kept = os.dup(2)
+    stderr = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
         os.close(nowhere)
 
 

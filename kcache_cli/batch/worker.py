@@ -17,6 +17,7 @@ from kcache.policy import Policy
 from kcache_cli import exits
 from kcache_cli.batch.inputs import Entry
 from kcache_cli.batch.journal import Result
+from kcache_cli.batch.progress import Meter
 from kcache_cli.batch.run import Job, Work
 from kcache_cli.engine import Plan
 from kcache_cli.options import ModelOptions
@@ -74,7 +75,8 @@ class Worker:
                 raise self._problem
             attempt = self._begin(number)
             work = unpack(str(batch["work"][0]))
-            results = self._job.decode(self._lm, work, number, _NoWatch())
+            unwatched = Meter(len(work), 0, self._job.max_tokens)  # results are counted when they come back
+            results = self._job.decode(self._lm, work, number, unwatched)
             told: dict[str, Any] = {"attempt": attempt, "results": results}
         except Exception as error:
             told = {"problem": _described(error)}
@@ -150,16 +152,3 @@ def _within(policy: Policy, gpus: float) -> Policy:
 
     total = int(torch.cuda.get_device_properties(0).total_memory * gpus)
     return policy.replace(kv_budget=max(0, total - torch.cuda.memory_allocated() - LEAST_RESERVE))
-
-
-class _NoWatch:
-    """Results are counted when they come back."""
-
-    def begin(self, names: Any) -> None:
-        """Nobody looks."""
-
-    def count(self, event: Any, tokens: int = 1) -> None:
-        """Nobody looks."""
-
-    def read(self, done: int, total: int) -> None:
-        """Nobody looks."""

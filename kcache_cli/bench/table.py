@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kcache_cli.rows.formats import Column, Row, megabytes, number, table, versions, where
+from kcache_cli.rows.formats import Column, Row, megabytes, number, origin, table
 from kcache_cli.text import one_line, size
 
 
@@ -48,7 +48,7 @@ def legend(rows: Sequence[Row]) -> list[str]:
     bandwidths = [f"memory {env['memory_gb_s']} GB/s, rows {env['gather_gb_s']} GB/s"] if "memory_gb_s" in env else []
     context = {"random": "random rows", "text": "a prefilled text"}[first.get("context_from", "random")]
     ratio_to = " / ".join(dict.fromkeys(row["ratio_to"] for row in rows if row.get("ratio_to")))
-    lines = [one_line(" · ".join([*where(first), *bandwidths, *versions(first)]))]
+    lines = [origin(first, *bandwidths)]
     turns = sorted({row["turns"] for row in rows if row.get("turns")}) or [0]
     count = f"{turns[0]}" if len(turns) == 1 else f"{turns[0]}–{turns[-1]}"
     how = f"{count} turns of up to {first['steps']} steps, engines alternating, after {context}"

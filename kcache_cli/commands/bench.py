@@ -24,20 +24,9 @@ if TYPE_CHECKING:
     from kcache_cli.rows.store import Store
 
 _CASE_S = 60.0
-_measure = "What to measure (lists are comma-separated)"
-_results = "Results"
 
-
-def _list(*names: str, help: str, default: str, metavar: str) -> Any:
-    return typer.Option(*names, help=help, show_default=default, metavar=metavar, rich_help_panel=_measure)
-
-
-def _result(*names: str, help: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=_results, show_default=False)
-
-
-def _flag(name: str, help: str, panel: str = _measure) -> Any:
-    return typer.Option(name, help=help, rich_help_panel=panel)
+_measure = partial(typer.Option, rich_help_panel="What to measure (lists are comma-separated)")
+_result = partial(typer.Option, rich_help_panel="Results", show_default=False)
 
 
 @with_options
@@ -45,54 +34,56 @@ def bench(
     context: typer.Context,
     model_options: ModelOptions,
     ctx: Annotated[
-        str | None, _list("--ctx", help="Contexts, in tokens: 8k is 8192.", default="2k,8k", metavar="LIST")
+        str | None, _measure("--ctx", help="Contexts, in tokens: 8k is 8192.", show_default="2k,8k", metavar="LIST")
     ] = None,
     topn: Annotated[
-        str | None, _list("--topn", help="V rows fetched per KV head and step.", default="128", metavar="LIST")
+        str | None, _measure("--topn", help="V rows fetched per KV head and step.", show_default="128", metavar="LIST")
     ] = None,
     batch: Annotated[
-        str | None, _list("--batch", help="Sequences decoded together.", default="1", metavar="LIST")
+        str | None, _measure("--batch", help="Sequences decoded together.", show_default="1", metavar="LIST")
     ] = None,
     engines: Annotated[
         str | None,
-        _list(
+        _measure(
             "--engine",
             help="kcache; dense, which is kcache with all V on the device; hf-dynamic, hf-static, hf-offloaded, which "
             "are transformers' caches. Ratios refer to the first hf one, or to dense.",
-            default="kcache,dense,hf-static,hf-dynamic",
+            show_default="kcache,dense,hf-static,hf-dynamic",
             metavar="LIST",
         ),
     ] = None,
     repeats: Annotated[
         int | None,
-        typer.Option(
+        _measure(
             "-r",
             "--repeats",
             min=1,
             metavar="INTEGER",
             help="Turns per engine.",
             show_default="5, fewer in a case that takes over a minute",
-            rich_help_panel=_measure,
         ),
     ] = None,
     steps: Annotated[
         int,
-        typer.Option(
-            "--steps",
-            min=1,
-            metavar="INTEGER",
-            help="Steps timed per turn; fewer in one that takes over 3 s.",
-            rich_help_panel=_measure,
-        ),
+        _measure("--steps", min=1, metavar="INTEGER", help="Steps timed per turn; fewer in one that takes over 3 s."),
     ] = 16,
     real_prefill: Annotated[
-        bool, _flag("--real-prefill", "Prefill a text instead of filling in random rows; gives TTFT and prefill speed.")
+        bool,
+        _measure(
+            "--real-prefill", help="Prefill a text instead of filling in random rows; gives TTFT and prefill speed."
+        ),
     ] = False,
     fidelity: Annotated[
-        bool, _flag("--fidelity", "Also measure KL and top-1 agreement with full attention, on a text (prefills it).")
+        bool,
+        _measure(
+            "--fidelity", help="Also measure KL and top-1 agreement with full attention, on a text (prefills it)."
+        ),
     ] = False,
     check_plan: Annotated[
-        bool, _flag("--check-plan", "Put the speed that kcache plan predicts, and its error, beside what is measured.")
+        bool,
+        _measure(
+            "--check-plan", help="Put the speed that kcache plan predicts, and its error, beside what is measured."
+        ),
     ] = False,
     form: Annotated[
         Format | None, _result("-o", "--format", help="Format of the rows. Default: md; a card per case at a terminal.")
@@ -105,7 +96,7 @@ def bench(
         str | None, _result("--plot", help="Draw tokens per second here: .png, .svg, .pdf.", metavar="FILE")
     ] = None,
     resume: Annotated[
-        bool, _flag("--resume", "Keep the rows --output already holds and measure only the rest.", _results)
+        bool, _result("--resume", help="Keep the rows --output already holds and measure only the rest.")
     ] = False,
     compare: Annotated[
         str | None,
@@ -146,11 +137,10 @@ def bench(
     """
     from kcache.bench.cases import DEFAULT_ENGINES, Spec, make_cases
     from kcache_cli.bench.same import COMMAND, NAMES, compare_with
-    from kcache_cli.console import download_bar
-    from kcache_cli.engine import engine_of
+    from kcache_cli.engine import engine_of, load_with_bar
     from kcache_cli.policies import build_policy
-    from kcache_cli.rows.chart import check_plot
-    from kcache_cli.rows.store import Store, check_file, choose_format, read_rows, rows_to_resume, say_skipped
+    from kcache_cli.rows.chart import chart_file
+    from kcache_cli.rows.store import Store, destination, read_rows, say_skipped
     from kcache_cli.settings import fill, load_settings
 
     settings = load_settings()
@@ -171,17 +161,14 @@ def bench(
         fidelity=fidelity,
         check_plan=check_plan,
     )
-    target, chart = check_file("--output", output), check_file("--plot", plot)
-    check_plot(chart)
+    target, chosen, there = destination(form, output, resume, COMMAND, NAMES)
+    chart = chart_file(plot)
     watch_options.check()
-    chosen = choose_format(form, target)
-    there = rows_to_resume(resume, target, chosen, COMMAND, NAMES)
     old = None if compare is None else read_rows(Path(compare), "--compare", COMMAND, NAMES)
     compared = partial(compare_with, old)
 
     engine = engine_of(context)
-    with download_bar(f"loading {model.name}") as progress:
-        lm = engine.load(model, progress)
+    lm = load_with_bar(engine, model)
     _warn_if_busy()
     cases = make_cases(spec)
     kept, left = _split(lm, spec, cases, there)

@@ -52,8 +52,8 @@ def chat(
     """
     from kcache_cli.chat.conversation import Conversation
     from kcache_cli.chat.repl import Repl, answer_once
-    from kcache_cli.console import download_bar, working
-    from kcache_cli.engine import engine_of
+    from kcache_cli.console import working
+    from kcache_cli.engine import engine_of, load_with_bar
     from kcache_cli.paths import history_file
     from kcache_cli.policies import build_policy
     from kcache_cli.settings import fill, load_settings
@@ -71,8 +71,7 @@ def chat(
     with working(f"loading {model.name}"):
         chosen = engine.sampling(sampling)
         plan = engine.plan(model, policy, ctx=planned, batch_size=1, allow_overflow=overflow)
-    with download_bar(f"loading {model.name}") as progress:
-        lm = engine.load(model, progress)
+    lm = load_with_bar(engine, model)
     for remark in engine.remarks(lm, sampling_options, chosen):
         note(remark)
     session = engine.session(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -50,6 +51,7 @@ def config(
       kcache config --init
       KCACHE_TOPN=64 kcache config --json
     """
+    from kcache.policy import Policy
     from kcache_cli import paths, settings
 
     file = paths.config_file()
@@ -65,7 +67,10 @@ def config(
     rows = []
     for name in settings.Settings.model_fields:
         given = getattr(values, name)
-        rows.append((name, _built_in(name) if given is None else given, settings.source_of(name, in_file)))
+        value = (
+            getattr(Policy, name, None) if given is None else given
+        )  # without a default, kcache or the model chooses
+        rows.append((name, value, settings.source_of(name, in_file)))
     if as_json:
         found = {name: {"value": value, "source": source} for name, value, source in rows}
         print(json.dumps({"file": str(file), "settings": found}, indent=2))
@@ -73,7 +78,7 @@ def config(
     _print_table(file, rows)
 
 
-def _print_table(file: Any, rows: list[tuple[str, Any, str]]) -> None:
+def _print_table(file: Path, rows: list[tuple[str, Any, str]]) -> None:
     from kcache_cli.console import answers, plain_table
     from kcache_cli.settings import Settings
 
@@ -90,14 +95,7 @@ def _print_table(file: Any, rows: list[tuple[str, Any, str]]) -> None:
     console.print(table)
 
 
-def _built_in(name: str) -> Any:
-    """What applies when nothing is set: the policy's default; None where kcache or the model choose."""
-    from kcache.policy import Policy
-
-    return getattr(Policy, name, None)
-
-
-def _write_template(file: Any) -> None:
+def _write_template(file: Path) -> None:
     from kcache_cli.settings import Settings
 
     lines = ["# Settings of kcache. Flags and KCACHE_* variables go before these.", ""]

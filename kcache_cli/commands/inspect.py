@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,10 +15,7 @@ if TYPE_CHECKING:
     from kcache.watch.source import Source
 
 View = Literal["last", "history", "heads", "age"]
-
-
-def _picture(*names: str, **more: Any) -> Any:
-    return typer.Option(*names, rich_help_panel="Pictures", **more)
+_picture = functools.partial(typer.Option, rich_help_panel="Pictures")
 
 
 def inspect(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import functools
+from typing import Annotated
 
 import typer
 
@@ -10,11 +11,7 @@ from kcache_cli.completion import complete_policy
 from kcache_cli.evaluate.flags import PlacesOptions, ResultOptions, in_float32
 from kcache_cli.options import ModelOptions, with_options
 
-
-def _goal(*names: str, help: str, metavar: str | None = None, default: str | bool = False, **more: Any) -> Any:
-    return typer.Option(
-        *names, help=help, metavar=metavar, show_default=default, rich_help_panel="What to look for", **more
-    )
+_goal = functools.partial(typer.Option, rich_help_panel="What to look for", show_default=False)
 
 
 @with_options
@@ -28,7 +25,7 @@ def tune(
             "--target-kl",
             help="Mean KL divergence from full attention, in nats, at most.",
             metavar="FLOAT",
-            default="0.01",
+            show_default="0.01",
         ),
     ] = 0.01,
     device_overhead: Annotated[
@@ -38,7 +35,7 @@ def tune(
             help="What the policy keeps on the device beside K (V of dense layers, the tail), as a share of a full KV "
             "cache, at most.",
             metavar="FLOAT",
-            default="0.07",
+            show_default="0.07",
         ),
     ] = 0.07,
     policy: Annotated[
@@ -48,13 +45,13 @@ def tune(
             help="What to start from: N, the number of dense layers and the size of a low-rank tail are looked for, "
             "all else is kept.",
             metavar="NAME|FILE",
-            default="default",
+            show_default="default",
             autocompletion=complete_policy,
         ),
     ] = None,
     profile: Annotated[
         str | None,
-        _goal("--profile", help="Write the policy here, TOML.", metavar="FILE", default="the model's name.toml"),
+        _goal("--profile", help="Write the policy here, TOML.", metavar="FILE", show_default="the model's name.toml"),
     ] = None,
     overwrite: Annotated[bool, _goal("--overwrite", help="Replace a profile that is there.")] = False,
     *,

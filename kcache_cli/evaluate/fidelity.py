@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kcache_cli.completion import complete_policy
-from kcache_cli.evaluate.flags import PlacesOptions, ResultOptions, check_context, in_float32
+from kcache_cli.evaluate.flags import (
+    PlacesOptions,
+    ResultOptions,
+    check_context,
+    in_float32,
+    measure_option,
+    result_option,
+)
 from kcache_cli.options import ModelOptions, PolicyOptions, Without, number_list, with_options
 from kcache_cli.watching import WatchOptions, watching
 
@@ -23,12 +30,6 @@ if TYPE_CHECKING:
     from kcache_cli.rows.store import Store
 
 
-def _option(*names: str, help: str, metavar: str, default: str | bool = False, **more: Any) -> Any:
-    return typer.Option(
-        *names, help=help, metavar=metavar, show_default=default, rich_help_panel="What to measure", **more
-    )
-
-
 @with_options
 def fidelity(
     context: typer.Context,
@@ -36,34 +37,34 @@ def fidelity(
     sample: PlacesOptions,
     topn: Annotated[
         str | None,
-        _option("--topn", help="V rows fetched per KV head and step.", metavar="LIST", default="the policy's"),
+        measure_option(
+            "--topn", help="V rows fetched per KV head and step.", metavar="LIST", show_default="the policy's"
+        ),
     ] = None,
     policy: Annotated[
         list[str] | None,
-        _option(
+        measure_option(
             "--policy",
             help="default, paper (the scheme as published), smollm2 (what kcache tune found), or a TOML file of policy "
             "fields; may be repeated. Single policy flags change each of them further.",
             metavar="NAME|FILE",
-            default="default",
+            show_default="default",
             autocompletion=complete_policy,
         ),
     ] = None,
     dense_below: Annotated[
         int | None,
-        _option(
-            "--dense-below", help="Shorter contexts attend exactly.", metavar="TOKENS", default="the policy's", min=0
+        measure_option(
+            "--dense-below",
+            help="Shorter contexts attend exactly.",
+            metavar="TOKENS",
+            show_default="the policy's",
+            min=0,
         ),
     ] = None,
     plot: Annotated[
         str | None,
-        typer.Option(
-            "--plot",
-            help="Draw KL against bytes over the link here: .png, .svg, .pdf.",
-            metavar="FILE",
-            rich_help_panel="Results",
-            show_default=False,
-        ),
+        result_option("--plot", help="Draw KL against bytes over the link here: .png, .svg, .pdf.", metavar="FILE"),
     ] = None,
     *,
     results: ResultOptions,
@@ -90,13 +91,12 @@ def fidelity(
     from kcache.evaluate.fidelity import Case
     from kcache.evaluate.places import find_places
     from kcache.evaluate.sweep import Spec
-    from kcache_cli.console import download_bar
-    from kcache_cli.engine import engine_of
+    from kcache_cli.engine import engine_of, load_with_bar
     from kcache_cli.evaluate.fidelity_table import COMMAND, NAMES, markdown
     from kcache_cli.evaluate.prose import read_prose
     from kcache_cli.policies import build_policies
-    from kcache_cli.rows.chart import check_plot
-    from kcache_cli.rows.store import Store, check_file, choose_format, rows_to_resume
+    from kcache_cli.rows.chart import chart_file
+    from kcache_cli.rows.store import Store
     from kcache_cli.settings import load_settings
 
     settings = load_settings()
@@ -108,20 +108,17 @@ def fidelity(
         for rows in number_list(topn, "--topn", (each.topn,))
     )
     spec = Spec(cases, sample.ctx, sample.steps, sample.places)
-    target, chart = results.target, check_file("--plot", plot)
-    check_plot(chart)
+    target, form, there = results.destination(COMMAND, NAMES)
+    chart = chart_file(plot)
     watch_options.check()
-    chosen = choose_format(results.form, target)
-    there = rows_to_resume(results.resume, target, chosen, COMMAND, NAMES)
     prose = read_prose(sample.text)
     _warn_if_exact(spec)
 
     engine = engine_of(context)
     check_context(engine, model, cases[0].policy, spec.ctx, f"{spec.steps} steps", spec.steps)
-    with download_bar(f"loading {model.name}") as progress:
-        lm = engine.load(model, progress)
+    lm = load_with_bar(engine, model)
     found = find_places(lm, prose, spec.ctx, spec.steps, spec.places)
-    store = Store(target, chosen, markdown, there)
+    store = Store(target, form, markdown, there)
     try:
         with watching(engine, lm, "eval fidelity", watch_options):
             _run(engine, lm, spec, prose, found, store)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from kcache_cli.evaluate.fidelity_table import various
 from kcache_cli.rows.chart import save
 from kcache_cli.rows.formats import Row
 
@@ -36,11 +37,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows by policy, and by text and model where there are several, in order of bytes."""
-    various = [name for name in ("model", "text", "ctx") if len({row[name] for row in rows}) > 1]
+    fields = ("policy_name", *various(rows))
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row["bytes_h2d_per_token"] > 0 and row["kl_mean"] > 0:
-            name = ", ".join(str(row[field]) for field in ("policy_name", *various))
+            name = ", ".join(str(row[field]) for field in fields)
             found.setdefault(name, []).append(row)
     return {name: sorted(points, key=lambda row: row["bytes_h2d_per_token"]) for name, points in found.items()}
 

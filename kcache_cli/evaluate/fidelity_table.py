@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kcache_cli.rows.formats import Column, Row, megabytes, number, table, versions, where
+from kcache_cli.rows.formats import Column, Row, cell, megabytes, number, origin, table
 from kcache_cli.text import one_line
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _worst(row: Row) -> str:
 
 
 COLUMNS: tuple[Column, ...] = (
-    ("policy", lambda row: one_line(row["policy_name"]).replace("|", "/")),
+    ("policy", lambda row: cell(row["policy_name"])),
     ("N", lambda row: number(row, "topn", "d")),
     ("rows/KV head", lambda row: number(row, "rows_per_kv_head", ".0f", zero="exact")),
     ("link/token", lambda row: megabytes(row, "bytes_h2d_per_token")),
@@ -79,12 +79,13 @@ COLUMNS: tuple[Column, ...] = (
 
 def _columns(rows: Sequence[Row]) -> list[Column]:
     """With one for each of model, text and context that differs."""
-    various = [name for name in ("model", "text", "ctx") if len({row[name] for row in rows}) > 1]
-    return [
-        COLUMNS[0],
-        *((name, lambda row, name=name: one_line(str(row[name])).replace("|", "/")) for name in various),
-        *COLUMNS[1:],
-    ]
+    more = [(name, lambda row, name=name: cell(str(row[name]))) for name in various(rows)]
+    return [COLUMNS[0], *more, *COLUMNS[1:]]
+
+
+def various(rows: Sequence[Row]) -> list[str]:
+    """Which of model, text and context are not the same in all rows."""
+    return [name for name in ("model", "text", "ctx") if len({row[name] for row in rows}) > 1]
 
 
 def _legend(rows: Sequence[Row]) -> list[str]:
@@ -92,7 +93,7 @@ def _legend(rows: Sequence[Row]) -> list[str]:
     texts = ", ".join(dict.fromkeys(one_line(row["text"]) for row in rows))
     contexts = " / ".join(f"{ctx:,}" for ctx in sorted({row["ctx"] for row in rows}))
     return [
-        one_line(" · ".join([*where(first), *versions(first)])),
+        origin(first),
         f"{first['steps']} teacher-forced steps after {contexts} tokens at each place of {texts}; KL in nats from full "
         "attention; device V: what the cache keeps on the device beside K, of a full KV cache",
     ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +13,7 @@ from kcache.errors import InputError
 from kcache.policy import Offload, Policy
 from kcache_cli.options import PolicyOptions, number_list, token_count
 from kcache_cli.policies import build_policy
-from kcache_cli.rows.formats import Format
+from kcache_cli.rows.formats import Format, Row
 
 if TYPE_CHECKING:
     from kcache_cli.engine import Engine
@@ -22,18 +23,9 @@ if TYPE_CHECKING:
 TOPNS = (64, 128)
 
 
-def _policy(*names: str, **more: Any) -> Any:
-    return typer.Option(*names, rich_help_panel="Cache policy", **more)
-
-
-def _result(*names: str, help: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel="Results", show_default=False)
-
-
-def _measure(*names: str, help: str, metavar: str, default: str, **more: Any) -> Any:
-    return typer.Option(
-        *names, help=help, metavar=metavar, show_default=default, rich_help_panel="What to measure", **more
-    )
+_policy = functools.partial(typer.Option, rich_help_panel="Cache policy")
+measure_option = functools.partial(typer.Option, rich_help_panel="What to measure")
+result_option = functools.partial(typer.Option, rich_help_panel="Results", show_default=False)
 
 
 def in_float32(options: ModelOptions, settings: Settings) -> ModelOptions:
@@ -66,25 +58,31 @@ class PlacesOptions:
 
     text: Annotated[
         list[str] | None,
-        _measure(
-            "--text", help="Text to read, UTF-8; may be repeated.", metavar="FILE", default="the reference of Python"
+        measure_option(
+            "--text",
+            help="Text to read, UTF-8; may be repeated.",
+            metavar="FILE",
+            show_default="the reference of Python",
         ),
     ] = None
     ctx: Annotated[
         int,
-        _measure(
+        measure_option(
             "--ctx",
             help="Tokens prefilled before the steps: 7680, 8k, ...",
             metavar="TOKENS",
-            default="7680",
+            show_default="7680",
             parser=token_count,
         ),
     ] = 7680
     steps: Annotated[
-        int, _measure("--steps", help="Decode steps after them.", metavar="INTEGER", default="256", min=1)
+        int, measure_option("--steps", help="Decode steps after them.", metavar="INTEGER", show_default="256", min=1)
     ] = 256
     places: Annotated[
-        int, _measure("--places", help="Places in the text, spread over it.", metavar="INTEGER", default="4", min=1)
+        int,
+        measure_option(
+            "--places", help="Places in the text, spread over it.", metavar="INTEGER", show_default="4", min=1
+        ),
     ] = 4
 
 
@@ -133,23 +131,21 @@ class TopnOptions:
 class ResultOptions:
     """Where the rows go."""
 
-    form: Annotated[Format | None, _result("-o", "--format", help="Format of the rows. Default: md, a summary.")] = None
+    form: Annotated[
+        Format | None, result_option("-o", "--format", help="Format of the rows. Default: md, a summary.")
+    ] = None
     output: Annotated[
         str | None,
-        _result("--output", help="Write rows here as they come; the name's ending tells the format.", metavar="FILE"),
+        result_option(
+            "--output", help="Write rows here as they come; the name's ending tells the format.", metavar="FILE"
+        ),
     ] = None
-    resume: Annotated[bool, _result("--resume", help="Keep the rows --output already holds and run only the rest.")] = (
-        False
-    )
+    resume: Annotated[
+        bool, result_option("--resume", help="Keep the rows --output already holds and run only the rest.")
+    ] = False
 
-    @property
-    def target(self) -> Path | None:
-        """The file, which can be written.
+    def destination(self, command: str, names: set[str]) -> tuple[Path | None, str, list[Row]]:
+        """See :func:`kcache_cli.rows.store.destination`."""
+        from kcache_cli.rows.store import destination
 
-        Raises
-        ------
-        InputError
-        """
-        from kcache_cli.rows.store import check_file
-
-        return check_file("--output", self.output)
+        return destination(self.form, self.output, self.resume, command, names)

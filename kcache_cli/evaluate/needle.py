@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kcache.errors import InputError
-from kcache_cli.evaluate.flags import ResultOptions, TopnOptions, check_context, in_float32
+from kcache_cli.evaluate.flags import ResultOptions, TopnOptions, check_context, in_float32, result_option
 from kcache_cli.options import ModelOptions, PolicyOptions, Without, number_list, with_options
 from kcache_cli.rows.formats import Row
 from kcache_cli.watching import WatchOptions, watching
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
 _SAME = ("kind", "ctx", "depth", "sample", "engine", "topn", "model", "dtype", "device", "text", "seed", "policy")
 
 
-def _asked(*names: str, **more: Any) -> Any:
-    return typer.Option(*names, rich_help_panel="What to ask (lists are comma-separated)", **more)
+_asked = functools.partial(typer.Option, rich_help_panel="What to ask (lists are comma-separated)")
 
 
 @with_options
@@ -53,13 +53,7 @@ def needle(
     ] = None,
     plot: Annotated[
         str | None,
-        typer.Option(
-            "--plot",
-            help="Draw heat maps of depth × length here: .png, .svg, .pdf.",
-            metavar="FILE",
-            rich_help_panel="Results",
-            show_default=False,
-        ),
+        result_option("--plot", help="Draw heat maps of depth × length here: .png, .svg, .pdf.", metavar="FILE"),
     ] = None,
     *,
     results: ResultOptions,
@@ -91,15 +85,14 @@ def needle(
     """
     from kcache.bench.env import surroundings
     from kcache.evaluate.retrieval import Spec, check_lengths, run_cases
-    from kcache_cli.console import download_bar
-    from kcache_cli.engine import engine_of
+    from kcache_cli.engine import engine_of, load_with_bar
     from kcache_cli.evaluate.needle_table import COMMAND, NAMES, draw, in_words, markdown
     from kcache_cli.evaluate.prose import read_prose
     from kcache_cli.evaluate.report import finish, warn_if_exact
     from kcache_cli.exits import note
-    from kcache_cli.rows.chart import check_plot
+    from kcache_cli.rows.chart import chart_file
     from kcache_cli.rows.progress import steps_bar
-    from kcache_cli.rows.store import Store, check_file, choose_format, rows_to_resume
+    from kcache_cli.rows.store import Store
     from kcache_cli.settings import load_settings
 
     settings = load_settings()
@@ -115,16 +108,13 @@ def needle(
         topns=topns,
         policy=policy,
     )
-    target, chart = results.target, check_file("--plot", plot)
-    check_plot(chart)
+    target, form, there = results.destination(COMMAND, NAMES)
+    chart = chart_file(plot)
     watch_options.check()
-    form = choose_format(results.form, target)
-    there = rows_to_resume(results.resume, target, form, COMMAND, NAMES)
 
     engine = engine_of(context)
     check_context(engine, model, policy, max(spec.ctxs), "a question and its reply", 1)
-    with download_bar(f"loading {model.name}") as progress:
-        lm = engine.load(model, progress)
+    lm = load_with_bar(engine, model)
     left = _left(lm, spec, there)
     check_lengths(lm, spec, left)
     store = Store(target, form, markdown, _others(lm, spec, there, left))

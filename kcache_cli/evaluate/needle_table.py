@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kcache_cli.rows.chart import save
-from kcache_cli.rows.formats import Column, Row, table, versions, where
-from kcache_cli.text import one_line, tokens
+from kcache_cli.rows.formats import Column, Row, cell, origin, table
+from kcache_cli.text import tokens
 
 COMMAND = "kcache eval needle"
 NAMES = {"kind", "depth", "sample"}
@@ -51,7 +51,7 @@ def _cell(cells: dict[Any, list[float]], contender: _Contender, ctx: int, row: R
 def _legend(rows: Sequence[Row]) -> list[str]:
     samples = len({row["sample"] for row in rows})
     how = f"{samples} sample{'s' if samples > 1 else ''} a cell; share of the right answer found in the reply"
-    lines = [one_line(" · ".join([*where(rows[0]), f"haystack: {rows[0]['text']}", *versions(rows[0])])), how]
+    lines = [origin(rows[0], f"haystack: {rows[0]['text']}"), how]
     dense = {_case(row): row for row in rows if row["engine"] == "dense"}
     missed: list[Row] = []
     for contender in _contenders(rows)[1:]:
@@ -74,7 +74,7 @@ def _legend(rows: Sequence[Row]) -> list[str]:
 def _miss(row: Row, dense: Row) -> str:
     depth = "" if row["depth"] is None else f" · depth {row['depth']:g}"
     case = f"{row['kind']} · {row['ctx']:,}{depth} · sample {row['sample']}"
-    said = one_line(row["reply"]).replace("|", "/")[:80]
+    said = cell(row["reply"])[:80]
     return f"worse: {label(_contender(row))} · {case}: {row['score']:.2f}, dense {dense['score']:.2f}: {said}"
 
 

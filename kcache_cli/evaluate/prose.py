@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kcache.errors import InputError
+from kcache_cli.rows.store import read_text
 
 if TYPE_CHECKING:
     from kcache.evaluate.haystack import Prose
@@ -25,13 +25,4 @@ def read_prose(names: Sequence[str] | None) -> Prose:
 
     if not names:
         return Prose("the Python reference", reference_prose())
-    return Prose(", ".join(Path(name).name for name in names), "\n\n".join(_read(name) for name in names))
-
-
-def _read(name: str) -> str:
-    try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--text {name}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"--text {name}: is not UTF-8 text") from None
+    return Prose(", ".join(Path(name).name for name in names), "\n\n".join(read_text("--text", name) for name in names))

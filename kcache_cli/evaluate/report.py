@@ -1,4 +1,4 @@
-"""What ``kcache eval needle`` and ``kcache eval tasks`` say when they end."""
+"""What ``kcache eval needle``, ``kcache eval tasks`` and ``kcache tune`` say when they end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def warn_if_exact(rows: Sequence[Row]) -> None:
         )
 
 
-def finish(store: Store, summary: str, skipped: int, chart: Path | None = None) -> None:
+def finish(store: Store, summary: str, skipped: int = 0, chart: Path | None = None) -> None:
     """Print the summary if the rows went to a file, and say what is where."""
     say_skipped(skipped)
     if store.target is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,8 +19,7 @@ from kcache_cli.watching import WatchOptions, watching
 _WITHOUT_LM_EVAL = "kcache eval tasks needs lm-eval, which is not installed: pip install 'kcache-llm[eval]'"
 
 
-def _asked(*names: str, **more: Any) -> Any:
-    return typer.Option(*names, rich_help_panel="What to ask", **more)
+_asked = functools.partial(typer.Option, rich_help_panel="What to ask")
 
 
 @with_options
@@ -96,29 +96,25 @@ def tasks(
     from kcache.bench.env import surroundings
     from kcache.evaluate.forks import contenders
     from kcache.evaluate.questions import Answerer, row_key
-    from kcache_cli.console import download_bar
-    from kcache_cli.engine import engine_of
+    from kcache_cli.engine import engine_of, load_with_bar
     from kcache_cli.evaluate.report import finish, warn_if_exact
     from kcache_cli.evaluate.tasks_table import COMMAND, NAMES, markdown
     from kcache_cli.rows.progress import steps_bar
-    from kcache_cli.rows.store import Store, choose_format, rows_to_resume
+    from kcache_cli.rows.store import Store
     from kcache_cli.settings import load_settings
 
     settings = load_settings()
     model = in_float32(model_options, settings)
     policy, topns = topn_options.policy(policy_options, settings)
     names = [name.strip() for name in tasks.split(",")]
-    target = results.target
-    form = choose_format(results.form, target)
-    there = rows_to_resume(results.resume, target, form, COMMAND, NAMES)
+    target, form, there = results.destination(COMMAND, NAMES)
     watch_options.check()
     engine = engine_of(context)
 
     from kcache.evaluate.harness import evaluate, open_tasks
 
     with open_tasks(names, data) as found:
-        with download_bar(f"loading {model.name}") as progress:
-            lm = engine.load(model, progress)
+        lm = load_with_bar(engine, model)
         store = Store(target, form, markdown, there)
 
         def keep(rows: Sequence[Row]) -> None:

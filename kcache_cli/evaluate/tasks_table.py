@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from kcache_cli.rows.formats import Column, Row, number, table, versions, where
-from kcache_cli.text import one_line
+from kcache_cli.rows.formats import Column, Row, number, origin, table
 
 COMMAND = "kcache eval tasks"
 NAMES = {"task", "doc", "digest", "scores"}
@@ -40,7 +39,7 @@ def markdown(rows: Sequence[Row]) -> str:
         return ""
     waiting = sum(not row["scores"] for row in rows)
     legend = [
-        one_line(" · ".join([*where(rows[0]), *versions(rows[0])])),
+        origin(rows[0]),
         "same answer, same reply: questions answered as full attention does, by the answer read out of the reply and "
         "to the letter; lost, won: questions that score lower and higher than with it",
     ]

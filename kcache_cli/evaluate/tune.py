@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,23 +48,20 @@ def answer(context: typer.Context, question: Question) -> None:
     from kcache.evaluate.shapes import find_shapes
     from kcache.evaluate.sweep import Spec
     from kcache.evaluate.tune import HeldPlaces, Search, topns_for
-    from kcache_cli.console import download_bar
-    from kcache_cli.engine import engine_of
+    from kcache_cli.engine import engine_of, load_with_bar
     from kcache_cli.evaluate.prose import read_prose
+    from kcache_cli.evaluate.report import finish
     from kcache_cli.evaluate.tune_table import COMMAND, NAMES, markdown
     from kcache_cli.exits import note
-    from kcache_cli.rows.store import Store, choose_format, rows_to_resume
+    from kcache_cli.rows.store import Store
 
     sample, results, goal = question.sample, question.results, question.goal
     spec = Spec((), sample.ctx, sample.steps, sample.places)
-    target = results.target
-    form = choose_format(results.form, target)
-    there = rows_to_resume(results.resume, target, form, COMMAND, NAMES)
+    target, form, there = results.destination(COMMAND, NAMES)
     prose = read_prose(sample.text)
     engine = engine_of(context)
     check_context(engine, question.model, question.base, spec.ctx, f"{spec.steps} steps", spec.steps)
-    with download_bar(f"loading {question.model.name}") as progress:
-        lm = engine.load(question.model, progress)
+    lm = load_with_bar(engine, question.model)
     places = find_places(lm, prose, spec.ctx, spec.steps, spec.places)
     shapes = find_shapes(lm, question.base, spec.ctx, goal.device_overhead)
     book = _Book(lm, spec, prose, places, Store(target, form, markdown, there))
@@ -86,9 +82,7 @@ def answer(context: typer.Context, question: Question) -> None:
         raise
     finally:
         rows = book.close(search.trials, best)
-    if target is not None:
-        sys.stdout.write(markdown(rows))
-        book.store.say_where()
+    finish(book.store, markdown(rows))
     _conclude(search, rows, question)
 
 

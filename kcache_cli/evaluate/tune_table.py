@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kcache_cli.evaluate import fidelity_table
-from kcache_cli.rows.formats import Column, Row, table, versions, where
+from kcache_cli.rows.formats import Column, Row, origin, table
 from kcache_cli.text import one_line
 
 COMMAND = "kcache tune"
@@ -31,7 +31,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def _legend(first: Row) -> list[str]:
     return [
-        one_line(" · ".join([*where(first), *versions(first)])),
+        origin(first),
         f"{first['steps']} teacher-forced steps after {first['ctx']:,} tokens at each place of "
         f"{one_line(first['text'])}; "
         f"KL at most {first['target_kl']:g} nats and device V at most {first['most_device_overhead']:.1%} of a full KV "

@@ -73,9 +73,9 @@ class Heat:
             self._latest = frame
             return
         shares, held = _normal(heat.astype(np.float64)), _held_in(frame)
-        for past in (self._history, self._held) if before is not None else ():
-            assert before is not None
-            past.sums = rebucketed(past.sums, before.bucket_tokens, frame.bucket_tokens, frame.buckets)
+        if before is not None:
+            for past in (self._history, self._held):
+                past.sums = rebucketed(past.sums, before.bucket_tokens, frame.bucket_tokens, frame.buckets)
         self._history.add(frame.step, shares)
         if not np.isnan(held).any():
             self._held.add(frame.step, held)

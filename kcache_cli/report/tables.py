@@ -149,15 +149,12 @@ def turn_rows(frame: Frame) -> list[dict[str, Any]]:
     ]
 
 
-def run_rows(
-    samples: Samples, ends: list[tuple[int, Frame]], names: Sequence[Sequence[str]] = ()
-) -> list[dict[str, Any]]:
+def run_rows(samples: Samples, ends: list[tuple[int, Frame]], names: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
     """What each cache of the process did; a batch job makes one for every batch, and its prompts have ``names``."""
     runs = np.asarray(samples.run)
     edges = [0, *(np.flatnonzero(np.diff(runs)) + 1).tolist(), len(runs)]
     rows = []
-    named = names if len(names) == len(ends) else [()] * len(ends)
-    for (start, end), (_, frame), called in zip(pairwise(edges), ends, named, strict=True):
+    for (start, end), (_, frame), called in zip(pairwise(edges), ends, names, strict=True):
         latency = samples.column("itl_ms")[start:end]
         latency = latency[np.isfinite(latency)]
         rows.append(

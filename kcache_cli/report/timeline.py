@@ -8,17 +8,20 @@ from kcache_cli.report.charts import Axis, Chart, Form, Shape, Tick, area, line,
 from kcache_cli.report.samples import Samples
 from kcache_cli.text import size
 
+_PARTS = 6
+"""Between marks on the horizontal axis."""
+
 
 def charts(samples: Samples, axis: Axis, host_only: bool) -> list[Chart]:
     """All charts there is something to draw for."""
-    drawn = [_memory(samples, axis, host_only), _rate(samples, axis), _per_step(samples, axis), _latency(samples, axis)]
-    drawn.append(_attention(samples, axis))
-    return [chart for chart in drawn if chart is not None]
+    others = (_rate, _per_step, _latency, _attention)
+    drawn = [draw(samples, axis) for draw in others]
+    return [_memory(samples, axis, host_only), *(chart for chart in drawn if chart is not None)]
 
 
-def x_ticks(samples: Samples, axis: Axis, parts: int = 6) -> list[Tick]:
+def x_ticks(samples: Samples, axis: Axis) -> list[Tick]:
     """Time since the first frame, at frames spread evenly over the axis."""
-    places = sorted({round(part * (len(samples) - 1) / parts) for part in range(parts + 1)})
+    places = sorted({round(part * (len(samples) - 1) / _PARTS) for part in range(_PARTS + 1)})
     return [Tick(axis.at(at), clock(samples.seconds[at])) for at in places]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kcache.errors import InputError
 from kcache_cli.replace import replace
+from kcache_cli.rows.store import check_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,16 +16,17 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
-def check_plot(path: Path | None) -> None:
-    """Raise before anything is measured if the chart could not be drawn.
+def chart_file(name: str | None) -> Path | None:
+    """The file ``--plot`` names; a chart that could not be drawn is refused before anything is measured.
 
     Raises
     ------
     InputError
-        For an unknown kind of file.
     """
+    path = check_file("--plot", name)
     if path is not None and path.suffix.lower() not in SUFFIXES:
         raise InputError(f"--plot {path}: the name must end in {', '.join(SUFFIXES)}")
+    return path
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
-from kcache_cli.text import json_line
+from kcache_cli.text import json_line, one_line
 
 Format = Literal["md", "csv", "json", "jsonl"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -86,13 +86,22 @@ def number(row: Row, name: str, form: str, *, scale: float = 1, zero: str | None
     return zero if zero is not None and not value else format(value if form == "d" else value * scale, form)
 
 
+def cell(text: str) -> str:
+    """Text as a cell of a Markdown table: one line, without what ends a cell."""
+    return one_line(text).replace("|", "/")
+
+
 def megabytes(row: Row, name: str) -> str:
     """Bytes over a link as a cell, empty for none."""
     return f"{row[name] / 1e6:.2f} MB" if row.get(name) else ""
 
 
-def where(row: Row) -> list[str]:
-    """What ran, and on what, for a legend: model, dtype, machine."""
+def origin(row: Row, *more: str) -> str:
+    """A line for a legend: model, dtype and machine, what else there is to say, versions and time."""
+    return one_line(" · ".join([*_where(row), *more, *versions(row)]))
+
+
+def _where(row: Row) -> list[str]:
     env = row.get("env", {})
     host_only = env.get("run") == "host-only"
     parts = [

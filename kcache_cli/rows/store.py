@@ -20,16 +20,30 @@ from kcache_cli.replace import replace
 from kcache_cli.rows.formats import FORMATS, Markdown, Row, render
 
 
-def choose_format(form: str | None, target: Path | None) -> str:
-    """The format asked for, or what the file's name says, or Markdown where that has no ending.
+def destination(
+    form: str | None, output: str | None, resume: bool, command: str, names: set[str]
+) -> tuple[Path | None, str, list[Row]]:
+    """Where ``--output`` sends rows (None is standard output), their format, and the rows there that are to be kept.
+
+    The format is the one asked for, or what the file's name says, or Markdown where that has no ending.
 
     Raises
     ------
     InputError
-        For an ending that says nothing.
+        If the file cannot be written, its ending says nothing, or it cannot be resumed; see :func:`read_rows`.
     """
-    if form is not None or target is None:
-        return form or "md"
+    target = check_file("--output", output)
+    form = form or _format_of(target)
+    if not resume:
+        return target, form, []
+    if target is None or form not in ("json", "jsonl"):
+        raise InputError("--resume reads what --output holds: name a .jsonl or .json file there")
+    return target, form, read_rows(target, "--output", command, names) if target.exists() else []
+
+
+def _format_of(target: Path | None) -> str:
+    if target is None:
+        return "md"
     suffix = target.suffix.removeprefix(".").lower()
     if suffix in FORMATS:
         return suffix
@@ -37,21 +51,6 @@ def choose_format(form: str | None, target: Path | None) -> str:
         endings = ", ".join(f".{each}" for each in FORMATS)
         raise InputError(f"--output {target}: the name must end in {endings} or .txt, which is Markdown; or choose -o")
     return "md"
-
-
-def rows_to_resume(resume: bool, target: Path | None, form: str, command: str, names: set[str]) -> list[Row]:
-    """Rows that ``--output`` holds already, none unless they are to be kept.
-
-    Raises
-    ------
-    InputError
-        If there is no file to read them from, or it holds something else; see :func:`read_rows`.
-    """
-    if not resume:
-        return []
-    if target is None or form not in ("json", "jsonl"):
-        raise InputError("--resume reads what --output holds: name a .jsonl or .json file there")
-    return read_rows(target, "--output", command, names) if target.exists() else []
 
 
 def read_rows(path: Path, option: str, command: str, names: set[str]) -> list[Row]:
@@ -72,12 +71,7 @@ def read_rows(path: Path, option: str, command: str, names: set[str]) -> list[Ro
     InputError
         If the file cannot be read or holds something else.
     """
-    try:
-        text = path.expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{option} {path}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{option} {path}: is not UTF-8 text") from None
+    text = read_text(option, path)
     values = _list(text) if text.lstrip().startswith("[") else _lines(text)
     if values is None or not all(isinstance(row, dict) and names <= set(row) for row in values):
         raise InputError(f"{option} {path}: does not hold rows of {command}; it reads -o jsonl and -o json")
@@ -162,9 +156,6 @@ class Store:
         if chart is not None and self.rows:
             note(f"drew {chart}")
 
-    def _render(self) -> str:
-        return render(self.rows, self.form, self._markdown)
-
     def _print(self, rows: Sequence[Row]) -> None:
         """Print what of these rows has not been printed yet."""
         text = render(rows, self.form, self._markdown)
@@ -179,7 +170,23 @@ class Store:
 
     def _write(self) -> None:
         assert self.target is not None
-        replace(self.target, self._render().encode())
+        replace(self.target, render(self.rows, self.form, self._markdown).encode())
+
+
+def read_text(option: str, name: str | Path) -> str:
+    """The text of the file an option names.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read or is not UTF-8 text.
+    """
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{option} {name}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{option} {name}: is not UTF-8 text") from None
 
 
 def check_file(option: str, name: str | None) -> Path | None:

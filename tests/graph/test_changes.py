@@ -161,9 +161,9 @@ def test_triton_a_recording_goes_with_what_it_was_made_for(
     run.close()  # type: ignore[attr-defined]
     graph = graph_of(cache)
     assert graph is not None
-    assert graph._step is not None
+    assert graph._recording is not None
     change(cache)
-    assert graph._step is None
+    assert graph._recording is None
 
 
 def test_triton_statistics_leave_out_the_step_under_way(llama: PreTrainedModel) -> None:

@@ -194,7 +194,7 @@ def test_triton_replayed_steps_with_joint_products(make_model: Callable[[], PreT
     twins.decode(PROOFS + 1)
     assert twins.graph.fused.get("joint", 0) == joint
     assert {"norm", "gated", "rotary"} <= set(twins.graph.fused)
-    operators = [str(operator) for operator, *_ in twins.graph._tape.operators]  # type: ignore[union-attr]
+    operators = [str(operator) for operator, *_ in twins.graph._recording.tape.operators]  # type: ignore[union-attr]
     assert not [name for name in operators if "clone" in name or "contiguous" in name]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, before)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from kcache.backends.jit.steps import Call, floats
 from kcache.backends.jit.team import find_team
 from kcache.backends.jit.tiles import COLUMNS, LANES, can_assemble, let_assemble
-from kcache.backends.traced import wants_operators
+from kcache.backends.traced import is_ordinary
 
 _LEAST = 32
 """Queries for which it is worth packing K and V."""
@@ -44,18 +44,11 @@ def serves(
     sinks: torch.Tensor | None = None,
 ) -> bool:
     """Whether :func:`attend_prompt` can attend this."""
-    given = [tensor for tensor in (query, keys, values, mask, sinks) if tensor is not None]
-    if softcap is not None or wants_operators(given):
+    if softcap is not None or not is_ordinary(query, keys, values, mask, sinks):
         return False
-    if any(tensor.device.type != "cpu" for tensor in given):
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
         return False
-    if not all(rows.dtype == torch.bfloat16 for rows in (query, keys, values)):
-        return False
-    batch, heads, count, dim = query.shape
-    alike = keys.shape[:3] == values.shape[:3] and keys.shape[0] == batch and keys.shape[3] == dim
-    fits = mask is None or (mask.dtype == torch.bool and mask.shape[1:] == (1, count, keys.shape[2]))
-    if not alike or not fits or (mask is not None and mask.shape[0] not in (1, batch)) or heads % keys.shape[1]:
-        return False
+    count, dim = query.shape[2:]
     if count < _LEAST or dim % 2 or values.shape[3] % LANES or scaling < _FAINT or not is_served():
         return False
     return find_team().parallel is not None or torch.get_num_threads() == 1  # one thread does not beat many of torch's

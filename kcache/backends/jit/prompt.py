@@ -29,29 +29,11 @@ from kcache.backends.jit.tiles import (
     weigh_row,
 )
 
-FIELDS = [
-    "threads",
-    "number",
-    "size",
-    "items",
-    "heads",
-    "group",
-    "count",
-    "length",
-    "past",
-    "blocks",
-    "half",
-    "dim_v",
-    "mask_batch",
-    "mask_row",
-    "query",
-    "keys",
-    "values",
-    "mask",
-    "sinks",
-    "scale",
-    "out",
-]
+_NAMES = (
+    "threads number size items heads group count length past blocks half dim_v mask_batch mask_row "
+    "query keys values mask sinks scale out"
+)
+FIELDS = _NAMES.split()
 (
     _THREADS, _NUMBER, _SIZE, _ITEMS, _HEADS, _GROUP, _COUNT, _LENGTH, _PAST, _BLOCKS, _HALF, _DIM_V, _MASK_BATCH,
     _MASK_ROW, _QUERY, _KEYS, _VALUES, _MASK, _SINKS, _SCALE, _OUT,

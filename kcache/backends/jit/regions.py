@@ -66,36 +66,60 @@ def wait_for_all(at: Any) -> None:
 
 
 @kernel
-def score_all(at: Any, thread: Any, words: Any) -> None:
-    """Scores of every piece, and what the normalisers are made of."""
-    items, length, piece, group = at[_ITEMS], at[_LENGTH], at[_PIECE], at[_GROUP]
-    pieces = (length + piece - 1) // piece
-    queries = carray(pointer(at[_QUERY]), (items, group, 2 * at[_HALF]), np.float32)
-    keys = carray(pointer(at[_KEYS]), (items, at[_K_CAPACITY], at[_K_WORDS]), words)
-    scores = carray(pointer(at[_SCORES]), (items, pieces, group, piece), np.float32)
+def pieces_of(at: Any) -> Any:
+    """How many pieces the rows of a head are cut into."""
+    return (at[_LENGTH] + at[_PIECE] - 1) // at[_PIECE]
+
+
+@kernel
+def piece_of(at: Any, turn: Any) -> Any:
+    """A piece by its number among those of all heads: which head, which of its pieces, where its rows begin and end."""
+    item, nth = turn // pieces_of(at), turn % pieces_of(at)
+    start = nth * at[_PIECE]
+    return item, nth, start, min(start + at[_PIECE], at[_LENGTH])
+
+
+@kernel
+def scores_of(at: Any) -> Any:
+    """Scores ``[items, pieces, group, piece]``, and ``[items, pieces, group]`` what the normalisers are made of."""
+    items, pieces, group = at[_ITEMS], pieces_of(at), at[_GROUP]
+    scores = carray(pointer(at[_SCORES]), (items, pieces, group, at[_PIECE]), np.float32)
     peaks = carray(pointer(at[_PEAKS]), (items, pieces, group), np.float32)
     totals = carray(pointer(at[_TOTALS]), (items, pieces, group), np.float32)
-    query = np.empty((group, 2, at[_HALF]), np.float32)
-    begin, end = share_of_work(at, thread, items * pieces)
+    return scores, peaks, totals
+
+
+@kernel
+def score_piece(at: Any, turn: Any, query: Any, words: Any) -> None:
+    """Scores of a piece, and what its normaliser is made of; ``query`` is scratch."""
+    items, group = at[_ITEMS], at[_GROUP]
+    queries = carray(pointer(at[_QUERY]), (items, group, 2 * at[_HALF]), np.float32)
+    keys = carray(pointer(at[_KEYS]), (items, at[_K_CAPACITY], at[_K_WORDS]), words)
+    scores, peaks, totals = scores_of(at)
+    item, nth, start, stop = piece_of(at, turn)
+    split(queries[item], keys[item], query)
+    products(query, keys[item][start:stop], scores[item, nth])
+    if at[_MASK] != 0:
+        mask = carray(pointer(at[_MASK]), (items // at[_KV_HEADS], at[_MASK_STRIDE]), np.uint8)
+        mask_out(scores[item, nth], mask[item // at[_KV_HEADS]][start:stop])
+    sum_up(scores[item, nth], stop - start, peaks[item, nth], totals[item, nth])
+
+
+@kernel
+def score_all(at: Any, thread: Any, words: Any) -> None:
+    """Scores of every piece, and what the normalisers are made of."""
+    query = np.empty((at[_GROUP], 2, at[_HALF]), np.float32)
+    begin, end = share_of_work(at, thread, at[_ITEMS] * pieces_of(at))
     for turn in range(begin, end):
-        item, nth = turn // pieces, turn % pieces
-        start, stop = nth * piece, min(nth * piece + piece, length)
-        split(queries[item], keys[item], query)
-        products(query, keys[item][start:stop], scores[item, nth])
-        if at[_MASK] != 0:
-            mask = carray(pointer(at[_MASK]), (items // at[_KV_HEADS], at[_MASK_STRIDE]), np.uint8)
-            mask_out(scores[item, nth], mask[item // at[_KV_HEADS]][start:stop])
-        sum_up(scores[item, nth], stop - start, peaks[item, nth], totals[item, nth])
+        score_piece(at, turn, query, words)
 
 
 @kernel
 def weigh_all(at: Any, thread: Any, single: Any) -> None:
     """Probabilities, what they hold per direction, and the rows above the threshold."""
-    items, length, piece, group = at[_ITEMS], at[_LENGTH], at[_PIECE], at[_GROUP]
-    pieces, kv_heads, rank = (length + piece - 1) // piece, at[_KV_HEADS], at[_RANK]
-    scores = carray(pointer(at[_SCORES]), (items, pieces, group, piece), np.float32)
-    peaks = carray(pointer(at[_PEAKS]), (items, pieces, group), np.float32)
-    totals = carray(pointer(at[_TOTALS]), (items, pieces, group), np.float32)
+    items, piece, group, kv_heads = at[_ITEMS], at[_PIECE], at[_GROUP], at[_KV_HEADS]
+    pieces, rank = pieces_of(at), at[_RANK]
+    scores, peaks, totals = scores_of(at)
     weights = carray(pointer(at[_WEIGHTS]), (items, pieces * piece), np.float32)
     lists = carray(pointer(at[_LISTS]), (items, pieces, piece), np.int32)
     counts = carray(pointer(at[_COUNTS]), (items, pieces), np.int64)
@@ -107,8 +131,7 @@ def weigh_all(at: Any, thread: Any, single: Any) -> None:
     last = -1
     begin, end = share_of_work(at, thread, items * pieces)
     for turn in range(begin, end):
-        item, nth = turn // pieces, turn % pieces
-        start, stop = nth * piece, min(nth * piece + piece, length)
+        item, nth, start, stop = piece_of(at, turn)
         if item != last:
             for g in range(group):
                 sink = sinks[item % kv_heads, g] if at[_SINKS] != 0 else LOWEST
@@ -127,7 +150,7 @@ def weigh_all(at: Any, thread: Any, single: Any) -> None:
 @kernel
 def gather_picks(at: Any, item: Any) -> Any:
     """One list of the pieces' picks, filled up with -1; how many there are, all of them even if they did not fit."""
-    pieces, most = (at[_LENGTH] + at[_PIECE] - 1) // at[_PIECE], at[_MOST]
+    pieces, most = pieces_of(at), at[_MOST]
     lists = carray(pointer(at[_LISTS]), (at[_ITEMS], pieces, at[_PIECE]), np.int32)
     counts = carray(pointer(at[_COUNTS]), (at[_ITEMS], pieces), np.int64)
     picks = carray(pointer(at[_PICKS]), (at[_ITEMS], most), np.int64)
@@ -145,10 +168,10 @@ def gather_picks(at: Any, item: Any) -> Any:
 @kernel
 def combine_all(at: Any, thread: Any, words: Any, single: Any) -> None:
     """Picked rows, and the tail of the others, item by item."""
-    items, length, piece, group = at[_ITEMS], at[_LENGTH], at[_PIECE], at[_GROUP]
-    pieces, rank, most, half_v = (length + piece - 1) // piece, at[_RANK], at[_MOST], at[_HALF_V]
+    items, piece, group, kv_heads = at[_ITEMS], at[_PIECE], at[_GROUP], at[_KV_HEADS]
+    pieces, rank, most, half_v = pieces_of(at), at[_RANK], at[_MOST], at[_HALF_V]
     values = carray(pointer(at[_VALUES]), (items, at[_V_CAPACITY], at[_V_WORDS]), words)
-    scores = carray(pointer(at[_SCORES]), (items, pieces, group, piece), np.float32)
+    scores, peaks, totals = scores_of(at)
     picks = carray(pointer(at[_PICKS]), (items, most), np.int64)
     found = carray(pointer(at[_FOUND]), (items,), np.int64)
     mass = carray(pointer(at[_MASS]), (items, group), np.float32)
@@ -161,10 +184,7 @@ def combine_all(at: Any, thread: Any, words: Any, single: Any) -> None:
     along = np.empty((group, rank + 1), np.float32)
     halves = np.empty((group, 2, half_v), np.float32)
     scale = np.empty(group, np.float32)
-    kv_heads = at[_KV_HEADS]
     sinks = carray(pointer(at[_SINKS]), (kv_heads, group), np.float32)
-    peaks = carray(pointer(at[_PEAKS]), (items, pieces, group), np.float32)
-    totals = carray(pointer(at[_TOTALS]), (items, pieces, group), np.float32)
     for item in range(thread, items, at[_THREADS]):
         if at[_THRESHOLD] != 0:
             found[item] = gather_picks(at, item)
@@ -219,26 +239,15 @@ def decode(at: Any, words: Any, single: Any) -> None:
 @kernel
 def attend_pieces(at: Any, thread: Any, words: Any) -> None:
     """Each piece attended by itself, its output not yet normalised."""
-    items, length, piece, group = at[_ITEMS], at[_LENGTH], at[_PIECE], at[_GROUP]
-    pieces, half_v = (length + piece - 1) // piece, at[_HALF_V]
-    queries = carray(pointer(at[_QUERY]), (items, group, 2 * at[_HALF]), np.float32)
-    keys = carray(pointer(at[_KEYS]), (items, at[_K_CAPACITY], at[_K_WORDS]), words)
+    items, group, pieces, half_v = at[_ITEMS], at[_GROUP], pieces_of(at), at[_HALF_V]
     values = carray(pointer(at[_VALUES]), (items, at[_V_CAPACITY], at[_V_WORDS]), words)
-    scores = carray(pointer(at[_SCORES]), (items, pieces, group, piece), np.float32)
-    peaks = carray(pointer(at[_PEAKS]), (items, pieces, group), np.float32)
-    totals = carray(pointer(at[_TOTALS]), (items, pieces, group), np.float32)
+    scores, _, _ = scores_of(at)
     parts = carray(pointer(at[_ALONG]), (items, pieces, group, 2, half_v), np.float32)
     query = np.empty((group, 2, at[_HALF]), np.float32)
     begin, end = share_of_work(at, thread, items * pieces)
     for turn in range(begin, end):
-        item, nth = turn // pieces, turn % pieces
-        start, stop = nth * piece, min(nth * piece + piece, length)
-        split(queries[item], keys[item], query)
-        products(query, keys[item][start:stop], scores[item, nth])
-        if at[_MASK] != 0:
-            mask = carray(pointer(at[_MASK]), (items // at[_KV_HEADS], at[_MASK_STRIDE]), np.uint8)
-            mask_out(scores[item, nth], mask[item // at[_KV_HEADS]][start:stop])
-        sum_up(scores[item, nth], stop - start, peaks[item, nth], totals[item, nth])
+        score_piece(at, turn, query, words)
+        item, nth, start, stop = piece_of(at, turn)
         parts[item, nth] = np.float32(0.0)
         accumulate(scores[item, nth], values[item][start:stop], parts[item, nth])
 
@@ -246,10 +255,8 @@ def attend_pieces(at: Any, thread: Any, words: Any) -> None:
 @kernel
 def merge(at: Any, thread: Any, words: Any) -> None:
     """The pieces put together by their log-sum-exp."""
-    items, group, kv_heads, half_v = at[_ITEMS], at[_GROUP], at[_KV_HEADS], at[_HALF_V]
-    pieces = (at[_LENGTH] + at[_PIECE] - 1) // at[_PIECE]
-    peaks = carray(pointer(at[_PEAKS]), (items, pieces, group), np.float32)
-    totals = carray(pointer(at[_TOTALS]), (items, pieces, group), np.float32)
+    items, group, kv_heads, pieces, half_v = at[_ITEMS], at[_GROUP], at[_KV_HEADS], pieces_of(at), at[_HALF_V]
+    _, peaks, totals = scores_of(at)
     parts = carray(pointer(at[_ALONG]), (items, pieces, group, 2, half_v), np.float32)
     sinks = carray(pointer(at[_SINKS]), (kv_heads, group), np.float32)
     values = carray(pointer(at[_VALUES]), (items, at[_V_CAPACITY], at[_V_WORDS]), words)

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from kcache.backends.triton.append import append
 from kcache.backends.triton.common import Chip, chip_of
-from kcache.backends.triton.decode import dense_decode
+from kcache.backends.triton.decode import DenseWorkspace, dense_decode
 from kcache.backends.triton.hot import HotRows
 from kcache.backends.triton.step import triton_decode
-from kcache.backends.triton.workspace import DenseWorkspace, Tuning, Workspace, unsupported
+from kcache.backends.triton.tuning import Tuning
+from kcache.backends.triton.workspace import Workspace, unsupported
 
 __all__ = [
     "Chip", "DenseWorkspace", "HotRows", "Tuning", "Workspace", "append", "chip_of", "dense_decode", "triton_decode",

@@ -16,10 +16,11 @@ from triton import OutOfResources
 from kcache.backends.base import DecodeResult, DecodeStep
 from kcache.backends.reference import ReferenceBackend
 from kcache.backends.triton.common import interpreted, power_of_two
-from kcache.backends.triton.decode import dense_decode
+from kcache.backends.triton.decode import DenseWorkspace, dense_decode
 from kcache.backends.triton.hot import HotRows
 from kcache.backends.triton.step import triton_decode
-from kcache.backends.triton.workspace import DenseWorkspace, Tuning, Workspace, unsupported
+from kcache.backends.triton.tuning import Tuning
+from kcache.backends.triton.workspace import Workspace, unsupported
 from kcache.errors import GraphError, PolicyError
 from kcache.planning.sizes import hot_rows_of
 from kcache.policy import Spread

@@ -19,6 +19,12 @@ from kcache.backends.rounding import LOWER_STEPS
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)
 LOWER = tl.constexpr(LOWER_STEPS)
+_OTHER_SHARED_BYTES = 12 * 1024
+"""What a program needs beside its tiles, about."""
+_LEAST_TILES = 4
+"""A piece has at least so many tiles, so that its pipeline fills."""
+_MOST_SPLITS = 128
+"""Partial results are reduced in one program."""
 
 
 def interpreted() -> bool:
@@ -59,6 +65,10 @@ class Chip:
         """
         return stages if 90 <= self.capability < 120 else stages - 1
 
+    def resident(self, most: int, tile_bytes: int) -> int:
+        """Programs per multiprocessor, with ``tile_bytes`` each in shared memory; 0 where not even one fits."""
+        return min(most, self.shared_bytes // (tile_bytes + _OTHER_SHARED_BYTES))
+
 
 def chip_of(device: torch.device) -> Chip:
     """What ``device`` is; two multiprocessors for the interpreter, so that splitting is exercised."""
@@ -78,7 +88,7 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def choose_splits(rows: int, tiles: int, slots: int, least_tiles: int = 4, most: int = 128) -> int:
+def choose_splits(rows: int, tiles: int, slots: int) -> int:
     """Pieces to cut each of ``rows`` rows of work into, so that the programs fill whole waves of ``slots``.
 
     Parameters
@@ -89,13 +99,9 @@ def choose_splits(rows: int, tiles: int, slots: int, least_tiles: int = 4, most:
         Tiles a row is made of.
     slots : int
         Programs the device runs at a time.
-    least_tiles : int
-        A piece is at least this many tiles, so that its pipeline fills.
-    most : int
-        Upper limit: partial results are reduced in one program.
     """
     best, best_fill = 1, 0.0
-    for splits in range(1, max(1, min(most, tiles // least_tiles)) + 1):
+    for splits in range(1, max(1, min(_MOST_SPLITS, tiles // _LEAST_TILES)) + 1):
         waves = -(-rows * splits // slots)
         longest = -(-tiles // splits)
         fill = rows * tiles / (waves * slots * longest)
@@ -104,9 +110,9 @@ def choose_splits(rows: int, tiles: int, slots: int, least_tiles: int = 4, most:
     return best
 
 
-def cut(rows: int, tiles: int, programs: int, least_tiles: int, most: int = 128) -> int:
+def cut(rows: int, tiles: int, programs: int, least_tiles: int) -> int:
     """Pieces to cut each of ``rows`` rows of work into for about so many ``programs`` of at least ``least_tiles``."""
-    splits = max(1, min(-(-programs // rows), tiles // least_tiles, most))
+    splits = max(1, min(-(-programs // rows), tiles // least_tiles, _MOST_SPLITS))
     return -(-tiles // -(-tiles // splits))
 
 

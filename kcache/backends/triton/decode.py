@@ -13,9 +13,20 @@ import torch
 import triton
 import triton.language as tl
 
-from kcache.backends.triton.common import LOG2E, LOWEST, dot, on_device, power_of_two, reduction_step
+from kcache.backends.triton.common import (
+    LOG2E,
+    LOWEST,
+    chip_of,
+    choose_splits,
+    dot,
+    interpreted,
+    on_device,
+    power_of_two,
+    reduction_step,
+)
 from kcache.backends.triton.score import log2_score
-from kcache.backends.triton.workspace import DenseWorkspace
+from kcache.backends.triton.tuning import Tuning
+from kcache.backends.triton.workspace import DeviceLength
 
 
 @triton.jit
@@ -132,6 +143,48 @@ def decode_kernel(
             G, G2, SP, DV, BLOCK_DV, STEP, HAS_SINKS,
         )  # fmt: skip
         tl.store(counters + row, 0)
+
+
+class DenseWorkspace(DeviceLength):
+    """Scratch of :func:`dense_decode`; parameters as for :class:`~kcache.backends.triton.workspace.Workspace`.
+
+    ``itemsize`` is that of K and V: tiles of 16 bits may be larger.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        group: int,
+        dim: int,
+        dim_v: int,
+        capacity: int,
+        device: torch.device,
+        *,
+        itemsize: int = 4,
+        tuning: Tuning | None = None,
+    ) -> None:
+        super().__init__(device)
+        self.tuning = tune = tuning or Tuning()
+        rows = batch * kv_heads
+        chip, widest = tune.chip or chip_of(device), max(dim, dim_v)
+        large = itemsize <= 2 and widest <= 128
+        block = tune.dense_block or (128 if large else 64 if widest <= 128 else 32)
+        stages = tune.dense_stages or (2 if large else 3)
+        # The largest tiles of which one program fits. A tile of K and one of V have been copied to registers when the
+        # next ones arrive: a product of so few rows is none of those that read shared memory.
+        row_bytes = 2 * itemsize * power_of_two(widest)
+        choices = [(block, stages), (block, 2), (block // 2, 2), (block // 4, 2)]
+        fits = {each: chip.resident(tune.dense_residency, (each[1] - 1) * each[0] * row_bytes) for each in choices}
+        self.block, self.stages = next((each for each in choices if fits[each]), choices[-1])
+        resident = max(1, fits[self.block, self.stages])
+        tiles = -(-capacity // self.block)
+        self.device, self.capacity, self.upcast = device, capacity, interpreted()
+        self.splits = choose_splits(rows, tiles, chip.multiprocessors * resident)
+        self.part_max = torch.empty(rows, self.splits, group, dtype=torch.float32, device=device)
+        self.part_sum = torch.empty_like(self.part_max)
+        self.partial = torch.empty(rows, self.splits, group, dim_v, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(rows, dtype=torch.int32, device=device)
 
 
 def dense_decode(

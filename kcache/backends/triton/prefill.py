@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 
 from kcache.backends.plain import plain
-from kcache.backends.traced import wants_operators
+from kcache.backends.traced import is_ordinary
 from kcache.backends.triton.prompt import attend_prompt
 
 __all__ = ["attend_prompt", "serves"]
@@ -39,19 +39,10 @@ def serves(
     """Whether :func:`attend_prompt` attends this, and torch has nothing faster."""
     if mask is None and softcap is None and sinks is None:
         return False
-    given = [tensor for tensor in (query, keys, values, mask, sinks) if tensor is not None]
-    if wants_operators(given) or any(tensor.device != query.device for tensor in given):
+    if query.dtype.itemsize != 2 or not is_ordinary(query, keys, values, mask, sinks):
         return False
-    if query.dtype.itemsize != 2 or not query.dtype == keys.dtype == values.dtype:
-        return False
-    batch, heads, count, dim = query.shape
-    kv_heads, length, dim_v = keys.shape[1], keys.shape[2], values.shape[3]
-    if keys.shape != (batch, kv_heads, length, dim) or values.shape[:3] != keys.shape[:3] or heads % kv_heads:
-        return False
-    if mask is not None and (mask.dtype != torch.bool or mask.shape[1:] != (1, count, length)):
-        return False
-    if mask is not None and mask.shape[0] not in (1, batch):
-        return False
+    batch, heads, _, dim = query.shape
+    kv_heads, dim_v = keys.shape[1], values.shape[3]
     if batch * kv_heads > _MOST_PROGRAMS or (sinks is not None and sinks.numel() != heads):
         return False
     if not 16 <= min(dim, dim_v) <= max(dim, dim_v) <= _WIDEST:

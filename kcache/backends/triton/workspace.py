@@ -1,4 +1,4 @@
-"""Scratch memory of a decode step, and the numbers that tune its kernels.
+"""Scratch memory of a decode step.
 
 A workspace is made once for a shape and a capacity and serves every layer of that shape in turn, so that a step
 allocates its results alone. The scores are the largest part, fp32 ``[B, Hq, capacity]``, and with a threshold the lists
@@ -7,72 +7,19 @@ of rows above it, int64 ``[B, Hkv, capacity]``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from kcache.backends.base import MOST
-from kcache.backends.triton.common import Chip, chip_of, choose_splits, cut, interpreted, power_of_two
+from kcache.backends.triton.common import chip_of, choose_splits, cut, interpreted, power_of_two
+from kcache.backends.triton.tuning import Tuning
 from kcache.planning.sizes import rank_of
 from kcache.policy import Select, Spread, Tail
 
 _MOST_CANDIDATES = 32768
 _MOST_BLOCKS = 8192
 _LEAST_BLOCK = 16
-_OTHER_SHARED_BYTES = 12 * 1024
-"""What a program needs beside its tiles, about."""
 _REGISTERS = 65536
 _SCORE_WAVES = 8
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Launch parameters; the results do not depend on them.
-
-    Attributes
-    ----------
-    warps, residency : int
-        Warps per program, and most programs per multiprocessor (fewer where shared memory says so).
-    score_block, score_stages, score_splits : int
-        Rows of K per tile (0 chooses by the size of a row), tiles in flight, programs per row of work (0 chooses).
-    select_warps, select_tile : int
-        Least warps of a program that selects for itself; how many rows select looks at in a step.
-    gather_rows, weigh_tile : int
-        Picked rows that are read, and that are weighed, at once (fewer where they are long, or many heads share them).
-    tail_tile, tail_stages, tail_splits : int
-        Rows of the tail per tile (fewer where many heads share them), tiles in flight, programs per row of work (0
-        chooses).
-    ahead : int
-        Rows of work that are scored before the first one's tail is summed; 0 chooses by the size of the L2 cache.
-    dense_block, dense_warps, dense_stages, dense_residency : int
-        The same for the dense decode of resident layers; 0 chooses by size, of stages as well.
-    chip : Chip or None
-        What to plan for; None asks the device.
-    """
-
-    warps: int = 8
-    residency: int = 2
-    score_block: int = 0
-    score_stages: int = 3
-    score_splits: int = 0
-    select_warps: int = 8
-    select_tile: int = 1024
-    gather_rows: int = 64
-    weigh_tile: int = 128
-    tail_tile: int = 512
-    tail_stages: int = 3
-    tail_splits: int = 0
-    ahead: int = 0
-    dense_block: int = 0
-    dense_warps: int = 4
-    dense_stages: int = 0
-    dense_residency: int = 3
-    chip: Chip | None = None
-
-
-def _resident(most: int, tile_bytes: int, chip: Chip) -> int:
-    """Programs per multiprocessor, with ``tile_bytes`` each in shared memory; 0 where not even one fits."""
-    return min(most, chip.shared_bytes // (tile_bytes + _OTHER_SHARED_BYTES))
 
 
 def select_block(capacity: int) -> int:
@@ -176,8 +123,12 @@ class Workspace(DeviceLength):
         )
         self.upcast = interpreted()
         self.warps = tune.warps
+        self.chip = tune.chip or chip_of(device)
+        self.slots = self.chip.multiprocessors * tune.residency
         self._plan_select(tune)
-        self._plan_splits(tune, itemsize)
+        self._plan_scores(tune, itemsize)
+        self._plan_fetch(tune)
+        self._plan_tail(tune)
         self._allocate()
 
     def _plan_select(self, tune: Tuning) -> None:
@@ -192,28 +143,28 @@ class Workspace(DeviceLength):
         self.select_warps = min(16, max(tune.select_warps, candidates // 256))
         self.heads_at_once = max(1, min(power_of_two(self.group), 1024 * self.select_warps // max(1, candidates)))
 
-    def _plan_splits(self, tune: Tuning, itemsize: int) -> None:
-        """Programs that rows of work are cut into, and the tiles of K they read."""
-        rows, chip = self.batch * self.heads, tune.chip or chip_of(self.device)
-        slots = chip.multiprocessors * tune.residency
+    def _plan_scores(self, tune: Tuning, itemsize: int) -> None:
+        """Programs that rows of work are cut into, the tiles of K they read, and the registers they may take."""
+        rows, chip = self.batch * self.heads, self.chip
         row_bytes, stages = itemsize * power_of_two(self.dim), tune.score_stages
         block = tune.score_block or (128 if row_bytes <= 256 else 64)
         # The largest tiles of which as many programs fit as of any.
         choices = [(block, stages), (block // 2, stages), (block // 2, 2), (block // 4, 2)]
-        fits = {
-            each: _resident(tune.residency, chip.tiles_held(each[1]) * each[0] * row_bytes, chip) for each in choices
-        }
+        fits = {each: chip.resident(tune.residency, chip.tiles_held(each[1]) * each[0] * row_bytes) for each in choices}
         rows_of_tile, self.score_stages = max(choices, key=fits.__getitem__)
         resident = max(1, fits[rows_of_tile, self.score_stages])
         self.score_block = max(self.block, rows_of_tile)
         tiles = -(-self.capacity // self.score_block)
         # In several waves, so that most rows are fetched while others are scored.
         self.score_splits = tune.score_splits or max(
-            choose_splits(rows, tiles, slots // tune.residency * resident),
-            cut(rows, tiles, _SCORE_WAVES * slots, least_tiles=8),
+            choose_splits(rows, tiles, chip.multiprocessors * resident),
+            cut(rows, tiles, _SCORE_WAVES * self.slots, least_tiles=8),
         )
         # What a program that fetches would like to have is more than lets as many score at a time.
         self.registers = min(255, _REGISTERS // (32 * self.warps * resident) // 8 * 8)
+
+    def _plan_fetch(self, tune: Tuning) -> None:
+        """Rows that are read, weighed and scored again at once."""
         most = min(power_of_two(self.width), 8192 // power_of_two(self.dim_v))  # 32 numbers to a thread
         self.gather_rows = max(16, min(tune.gather_rows, most))
         # All directions of every head, 32 numbers to a thread.
@@ -222,17 +173,21 @@ class Workspace(DeviceLength):
         # Rows of two planes that leave registers to the query's digits, and 2 scores to a thread.
         most = min(128 if self.dim <= 128 else 32, 64 * self.warps // power_of_two(self.group))
         self.refine_tile = max(16, min(power_of_two(self.width), most))
+
+    def _plan_tail(self, tune: Tuning) -> None:
+        """Programs that sum the tail, and how many rows of work are scored before it."""
         # Tiles of scores are written, and read by the tail, as a whole.
         whole = max(self.block, self.tail_tile, self.score_block)
         self.stride = -(-self.capacity // whole) * whole
         # As many as leave their scores in two thirds of the cache, and more than are being scored at a time.
         row_bytes = 4 * self.group * self.stride
-        self.ahead = tune.ahead or max(2 * chip.cached_bytes // 3 // row_bytes, 2 * slots // self.score_splits)
-        tail_tiles = -(-self.capacity // self.tail_tile)
+        fit = 2 * self.chip.cached_bytes // 3 // row_bytes
+        self.ahead = tune.ahead or max(fit, 2 * self.slots // self.score_splits)
+        rows, tiles = self.batch * self.heads, -(-self.capacity // self.tail_tile)
         self.tail_splits = 0
         if self.rank:
             # More than fit at a time, so that some begin while the last pieces of K are scored.
-            self.tail_splits = tune.tail_splits or cut(rows, tail_tiles, 7 * slots // 5, least_tiles=2)
+            self.tail_splits = tune.tail_splits or cut(rows, tiles, 7 * self.slots // 5, least_tiles=2)
 
     def _allocate(self) -> None:
         rows, heads, parts = self.batch * self.heads, self.group, 1 + self.tail_splits
@@ -266,45 +221,3 @@ class Workspace(DeviceLength):
     def nbytes(self) -> int:
         """Bytes of scratch on the device."""
         return sum(item.nbytes for item in vars(self).values() if torch.is_tensor(item))
-
-
-class DenseWorkspace(DeviceLength):
-    """Scratch of :func:`~kcache.backends.triton.decode.dense_decode`; parameters as for :class:`Workspace`.
-
-    ``itemsize`` is that of K and V: tiles of 16 bits may be larger.
-    """
-
-    def __init__(
-        self,
-        batch: int,
-        kv_heads: int,
-        group: int,
-        dim: int,
-        dim_v: int,
-        capacity: int,
-        device: torch.device,
-        *,
-        itemsize: int = 4,
-        tuning: Tuning | None = None,
-    ) -> None:
-        super().__init__(device)
-        self.tuning = tune = tuning or Tuning()
-        rows = batch * kv_heads
-        chip, widest = tune.chip or chip_of(device), max(dim, dim_v)
-        large = itemsize <= 2 and widest <= 128
-        block = tune.dense_block or (128 if large else 64 if widest <= 128 else 32)
-        stages = tune.dense_stages or (2 if large else 3)
-        # The largest tiles of which one program fits. A tile of K and one of V have been copied to registers when the
-        # next ones arrive: a product of so few rows is none of those that read shared memory.
-        row_bytes = 2 * itemsize * power_of_two(widest)
-        choices = [(block, stages), (block, 2), (block // 2, 2), (block // 4, 2)]
-        fits = {each: _resident(tune.dense_residency, (each[1] - 1) * each[0] * row_bytes, chip) for each in choices}
-        self.block, self.stages = next((each for each in choices if fits[each]), choices[-1])
-        resident = max(1, fits[self.block, self.stages])
-        tiles = -(-capacity // self.block)
-        self.device, self.capacity, self.upcast = device, capacity, interpreted()
-        self.splits = choose_splits(rows, tiles, chip.multiprocessors * resident)
-        self.part_max = torch.empty(rows, self.splits, group, dtype=torch.float32, device=device)
-        self.part_sum = torch.empty_like(self.part_max)
-        self.partial = torch.empty(rows, self.splits, group, dim_v, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(rows, dtype=torch.int32, device=device)
