@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +19,7 @@ from typing import Any, BinaryIO
 
 from kcache.errors import InputError
 from kcache_cli.batch.plan import Sizes
+from kcache_cli.replace import naming
 from kcache_cli.text import json_line
 
 FORMAT = 1
@@ -260,15 +259,6 @@ def _read_header(value: Any) -> tuple[Header, Sizes] | None:
     except (TypeError, ValueError):
         return None
     return (Header(str(value.get("input_sha256")), settings), sizes) if sizes.steps else None
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let an error of the disk say which file it was."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _lock(file: BinaryIO, output: Path) -> None:
