@@ -158,7 +158,7 @@ class Store:
     def say_where(self, chart: Path | None = None) -> None:
         """Say on standard error which files have been written."""
         if self.target is not None:
-            note(f"{len(self.rows)} rows in {self.target}")
+            note(f"{len(self.rows):,} row{'' if len(self.rows) == 1 else 's'} in {self.target}")
         if chart is not None and self.rows:
             note(f"drew {chart}")
 
