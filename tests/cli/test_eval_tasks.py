@@ -106,7 +106,7 @@ def test_rows_on_standard_output_are_judged(run: Run, engine: LoadedEngine, data
     ("flags", "said"),
     [
         ("--tasks bbh:snarks", "no data for bbh:snarks"),
-        ("--tasks nothing", "--data serves gsm8k, bbh and triviaqa"),
+        ("--tasks nothing", "data serves gsm8k, bbh and triviaqa"),
         ("--limit 0", "--limit"),
         ("--resume", "--resume reads what --output holds"),
         ("--output x.foo", "the name must end in .md, .csv, .json, .jsonl"),
