@@ -107,7 +107,8 @@ class Journal:
     def close(self) -> None:
         """Let go of the files."""
         if self._file is not None:
-            self._file.close()
+            with naming(self.path):
+                self._file.close()
 
     def _read(self, keep: bool) -> None:
         lines = _whole_lines(self._file) if self._file is not None else []

@@ -417,6 +417,21 @@ def test_full_disk_is_one_line(run: Run, prompts: Path) -> None:
     assert "Traceback" not in result.output
 
 
+def test_a_disk_that_is_full_is_said_of_the_journal(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with (
+            pytest.raises(OSError, match="too large") as caught,
+            Journal(tmp_path / "out.jsonl", Header("x", {})) as journal,
+        ):
+            journal.begin(Sizes(((1, 4),)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(tmp_path / "out.jsonl.kcache")
+
+
 def test_output_that_is_no_regular_file_has_no_journal(run: Run, prompts: Path) -> None:
     assert run("generate", "-i", str(prompts), "-o", "/dev/null").exit_code == 0
     assert not Path("/dev/null.kcache").exists()
