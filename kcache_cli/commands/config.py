@@ -51,6 +51,7 @@ def config(
       KCACHE_TOPN=64 kcache config --json
     """
     from kcache_cli import paths, settings
+    from kcache_cli.tui.start import check_theme, parse_keys
 
     file = paths.config_file()
     if path:
@@ -61,6 +62,8 @@ def config(
         note(f"wrote {file}")
         return
     values = settings.load_settings()
+    check_theme(values.theme)
+    parse_keys(values.keys)
     _, in_file = settings.read_file(file)
     rows = []
     for name in settings.Settings.model_fields:
