@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from kcache.attaching import attach
 from kcache.bench.context import LayerShape, held_bytes
+from kcache.bench.spec import ENGINES
 from kcache.cache import KCache
 from kcache.decoding.forward import prefill, step_logits
 from kcache.errors import InputError
@@ -200,7 +201,6 @@ class Dense(Tiered):
 
 _HF: dict[str, type[Engine]] = {engine.name: engine for engine in (HfDynamic, HfStatic, HfOffloaded)}
 _OURS: dict[str, type[Tiered]] = {engine.name: engine for engine in (Tiered, Dense)}
-ENGINES = (*_OURS, *_HF)
 
 
 def make_engine(name: str, policy: Policy) -> Engine:

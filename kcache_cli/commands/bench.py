@@ -19,7 +19,8 @@ from kcache_cli.rows.formats import Format, Markdown, Row
 from kcache_cli.watching import WatchOptions, watching
 
 if TYPE_CHECKING:
-    from kcache.bench.cases import Case, Spec
+    from kcache.bench.cases import Case
+    from kcache.bench.spec import Spec
     from kcache_cli.engine import Engine
     from kcache_cli.rows.store import Store
 
@@ -144,7 +145,7 @@ def bench(
       kcache bench --ctx 8k --topn 64,128 --fidelity \
           --output rows.jsonl --plot speed.svg
     """
-    from kcache.bench.cases import DEFAULT_ENGINES, Spec, make_cases
+    from kcache.bench.spec import DEFAULT_ENGINES, Spec
     from kcache_cli.bench.same import COMMAND, NAMES, compare_with
     from kcache_cli.console import download_bar
     from kcache_cli.engine import engine_of
@@ -178,6 +179,8 @@ def bench(
     there = rows_to_resume(resume, target, chosen, COMMAND, NAMES)
     old = None if compare is None else read_rows(Path(compare), "--compare", COMMAND, NAMES)
     compared = partial(compare_with, old)
+
+    from kcache.bench.cases import make_cases
 
     engine = engine_of(context)
     with download_bar(f"loading {model.name}") as progress:

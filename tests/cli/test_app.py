@@ -41,6 +41,22 @@ def test_help_does_not_import_what_is_slow(args: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "args", [["bench", "--ctx", "0"], ["bench", "--engine", "vllm"], ["plan", "--gpu", "tpu"], ["plan", "--hbm", "24"]]
+)
+def test_wrong_values_are_refused_before_anything_slow_is_imported(args: list[str]) -> None:
+    code = (
+        "import sys\n"
+        f"sys.argv = ['kcache', *{args!r}]\n"
+        "from kcache_cli.app import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 2, end.code\n"
+        "slow = {'torch', 'transformers', 'textual'} & set(sys.modules)\n"
+        "assert not slow, slow\n"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
 def processor_s(*args: str) -> float:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert python(*args).returncode == 0

@@ -25,8 +25,9 @@ from kcache_cli.rows.store import read_rows
 from tests.cli.conftest import Run
 
 if TYPE_CHECKING:
-    from kcache.bench.cases import Case, Spec
+    from kcache.bench.cases import Case
     from kcache.bench.rows import Row
+    from kcache.bench.spec import Spec
 
 KEYS = {
     "engine", "model", "ctx", "batch", "topn", "decode_ms_p50", "decode_ms_p99", "decode_tok_s", "prefill_tok_s",
