@@ -20,7 +20,7 @@ from kcache_cli.bench.table import markdown
 from kcache_cli.commands.bench import _layout
 from kcache_cli.engine import KCacheEngine
 from kcache_cli.options import ModelOptions, number_list
-from kcache_cli.rows.formats import FORMATS, render
+from kcache_cli.rows.formats import FORMATS, render, table
 from kcache_cli.rows.store import read_rows
 from tests.cli.conftest import Run
 
@@ -350,6 +350,12 @@ def test_plot(run: Run, tmp_path: Path) -> None:
     one = tmp_path / "one.svg"
     run("bench", "--ctx", "2k", "--batch", "1,8", "--plot", str(one), engine=FakeBench())
     assert "dense, batch 8" in one.read_text()
+
+
+def test_a_narrow_column_is_markdown_still() -> None:
+    columns = [("policy", lambda row: "default"), ("N", lambda row: str(row["topn"]))]
+    rule = table([{"topn": 8}], columns, []).splitlines()[1]
+    assert rule == "| ------- | -: |", "a colon alone makes no table"
 
 
 # -- the real engine -----------------------------------------------------------------------------------------------
