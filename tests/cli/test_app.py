@@ -234,6 +234,12 @@ def test_closed_pipe_is_quiet() -> None:
     assert done.stdout.startswith("# Commands")
 
 
+def test_without_a_standard_output_nothing_is_said() -> None:
+    command = f"{sys.executable} -m kcache_cli config --json >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
