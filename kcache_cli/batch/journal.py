@@ -150,11 +150,15 @@ class Journal:
         self.finished = {}
 
     def _take(self, value: Any) -> bool:
+        """Take in a line; returns whether it is one that a job writes."""
         if "complete" in value:
-            self.skipped = list(value["skipped"])
-            return True
+            skipped = value.get("skipped")
+            self.skipped = skipped if isinstance(skipped, list) else None
+            return self.skipped is not None
         results = value.get("results")
         if not isinstance(value.get("batch"), int) or not isinstance(results, list):
+            return False
+        if not all(isinstance(result, dict) for result in results):
             return False
         self.finished[value["batch"]] = results
         self.holds_results = True

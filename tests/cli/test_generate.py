@@ -378,6 +378,17 @@ def test_torn_files_are_mended(run: Run, prompts: Path, where: str, cut: int) ->
     assert out.read_bytes() == whole
 
 
+@pytest.mark.parametrize("line", ['{"complete": true, "skipped": 5}', '{"batch": 1, "results": [1, 2]}'])
+def test_a_line_that_no_job_writes_ends_a_journal(run: Run, prompts: Path, line: str) -> None:
+    out, journal = prompts.with_name("out.jsonl"), prompts.with_name("out.jsonl.kcache")
+    job(run, prompts)
+    whole = out.read_bytes()
+    journal.write_text(f"{journal.read_text().splitlines()[0]}\n{line}\n")
+    out.unlink()
+    assert job(run, prompts).exit_code == 0
+    assert out.read_bytes() == whole
+
+
 @pytest.mark.parametrize("cut", [1, 30, 300])
 def test_a_finished_output_that_was_cut_is_mended(run: Run, prompts: Path, cut: int) -> None:
     out = prompts.with_name("out.jsonl")
