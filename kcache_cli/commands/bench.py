@@ -163,7 +163,7 @@ def bench(
         ctxs=number_list(ctx, "--ctx", Spec.ctxs, tokens=True),
         batches=number_list(batch, "--batch", Spec.batches),
         topns=number_list(topn, "--topn", (policy.topn,)),
-        engines=tuple(name.strip() for name in engines.split(",")) if engines else DEFAULT_ENGINES,
+        engines=tuple(name.strip() for name in engines.split(",")) if engines is not None else DEFAULT_ENGINES,
         policy=policy,
         repeats=repeats or Spec.repeats,
         case_s=_CASE_S if repeats is None else None,

@@ -107,7 +107,7 @@ def _lines(text: str) -> list[Any] | None:
 def say_skipped(cases: int) -> None:
     """Say on standard error how many cases were not run since their rows are there."""
     if cases:
-        note(f"{cases} case{'s' if cases > 1 else ''} of this run were there already")
+        note(f"{cases} case{'s were' if cases > 1 else ' was'} there already")
 
 
 class Store:

@@ -138,6 +138,7 @@ def test_a_policy_file_may_ask_for_less_than_all(run: Run, tmp_path: Path) -> No
         ("--topn 64,,8", "--topn 64,,8: '' is not"),
         ("--batch 1k", "'1k' is not"),
         ("--engine kcache,vllm", "no engine 'vllm'; the engines are kcache, dense, hf-dynamic"),
+        ("--engine=", "no engine ''; the engines are kcache, dense, hf-dynamic"),
         ("--resume", "--resume reads what --output holds"),
         ("--resume --output x.md", "--resume reads what --output holds"),
         ("--plot x.gif", "must end in .png, .svg, .pdf"),
