@@ -23,10 +23,11 @@ import torch
 
 import kcache
 from benchmarks.page import llama_table
-from kcache.bench.cases import Spec, make_cases
+from kcache.bench.cases import make_cases
 from kcache.bench.context import layer_shapes
 from kcache.bench.env import environment
 from kcache.bench.runner import Runner
+from kcache.bench.spec import Spec
 from kcache.policy import parse_tokens
 from kcache.speed.machine import measure as measure_machine
 

@@ -20,7 +20,7 @@ import torch
 from benchmarks.pick_trace import FILE, Trace, replayed
 from kcache.attaching import attach
 from kcache.backends import dense
-from kcache.bench.cases import Case, Spec
+from kcache.bench.cases import Case
 from kcache.bench.context import LayerShape, layer_shapes
 from kcache.bench.engines import Engine, make_engine
 from kcache.bench.floor import Bandwidths
@@ -28,6 +28,7 @@ from kcache.bench.peak import PeakMemory
 from kcache.bench.rows import Row
 from kcache.bench.run import run
 from kcache.bench.runner import Runner
+from kcache.bench.spec import Spec
 from kcache.cache import KCache
 from kcache.decoding.forward import prefill
 from kcache.machine.ram import read_ram
@@ -53,7 +54,7 @@ class Job:
     shape : str
         The model's.
     engine : str
-        Out of :data:`~kcache.bench.engines.ENGINES`, or ``prefill`` for the time of a prompt, of which there are
+        Out of :data:`~kcache.bench.spec.ENGINES`, or ``prefill`` for the time of a prompt, of which there are
         shorter ones, padded, in a batch.
     ctx : int
     batch : int or None

@@ -5,8 +5,10 @@ Nothing here imports torch or a command that is not wanted; commands import torc
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -84,8 +86,6 @@ def _report(error: Exception) -> int:
 
 def _silence_output() -> None:
     """Let the interpreter shut down without complaint when the reader of our output is gone."""
-    import os
-
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):
@@ -136,6 +136,8 @@ def kcache(
 
 def main() -> None:
     """Run the program (the console script)."""
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -20,9 +20,10 @@ from kcache_cli.placing import device_map, map_device, planning_device, spread_o
 
 if TYPE_CHECKING:
     from kcache import Sampling, TokenEvent
-    from kcache.bench.cases import Case, Spec
+    from kcache.bench.cases import Case
     from kcache.bench.rows import Row
     from kcache.bench.run import Watch
+    from kcache.bench.spec import Spec
     from kcache.decoding.prompts import Prompt
     from kcache.evaluate.fidelity import Case as FidelityCase
     from kcache.evaluate.figures import Figures

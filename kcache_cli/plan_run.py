@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from kcache.planning.fitting import Pools
     from kcache.planning.plan import Method, Planner
+    from kcache.speed.cards import Card
 
 _FIRST_CTX = 1024
 _LEAST_MEMORY = 2**20
@@ -36,7 +38,8 @@ class Question:
     ctx: int | None
     batch: int | None
     """None for the fastest that fits."""
-    gpu: str | None
+    card: Card | None
+    """None for this machine."""
     hbm: int | None
     host: int | None
     hit_rate: float
@@ -83,11 +86,11 @@ class Answer:
         if method.fit.short is None:
             return None
         told = self.planner.fitter("kcache").refusal(method.fit, self.ctx, method.batch)
-        elsewhere = self.question.gpu is not None and self.question.host is None and method.fit.short == "host"
+        elsewhere = self.question.card is not None and self.question.host is None and method.fit.short == "host"
         return f"{told}. Host memory is what is free here now; --host is for another machine's" if elsewhere else told
 
 
-def read_batch(text: str | None, on_cpu: bool) -> int | None:
+def read_batch(text: str | None, on_cpu: Callable[[], bool]) -> int | None:
     """Read ``auto`` or a number of sequences; without either, it is 1 on a CPU, where large batches are not run.
 
     Raises
@@ -95,12 +98,29 @@ def read_batch(text: str | None, on_cpu: bool) -> int | None:
     InputError
     """
     if text is None:
-        return 1 if on_cpu else None
+        return 1 if on_cpu() else None
     if text.strip().lower() == "auto":
         return None
     if not (text.strip().isascii() and text.strip().isdigit()) or int(text) < 1:
         raise InputError(f"--batch {text}: not a number of sequences; write 8, or auto for the fastest that fits")
     return int(text)
+
+
+def read_card(name: str | None) -> Card | None:
+    """The card that ``--gpu`` names.
+
+    Raises
+    ------
+    InputError
+    """
+    from kcache.speed.cards import find_card
+
+    if name is None:
+        return None
+    try:
+        return find_card(name)
+    except InputError as error:
+        raise InputError(f"--gpu {name}: {error}; without it this machine is measured") from None
 
 
 def read_size(flag: str, text: str | None) -> int | None:
@@ -130,10 +150,8 @@ def answer(question: Question) -> Answer:
     from kcache.models.weights import Weights
     from kcache.planning.need import ModelShape
     from kcache.planning.plan import METHODS, Planner
-    from kcache.speed.cards import find_card
 
-    card = None if question.gpu is None else find_card(question.gpu)
-    model = question.model
+    card, model = question.card, question.model
     try:
         config = kcache.load_config(
             model.name, revision=model.revision, gguf_file=model.gguf_file, trust_remote_code=model.trust_remote_code

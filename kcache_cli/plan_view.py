@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kcache.errors import InputError
 from kcache_cli.console import answers, plain_table, put
+from kcache_cli.rows.chart import save
 from kcache_cli.text import one_line, size, tokens
 
 if TYPE_CHECKING:
@@ -203,13 +203,7 @@ def _length(value: float | None, top: float) -> int:
 
 
 def draw(answer: Answer, path: Path) -> None:
-    """Draw the curves with matplotlib.
-
-    Raises
-    ------
-    InputError
-        If the file's kind is not one that matplotlib can write.
-    """
+    """Draw the curves; the kind of file is that of the name."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -224,7 +218,4 @@ def draw(answer: Answer, path: Path) -> None:
     axes.set_title(f"{one_line(answer.question.model.name)} on {answer.machine}", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(path.expanduser())
-    except ValueError as error:
-        raise InputError(f"--plot {path}: {error}; use a name that ends in .png, .svg or .pdf") from None
+    save(figure, path)

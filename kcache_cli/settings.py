@@ -14,16 +14,22 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kcache.errors import InputError
-from kcache.policy import BackendName, Bits, Graph, KeyBits, Offload, parse_bits, parse_tokens
+from kcache.policy import BackendName, Bits, Graph, KeyBits, Offload, parse_bits, parse_bytes, parse_tokens
 from kcache_cli import paths
 from kcache_cli.options import DtypeName
 from kcache_cli.paths import PREFIX
 
 Options = TypeVar("Options")
+
+
+def _size(given: str | int) -> str | int:
+    """A size as it was written, if it is one."""
+    parse_bytes(given)
+    return given
 
 
 class Settings(BaseSettings):
@@ -43,7 +49,9 @@ class Settings(BaseSettings):
     policy: str = Field("default", min_length=1, description="default, paper, smollm2, or a TOML file")
     topn: int | None = Field(None, ge=1, description="V rows fetched per KV head and step")
     offload: Offload | None = Field(None, description="auto, all, none")
-    kv_budget: str | int | None = Field(None, description="device memory for the cache, like 20GiB")
+    kv_budget: Annotated[str | int, AfterValidator(_size)] | None = Field(
+        None, description="device memory for the cache, like 20GiB"
+    )
     resident_layers: int | None = Field(None, ge=0, description="first layers whose V stays on the device")
     dense_layers: int | None = Field(None, ge=0, description="first layers that always attend exactly")
     k_bits: Annotated[KeyBits, BeforeValidator(parse_bits)] | None = Field(

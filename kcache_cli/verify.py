@@ -47,7 +47,6 @@ def verify_models(names: Sequence[str], form: str | None, output: Path | None, w
             watch(f"{verdict.model_type}: {verdict.kind}", 1)
     verdicts.sort(key=lambda verdict: order[verdict.model_type])
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         replace(output, page(verdicts).encode())
         note(f"verdicts written to {output}")
     else:

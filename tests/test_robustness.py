@@ -37,10 +37,11 @@ def test_the_budget_holds_at_every_length(spare: int) -> None:
         assert pair.ours.stats.device_bytes <= budget
 
 
-def test_a_budget_of_nothing_is_refused_as_any_that_is_too_small() -> None:
+@pytest.mark.parametrize(("budget", "told"), [(0, "0 bytes"), (1, "1 byte")])
+def test_a_budget_of_nothing_is_refused_as_any_that_is_too_small(budget: int, told: str) -> None:
     model = make("llama")
-    with attach(model), pytest.raises(DoesNotFitError, match="0 bytes are allowed"):
-        forward(model, KCache(model, Policy(kv_budget=0)), tokens(1, 1, 10))
+    with attach(model), pytest.raises(DoesNotFitError, match=rf"allowed: {told}\); no context would fit"):
+        forward(model, KCache(model, Policy(kv_budget=budget)), tokens(1, 1, 10))
 
 
 def test_refused_host_memory_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

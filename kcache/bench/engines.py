@@ -16,9 +16,9 @@ from transformers.cache_utils import Cache
 
 from kcache.attaching import attach
 from kcache.bench.context import LayerShape, held_bytes
+from kcache.bench.spec import check_engine
 from kcache.cache import KCache
 from kcache.decoding.forward import prefill, step_logits
-from kcache.errors import InputError
 from kcache.machine.devices import keeps_hot_rows
 from kcache.planning.sizes import TierSizes
 from kcache.policy import Policy
@@ -200,7 +200,6 @@ class Dense(Tiered):
 
 _HF: dict[str, type[Engine]] = {engine.name: engine for engine in (HfDynamic, HfStatic, HfOffloaded)}
 _OURS: dict[str, type[Tiered]] = {engine.name: engine for engine in (Tiered, Dense)}
-ENGINES = (*_OURS, *_HF)
 
 
 def make_engine(name: str, policy: Policy) -> Engine:
@@ -211,8 +210,5 @@ def make_engine(name: str, policy: Policy) -> Engine:
     InputError
         If there is none of that name.
     """
-    if name in _OURS:
-        return _OURS[name](policy)
-    if name in _HF:
-        return _HF[name]()
-    raise InputError(f"no engine {name!r}; the engines are {', '.join(ENGINES)}")
+    check_engine(name)
+    return _OURS[name](policy) if name in _OURS else _HF[name]()

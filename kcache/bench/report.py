@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kcache.bench.cases import Case, Spec
+from kcache.bench.cases import Case
 from kcache.bench.engines import Engine
 from kcache.bench.fidelity import Fidelity
 from kcache.bench.floor import Bandwidths, floor_of
 from kcache.bench.rows import Row, Status
 from kcache.bench.runner import Measured
+from kcache.bench.spec import Spec
 from kcache.errors import in_short
 from kcache.models.weights import Weights
 from kcache.planning.plan import predict

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from kcache.bench.cases import Case, Spec
+from kcache.bench.cases import Case
 from kcache.bench.context import LayerShape, layer_shapes
 from kcache.bench.engines import Engine
 from kcache.bench.fidelity import Fidelity, measure_fidelity
@@ -22,6 +22,7 @@ from kcache.bench.floor import Bandwidths
 from kcache.bench.report import Problem, make_rows
 from kcache.bench.rows import Row
 from kcache.bench.runner import Runner
+from kcache.bench.spec import Spec
 from kcache.machine.ram import read_ram
 from kcache.tiers.spare import spare_of
 

@@ -15,11 +15,12 @@ import torch
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
-from kcache.bench.cases import Case, Spec
+from kcache.bench.cases import Case
 from kcache.bench.context import LayerShape, fill, real_ids
 from kcache.bench.engines import Engine
 from kcache.bench.floor import Traffic, traffic_of
 from kcache.bench.peak import PeakMemory
+from kcache.bench.spec import Spec
 from kcache.cache import KCache
 from kcache.decoding.forward import step_logits
 from kcache.decoding.loop import decode, graph_of

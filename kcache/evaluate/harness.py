@@ -68,7 +68,7 @@ class AnsweringLM(HFLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Refuse: :mod:`kcache.evaluate.fidelity` measures perplexity, and in far less time."""
         raise InputError(
-            f"{requests[0].task_name} asks for the perplexity of whole texts; use kcache eval fidelity --text for that"
+            f"{requests[0].task_name} asks for the perplexity of whole texts; kcache eval fidelity measures that"
         )
 
     def _answers(self, asked: list[Question]) -> list[tuple[Row, int]]:
@@ -174,8 +174,8 @@ def _judge(model: AnsweringLM, contender: Contender, tasks: Tasks, limit: int | 
     except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise InputError(
-            f"the data of {', '.join(tasks.names)} cannot be had: {reason}; --data takes local files of gsm8k, bbh "
-            "and triviaqa"
+            f"the data of {', '.join(tasks.names)} cannot be had: {reason}; of gsm8k, bbh and triviaqa they may be "
+            "files in a folder, which data names"
         ) from error
     rows = model.rows
     for task, samples in (results or {}).get("samples", {}).items():

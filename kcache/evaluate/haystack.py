@@ -99,7 +99,7 @@ def _fill(lm: LoadedModel, prose: Prose, room: int, start: float) -> tuple[list[
         sizes.append(size)
         left, at = left - size, at + 1
     if not pieces:
-        raise InputError(f"{room} tokens are no room for a haystack; ask for a longer context")
+        raise InputError("there is no room for a haystack beside what is hidden and asked; ask for a longer context")
     return pieces, sizes
 
 

@@ -78,7 +78,7 @@ def local_tasks(names: Sequence[str], data: Path, tasks: Path) -> list[LocalTask
         If a file is missing, or a task's data cannot come from a folder.
     """
     if not data.is_dir():
-        raise InputError(f"--data {data}: is not a folder")
+        raise InputError(f"data {data}: is not a folder")
     found: list[LocalTask] = []
     for name in names:
         if name == "gsm8k":
@@ -99,7 +99,7 @@ def local_tasks(names: Sequence[str], data: Path, tasks: Path) -> list[LocalTask
             changes = ("training_split: null",)
             found.append(LocalTask(name, tasks / "triviaqa" / "default.yaml", file, "validation", changes=changes))
         else:
-            raise InputError(f"--data serves gsm8k, bbh and triviaqa; leave it out to fetch {name} from the hub")
+            raise InputError(f"data serves gsm8k, bbh and triviaqa; leave it out to fetch {name} from the hub")
     return found
 
 

@@ -41,7 +41,7 @@ def find_places(lm: LoadedModel, prose: Prose, ctx: int, steps: int, count: int)
     if lm.context_length is not None and ctx + steps > lm.context_length:
         raise ContextLengthError(
             f"{ctx:,} tokens of context and {steps:,} steps are longer than the context of {lm.name}, "
-            f"{lm.context_length:,} tokens; use a smaller --ctx or fewer --steps"
+            f"{lm.context_length:,} tokens; use a smaller ctx or fewer steps"
         )
     head, ids = _tokens(lm, prose.text)
     need = ctx + steps + 1 - len(head)
@@ -49,7 +49,7 @@ def find_places(lm: LoadedModel, prose: Prose, ctx: int, steps: int, count: int)
         places = "1 place" if count == 1 else f"{count} places"
         raise InputError(
             f"{prose.name} has {len(ids):,} tokens, and {places} of {need:,} tokens need {count * need:,}; "
-            "give a longer --text, fewer --places, or a smaller --ctx"
+            "give a longer text, fewer places, or a smaller ctx"
         )
     last = len(ids) - need
     starts = [0] if count == 1 else [place * last // (count - 1) for place in range(count)]

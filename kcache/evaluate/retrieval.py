@@ -181,7 +181,7 @@ def check_lengths(lm: LoadedModel, spec: Spec, cases: Sequence[Case]) -> None:
         if tokens > lm.context_length:
             raise ContextLengthError(
                 f"{case.label}: prompt and reply are {tokens:,} tokens and the context of {lm.name} is "
-                f"{lm.context_length:,}; ask for a shorter --ctx"
+                f"{lm.context_length:,}; ask for a shorter haystack"
             )
 
 

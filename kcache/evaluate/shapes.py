@@ -73,8 +73,8 @@ def find_shapes(lm: LoadedModel, base: Policy, length: int, most: float) -> list
     """
     if length < base.dense_below:
         raise InputError(
-            f"below {base.dense_below:,} tokens the policy attends exactly and fetches nothing; use a larger --ctx "
-            f"than {length:,}, or a --policy with a smaller dense_below"
+            f"below {base.dense_below:,} tokens the policy attends exactly and fetches nothing; use more "
+            f"than {length:,}, or a policy with a smaller dense_below"
         )
     tensors = _a_row(lm)
     found = []
@@ -87,8 +87,8 @@ def find_shapes(lm: LoadedModel, base: Policy, length: int, most: float) -> list
         found += [*fitting][:1]
     if not found:
         raise InputError(
-            f"no number of dense layers stays within {most:.1%} of a full KV cache on the device; allow more with "
-            "--device-overhead, or give a --policy with a cheaper tail"
+            f"no number of dense layers stays within {most:.1%} of a full KV cache on the device; allow more "
+            "device_overhead, or give a policy with a cheaper tail"
         )
     return found
 

@@ -47,9 +47,9 @@ class Goal:
 
     def __post_init__(self) -> None:
         if not 0 < self.target_kl < math.inf:
-            raise InputError(f"--target-kl must be a number of nats above 0, got {self.target_kl}; 0.01 is close")
+            raise InputError(f"target_kl must be a number of nats above 0, got {self.target_kl}; 0.01 is close")
         if not 0 <= self.device_overhead <= 1:
-            raise InputError(f"--device-overhead must be a share from 0 to 1, got {self.device_overhead}; try 0.07")
+            raise InputError(f"device_overhead must be a share from 0 to 1, got {self.device_overhead}; try 0.07")
 
 
 @dataclass

@@ -223,8 +223,8 @@ class Residency:
             return max(needed, int(length * available / wanted(length)))
         fits = int(needed * available / wanted(needed))
         raise DoesNotFitError(
-            f"a cache of {needed:,} tokens needs {in_units(wanted(needed))} of host memory and {in_units(available)} "
-            f"are available; about {fits:,} tokens would fit, or a smaller batch"
+            f"a cache of {needed:,} tokens needs {in_units(wanted(needed))} of host memory (available: "
+            f"{in_units(available)}); {_instead(fits)}"
         )
 
     def _refuse_device(self, place: Place, length: int) -> None:
@@ -232,10 +232,14 @@ class Residency:
         hint = "" if self.policy.offload != "none" else ", or offload V with offload='auto'"
         where = "device memory" if len(place.layers) == len(self.layers) else f"memory on {place.device}"
         raise DoesNotFitError(
-            f"a cache of {length:,} tokens needs {in_units(place.sizes.device(length, place.least))} of {where} and "
-            f"{in_units(place.budget)} are allowed; about {place.longest(length):,} tokens would fit, or a smaller "
-            f"batch{hint}"
+            f"a cache of {length:,} tokens needs {in_units(place.sizes.device(length, place.least))} of {where} "
+            f"(allowed: {in_units(place.budget)}); {_instead(place.longest(length))}{hint}"
         )
+
+
+def _instead(fits: int) -> str:
+    """What would fit where a batch's longest context is ``fits`` tokens."""
+    return f"about {fits:,} tokens would fit, or a smaller batch" if fits else "no context would fit in such a batch"
 
 
 def _row_bytes(rows: torch.Tensor, batch: int) -> int:

@@ -195,8 +195,8 @@ class Fitter:
         where = "device" if fit.short == "device" else "host"
         there = "allowed" if fit.short == "device" else "available"
         return (
-            f"{what} needs {in_units(fit.wanted_bytes)} of {where} memory for the cache and "
-            f"{in_units(fit.allowed_bytes)} are {there}; {self.advice(ctx, batch)}"
+            f"{what} needs {in_units(fit.wanted_bytes)} of {where} memory for the cache ({there}: "
+            f"{in_units(fit.allowed_bytes)}); {self.advice(ctx, batch)}"
         )
 
     def advice(self, ctx: int, batch: int) -> str:

@@ -165,5 +165,5 @@ def reserve(free: int) -> int:
 def in_units(size: int) -> str:
     """Write a number of bytes for an error message."""
     if size < 2**16:
-        return f"{size:,} bytes"
+        return f"{size:,} byte{'' if size == 1 else 's'}"
     return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

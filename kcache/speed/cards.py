@@ -115,7 +115,7 @@ def find_card(name: str) -> Card:
         if wanted in (_plain(card.name), _plain(card.name).removeprefix("rtx"), f"{_plain(card.name)}sxm"):
             return card
     known = ", ".join(card.name for card in CARDS)
-    raise InputError(f"no figures for a GPU called {name!r}; known are {known}; without --gpu this machine is measured")
+    raise InputError(f"no figures for a GPU called {name!r}; known are {known}")
 
 
 def _plain(name: str) -> str:

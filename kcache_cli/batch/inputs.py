@@ -100,7 +100,7 @@ def parse_inputs(data: bytes, source: str = "-") -> Inputs:
         if entry.prompt == raw.removesuffix(b"\r").decode():
             plain.append(number)
     if 0 < len(plain) < len(inputs.entries):
-        which = f"line {plain[0]} is" if len(plain) == 1 else f"lines {plain[0]} and {len(plain) - 1:,} more are"
+        which = f"line {plain[0]} is" if len(plain) == 1 else f"line {plain[0]} and {len(plain) - 1:,} more are"
         inputs.remarks.append(f"{which} taken for a prompt as it stands, beside lines of JSON")
     inputs.remarks += unread.remarks()
     return inputs

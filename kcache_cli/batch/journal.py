@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from kcache.errors import InputError
 from kcache_cli.batch.plan import Sizes
+from kcache_cli.replace import naming
 from kcache_cli.text import json_line
 
 FORMAT = 1
@@ -105,7 +104,8 @@ class Journal:
     def close(self) -> None:
         """Let go of the files."""
         if self._file is not None:
-            self._file.close()
+            with naming(self.path):
+                self._file.close()
 
     def _read(self, keep: bool) -> None:
         lines = _whole_lines(self._file) if self._file is not None else []
@@ -147,11 +147,15 @@ class Journal:
         self.finished = {}
 
     def _take(self, value: Any) -> bool:
+        """Take in a line; returns whether it is one that a job writes."""
         if "complete" in value:
-            self.skipped = list(value["skipped"])
-            return True
+            skipped = value.get("skipped")
+            self.skipped = skipped if isinstance(skipped, list) else None
+            return self.skipped is not None
         results = value.get("results")
         if not isinstance(value.get("batch"), int) or not isinstance(results, list):
+            return False
+        if not all(isinstance(result, dict) for result in results):
             return False
         self.finished[value["batch"]] = results
         self.holds_results = True
@@ -257,15 +261,6 @@ def _read_header(value: Any) -> tuple[Header, Sizes] | None:
     except (TypeError, ValueError):
         return None
     return (Header(str(value.get("input_sha256")), settings), sizes) if sizes.steps else None
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let an error of the disk say which file it was."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _lock(file: BinaryIO, output: Path) -> None:

@@ -12,7 +12,8 @@ from typing import BinaryIO
 
 from kcache.errors import InputError
 from kcache_cli.batch.inputs import Id
-from kcache_cli.batch.journal import RESULT_KEYS, Result, naming, parse_whole
+from kcache_cli.batch.journal import RESULT_KEYS, Result, parse_whole
+from kcache_cli.replace import naming
 from kcache_cli.text import json_line
 
 STDOUT = Path("standard output")

@@ -19,7 +19,8 @@ from kcache_cli.rows.formats import Format, Markdown, Row
 from kcache_cli.watching import WatchOptions, watching
 
 if TYPE_CHECKING:
-    from kcache.bench.cases import Case, Spec
+    from kcache.bench.cases import Case
+    from kcache.bench.spec import Spec
     from kcache_cli.engine import Engine
     from kcache_cli.rows.store import Store
 
@@ -135,7 +136,7 @@ def bench(
       kcache bench --ctx 8k --topn 64,128 --fidelity \
           --output rows.jsonl --plot speed.svg
     """
-    from kcache.bench.cases import DEFAULT_ENGINES, Spec, make_cases
+    from kcache.bench.spec import DEFAULT_ENGINES, Spec
     from kcache_cli.bench.same import COMMAND, NAMES, compare_with
     from kcache_cli.engine import engine_of, load_with_bar
     from kcache_cli.policies import build_policy
@@ -152,7 +153,7 @@ def bench(
         ctxs=number_list(ctx, "--ctx", Spec.ctxs, tokens=True),
         batches=number_list(batch, "--batch", Spec.batches),
         topns=number_list(topn, "--topn", (policy.topn,)),
-        engines=tuple(name.strip() for name in engines.split(",")) if engines else DEFAULT_ENGINES,
+        engines=tuple(name.strip() for name in engines.split(",")) if engines is not None else DEFAULT_ENGINES,
         policy=policy,
         repeats=repeats or Spec.repeats,
         case_s=_CASE_S if repeats is None else None,
@@ -166,6 +167,8 @@ def bench(
     watch_options.check()
     old = None if compare is None else read_rows(Path(compare), "--compare", COMMAND, NAMES)
     compared = partial(compare_with, old)
+
+    from kcache.bench.cases import make_cases
 
     engine = engine_of(context)
     lm = load_with_bar(engine, model)

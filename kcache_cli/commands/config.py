@@ -53,6 +53,7 @@ def config(
     """
     from kcache.policy import Policy
     from kcache_cli import paths, settings
+    from kcache_cli.tui.start import check_theme, parse_keys
 
     file = paths.config_file()
     if path:
@@ -63,6 +64,8 @@ def config(
         note(f"wrote {file}")
         return
     values = settings.load_settings()
+    check_theme(values.theme)
+    parse_keys(values.keys)
     _, in_file = settings.read_file(file)
     rows = []
     for name in settings.Settings.model_fields:

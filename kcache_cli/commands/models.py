@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -28,7 +27,7 @@ def models(
         Form | None, typer.Option("-o", "--format", help="Verdicts as md or json. Default: a table.", metavar="FORMAT")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="Write the page of verdicts here, as Markdown.", metavar="FILE")
+        str | None, typer.Option("--output", help="Write the page of verdicts here, as Markdown.", metavar="FILE")
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Verdicts found side by side.", metavar="N")] = 2,
     trust_remote_code: Annotated[
@@ -53,12 +52,14 @@ def models(
     from kcache.errors import InputError
 
     if verify:
+        from kcache_cli.rows.store import check_file
         from kcache_cli.verify import verify_models
 
         chosen = "json" if as_json else form
-        if output is not None and (chosen == "json" or output.suffix.lower() not in ("", ".md", ".txt")):
+        target = check_file("--output", output)
+        if target is not None and (chosen == "json" or target.suffix.lower() not in ("", ".md", ".txt")):
             raise InputError(f"--output {output}: is a page of Markdown; end its name in .md, leave out -o and --json")
-        raise typer.Exit(verify_models(names or [], chosen, output, workers, trust_remote_code))
+        raise typer.Exit(verify_models(names or [], chosen, target, workers, trust_remote_code))
     if names:
         raise InputError(f"kcache models lists them all; to check {names[0]}, write kcache models --verify {names[0]}")
     if output is not None or form == "md":

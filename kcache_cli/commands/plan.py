@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -56,7 +55,7 @@ def plan(
     ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Draw tok/s against context: a .png, .svg or .pdf.")
+        str | None, typer.Option("--plot", metavar="FILE", help="Draw tok/s against context: a .png, .svg or .pdf.")
     ] = None,
     *,
     policy_options: Annotated[PolicyOptions, Without(("allow_overflow",))],
@@ -77,28 +76,32 @@ def plan(
     from kcache.errors import DoesNotFitError
     from kcache_cli.console import working
     from kcache_cli.placing import planning_device
-    from kcache_cli.plan_run import Question, answer, read_batch, read_size
+    from kcache_cli.plan_run import Question, answer, read_batch, read_card, read_size
     from kcache_cli.plan_view import draw, show, to_dict
     from kcache_cli.policies import build_policy
+    from kcache_cli.rows.chart import chart_file
     from kcache_cli.settings import fill, load_settings
     from kcache_cli.text import json_line
 
     settings = load_settings()
-    model = fill(model_options, settings)
+    model, policy = fill(model_options, settings), build_policy(policy_options, settings)
+    chart = chart_file(plot)
+    card, device_bytes, host_bytes = read_card(gpu), read_size("--hbm", hbm), read_size("--host", host)
+    sequences = read_batch(batch, lambda: card is None and planning_device(model.device or "auto").type == "cpu")
     question = Question(
         model=model,
-        policy=build_policy(policy_options, settings),
+        policy=policy,
         ctx=policy_options.ctx or settings.ctx,
-        batch=read_batch(batch, on_cpu=gpu is None and planning_device(model.device or "auto").type == "cpu"),
-        gpu=gpu,
-        hbm=read_size("--hbm", hbm),
-        host=read_size("--host", host),
+        batch=sequences,
+        card=card,
+        hbm=device_bytes,
+        host=host_bytes,
         hit_rate=hit_rate,
     )
     with working(f"planning {question.model.name}"):
         found = answer(question)
-    if plot is not None:
-        draw(found, plot)
+    if chart is not None:
+        draw(found, chart)
     if as_json:
         print(json_line(to_dict(found)))
     else:

@@ -59,7 +59,7 @@ def table(rows: Sequence[Row], columns: Sequence[Column], legend: Sequence[str])
         return ""
     written = [(head, [cell(row) for row in rows]) for head, cell in columns]
     written = [(head, cells) for head, cells in written if any(cells)]
-    widths = [max(len(head), *map(len, cells)) for head, cells in written]
+    widths = [max(2, len(head), *map(len, cells)) for head, cells in written]  # 2: Markdown wants a dash and a colon
     lines = [
         _line([head.ljust(width) for (head, _), width in zip(written, widths, strict=True)]),
         _line(["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]),

@@ -101,7 +101,7 @@ def _lines(text: str) -> list[Any] | None:
 def say_skipped(cases: int) -> None:
     """Say on standard error how many cases were not run since their rows are there."""
     if cases:
-        note(f"{cases} case{'s' if cases > 1 else ''} of this run were there already")
+        note(f"{cases} case{'s were' if cases > 1 else ' was'} there already")
 
 
 class Store:
@@ -152,7 +152,7 @@ class Store:
     def say_where(self, chart: Path | None = None) -> None:
         """Say on standard error which files have been written."""
         if self.target is not None:
-            note(f"{len(self.rows)} rows in {self.target}")
+            note(f"{len(self.rows):,} row{'' if len(self.rows) == 1 else 's'} in {self.target}")
         if chart is not None and self.rows:
             note(f"drew {chart}")
 

@@ -38,14 +38,10 @@ def has_terminal() -> bool:
 
 def dashboard(source: Source, stop: Callable[[], bool] | None = None, *, talk: Talk | None = None) -> Dashboard:
     """Make the app, as the settings want it."""
-    from textual.theme import BUILTIN_THEMES
-
     from kcache_cli.tui.app import Dashboard
-    from kcache_cli.tui.palette import THEMES
 
     settings = load_settings()
-    if settings.theme is not None and settings.theme not in (*THEMES, *BUILTIN_THEMES):
-        raise InputError(f"theme {settings.theme!r}: there is none; use one of {', '.join((*THEMES, *BUILTIN_THEMES))}")
+    check_theme(settings.theme)
     return Dashboard(
         source,
         talk=talk,
@@ -55,6 +51,16 @@ def dashboard(source: Source, stop: Callable[[], bool] | None = None, *, talk: T
         theme=settings.theme,
         keymap=parse_keys(settings.keys),
     )
+
+
+def check_theme(name: str | None) -> None:
+    """Raise :class:`InputError` if a theme is asked for that there is not."""
+    from textual.theme import BUILTIN_THEMES
+
+    from kcache_cli.tui.palette import THEMES
+
+    if name is not None and name not in (*THEMES, *BUILTIN_THEMES):
+        raise InputError(f"theme {name!r}: there is none; use one of {', '.join((*THEMES, *BUILTIN_THEMES))}")
 
 
 def watch(source: Source) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from kcache.bench.cases import DEFAULT_ENGINES, Spec, make_cases
-from kcache.bench.engines import ENGINES, make_engine
+from kcache.bench.cases import make_cases
+from kcache.bench.engines import make_engine
+from kcache.bench.spec import DEFAULT_ENGINES, ENGINES, Spec
 from kcache.errors import InputError
 from kcache.policy import Policy
 

@@ -15,11 +15,12 @@ import kcache.bench.run as run_module
 import kcache.bench.runner as runner_module
 from kcache import generation
 from kcache.attention.switching import is_attached
-from kcache.bench.cases import Case, Spec, make_cases
+from kcache.bench.cases import Case, make_cases
 from kcache.bench.engines import Engine, HfDynamic, Tiered, make_engine
 from kcache.bench.rows import Row
 from kcache.bench.run import run, turns_of
 from kcache.bench.runner import VariedSampler
+from kcache.bench.spec import Spec
 from kcache.cache import KCache
 from kcache.decoding import loop as decoding
 from kcache.errors import UnsupportedModelError

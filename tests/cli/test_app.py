@@ -41,6 +41,22 @@ def test_help_does_not_import_what_is_slow(args: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "args", [["bench", "--ctx", "0"], ["bench", "--engine", "vllm"], ["plan", "--gpu", "tpu"], ["plan", "--hbm", "24"]]
+)
+def test_wrong_values_are_refused_before_anything_slow_is_imported(args: list[str]) -> None:
+    code = (
+        "import sys\n"
+        f"sys.argv = ['kcache', *{args!r}]\n"
+        "from kcache_cli.app import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 2, end.code\n"
+        "slow = {'torch', 'transformers', 'textual'} & set(sys.modules)\n"
+        "assert not slow, slow\n"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
 def processor_s(*args: str) -> float:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert python(*args).returncode == 0
@@ -181,6 +197,8 @@ def test_errors_become_one_line_and_a_code(run: Run, error: BaseException, code:
         (["generate", "smollm2", "prompts.jsonl"], "(prompts.jsonl); prompts are read with -i FILE"),
         (["models", "--verify", "llama", "--output", "x.json"], "a page of Markdown; end its name in .md"),
         (["models", "--verify", "llama", "--json", "--output", "x.md"], "leave out -o and --json"),
+        (["models", "--verify", "llama", "--output", "nowhere/x.md"], "the folder nowhere does not exist"),
+        (["models", "--verify", "llama", "--output", "/"], "is a folder"),
     ],
 )
 def test_wrong_usage_is_told_before_anything_is_loaded(run: Run, args: list[str], say: str) -> None:
@@ -214,6 +232,12 @@ def test_closed_pipe_is_quiet() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False, timeout=120)
     assert done.stderr == ""
     assert done.stdout.startswith("# Commands")
+
+
+def test_without_a_standard_output_nothing_is_said() -> None:
+    command = f"{sys.executable} -m kcache_cli config --json >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,14 @@ from kcache_cli.bench.table import markdown
 from kcache_cli.commands.bench import _layout
 from kcache_cli.engine import KCacheEngine
 from kcache_cli.options import ModelOptions, number_list
-from kcache_cli.rows.formats import FORMATS, render
+from kcache_cli.rows.formats import FORMATS, render, table
 from kcache_cli.rows.store import read_rows
 from tests.cli.conftest import Run
 
 if TYPE_CHECKING:
-    from kcache.bench.cases import Case, Spec
+    from kcache.bench.cases import Case
     from kcache.bench.rows import Row
+    from kcache.bench.spec import Spec
 
 KEYS = {
     "engine", "model", "ctx", "batch", "topn", "decode_ms_p50", "decode_ms_p99", "decode_tok_s", "prefill_tok_s",
@@ -137,6 +138,7 @@ def test_a_policy_file_may_ask_for_less_than_all(run: Run, tmp_path: Path) -> No
         ("--topn 64,,8", "--topn 64,,8: '' is not"),
         ("--batch 1k", "'1k' is not"),
         ("--engine kcache,vllm", "no engine 'vllm'; the engines are kcache, dense, hf-dynamic"),
+        ("--engine=", "no engine ''; the engines are kcache, dense, hf-dynamic"),
         ("--resume", "--resume reads what --output holds"),
         ("--resume --output x.md", "--resume reads what --output holds"),
         ("--plot x.gif", "must end in .png, .svg, .pdf"),
@@ -349,6 +351,12 @@ def test_plot(run: Run, tmp_path: Path) -> None:
     one = tmp_path / "one.svg"
     run("bench", "--ctx", "2k", "--batch", "1,8", "--plot", str(one), engine=FakeBench())
     assert "dense, batch 8" in one.read_text()
+
+
+def test_a_narrow_column_is_markdown_still() -> None:
+    columns = [("policy", lambda row: "default"), ("N", lambda row: str(row["topn"]))]
+    rule = table([{"topn": 8}], columns, []).splitlines()[1]
+    assert rule == "| ------- | -: |", "a colon alone makes no table"
 
 
 # -- the real engine -----------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def test_without_a_text_it_is_the_reference(run: Run, base: list[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--places 9", "text.txt has 1,179 tokens, and 9 places of 297 tokens need 2,673; give a longer --text"),
+        ("--places 9", "text.txt has 1,179 tokens, and 9 places of 297 tokens need 2,673; give a longer text"),
         ("--ctx 2040 --steps 9", "is 2048 tokens, and 9 steps come on top; ask for less"),
         ("--text nothing.txt", "--text nothing.txt: cannot be read"),
         ("--policy nothing.toml", "neither default, paper, smollm2, nor a file that exists"),

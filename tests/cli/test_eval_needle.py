@@ -92,7 +92,7 @@ def test_resuming_runs_only_what_is_missing(
     output.write_text("".join(kept) + half[:40])  # killed in the middle of a line
     again = run(*args, "--resume", engine=engine)
     assert again.exit_code == 0, again.stderr
-    assert "1 case of this run were there already" in again.stderr
+    assert "1 case was there already" in again.stderr
     assert "depth 0\n" not in again.stderr and "depth 1\n" in again.stderr
     assert output.read_text().splitlines(keepends=True)[:3] == kept
     assert [_but_time(row) for row in _rows(output)] == [_but_time(json.loads(line)) for line in whole.splitlines()]

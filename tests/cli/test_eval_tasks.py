@@ -83,7 +83,7 @@ def test_killed_and_resumed(run: Run, engine: LoadedEngine, data: Path, monkeypa
     output.write_text("".join(lines[:2]) + lines[2][:50])  # killed in the middle of a line
     again = run(*args, "--resume", engine=engine)
     assert again.exit_code == 0, again.stderr
-    assert "1 case of this run were there already" in again.stderr
+    assert "1 case was there already" in again.stderr
     after = [json.loads(line) for line in output.read_text().splitlines()]
     for one, two in zip(rows, after, strict=True):
         assert {**one, "seconds": 0, "env": 0} == {**two, "seconds": 0, "env": 0}
@@ -106,7 +106,7 @@ def test_rows_on_standard_output_are_judged(run: Run, engine: LoadedEngine, data
     ("flags", "said"),
     [
         ("--tasks bbh:snarks", "no data for bbh:snarks"),
-        ("--tasks nothing", "--data serves gsm8k, bbh and triviaqa"),
+        ("--tasks nothing", "data serves gsm8k, bbh and triviaqa"),
         ("--limit 0", "--limit"),
         ("--resume", "--resume reads what --output holds"),
         ("--output x.foo", "the name must end in .md, .csv, .json, .jsonl"),

@@ -378,6 +378,17 @@ def test_torn_files_are_mended(run: Run, prompts: Path, where: str, cut: int) ->
     assert out.read_bytes() == whole
 
 
+@pytest.mark.parametrize("line", ['{"complete": true, "skipped": 5}', '{"batch": 1, "results": [1, 2]}'])
+def test_a_line_that_no_job_writes_ends_a_journal(run: Run, prompts: Path, line: str) -> None:
+    out, journal = prompts.with_name("out.jsonl"), prompts.with_name("out.jsonl.kcache")
+    job(run, prompts)
+    whole = out.read_bytes()
+    journal.write_text(f"{journal.read_text().splitlines()[0]}\n{line}\n")
+    out.unlink()
+    assert job(run, prompts).exit_code == 0
+    assert out.read_bytes() == whole
+
+
 @pytest.mark.parametrize("cut", [1, 30, 300])
 def test_a_finished_output_that_was_cut_is_mended(run: Run, prompts: Path, cut: int) -> None:
     out = prompts.with_name("out.jsonl")
@@ -415,6 +426,21 @@ def test_full_disk_is_one_line(run: Run, prompts: Path) -> None:
     assert result.exit_code == 2
     assert "/dev/full: No space left" in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_a_disk_that_is_full_is_said_of_the_journal(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with (
+            pytest.raises(OSError, match="too large") as caught,
+            Journal(tmp_path / "out.jsonl", Header("x", {})) as journal,
+        ):
+            journal.begin(Sizes(((1, 4),)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(tmp_path / "out.jsonl.kcache")
 
 
 def test_output_that_is_no_regular_file_has_no_journal(run: Run, prompts: Path) -> None:

@@ -19,7 +19,7 @@ def test_json_lines_and_plain_text() -> None:
     )
     inputs = parse_inputs(text.encode())
     assert inputs.bad == []
-    assert inputs.remarks == ["lines 2 and 1 more are taken for a prompt as it stands, beside lines of JSON"]
+    assert inputs.remarks == ["line 2 and 1 more are taken for a prompt as it stands, beside lines of JSON"]
     assert parse_inputs(b'{"prompt": "x"}\n[1, 2]').remarks == [
         "line 2 is taken for a prompt as it stands, beside lines of JSON"
     ]

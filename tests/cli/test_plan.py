@@ -201,14 +201,17 @@ def test_what_does_not_fit_is_shown_and_refused(run: Run, config: str) -> None:
         (("--hbm", "24"), "24GiB"),
         (("--kv-budget", "zz"), "kv_budget: not a size"),
         (("--host", "0"), "--host 0"),
-        (("--gpu", "tpu"), "known are b200, h200, h100"),
+        (("--gpu", "tpu"), "--gpu tpu: no figures for a GPU called 'tpu'; known are b200, h200, h100"),
         (("--hit-rate", "1.5"), "--hit-rate"),
         (("--ctx", "none"), "--ctx"),
         (("--topn", "0"), "topn"),
-        (("--gpu", "h100", "--plot", "figure.docx"), "--plot"),
+        (("--plot", "figure.docx"), "the name must end in .png, .svg, .pdf"),
+        (("--plot", "nowhere/figure.svg"), "the folder nowhere does not exist"),
+        (("--plot", "/"), "is a folder"),
     ],
 )
-def test_bad_values(run: Run, config: str, args: tuple[str, ...], said: str) -> None:
+def test_bad_values(run: Run, config: str, args: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kcache_cli.plan_run.answer", lambda question: pytest.fail("what is refused is planned"))
     result = run("plan", config, *args)
     assert result.exit_code == 2
     assert said in result.stderr

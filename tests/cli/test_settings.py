@@ -58,6 +58,7 @@ def test_settings_reach_model_sampling_and_chat(run: Run, settings_file: Path) -
         ("topn = 0\n", "config.toml:1: topn = 0"),
         ("temperature = nan\n", "config.toml:1: temperature"),
         ("offload = 'some'\n", "config.toml:1: offload = 'some'"),
+        ("kv_budget = 'lots'\n", "config.toml:1: kv_budget = 'lots': not a size"),
         ("topn = \n", "line 1"),
         ("[chat]\ntopn = 3\n", "config.toml:1: unknown setting 'chat'"),
     ],
@@ -70,6 +71,16 @@ def test_bad_settings_file_names_the_line(run: Run, settings_file: Path, text: s
     assert say in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert engine.calls == []
+
+
+@pytest.mark.parametrize(
+    ("text", "say"), [("theme = 'plaid'\n", "theme 'plaid': there is none"), ("keys = 'pauze=o'\n", "NAME=KEY")]
+)
+def test_config_refuses_what_the_dashboard_would(run: Run, settings_file: Path, text: str, say: str) -> None:
+    settings_file.write_text(text)
+    result = run("config")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert say in result.stderr
 
 
 def test_settings_file_that_is_not_text(run: Run, settings_file: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kcache.bench.cases import Spec, make_cases
+from kcache.bench.cases import make_cases
 from kcache.bench.run import run
+from kcache.bench.spec import Spec
 from kcache.models.loaded import LoadedModel
 from kcache.policy import Policy
 from kcache.speed.machine import measure
