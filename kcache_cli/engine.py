@@ -15,6 +15,7 @@ import typer
 
 from kcache.errors import InputError
 from kcache.policy import Policy
+from kcache_cli.exits import note
 from kcache_cli.options import ModelOptions, SamplingOptions
 from kcache_cli.placing import device_map, map_device, planning_device, spread_of
 
@@ -294,6 +295,15 @@ def engine_of(ctx: typer.Context) -> Engine:
     """The engine a command was started with; the real one unless a test gave another."""
     engine: Engine = ctx.obj if ctx.obj is not None else KCacheEngine()
     return engine
+
+
+def make_way() -> None:
+    """Let torch's threads, of which there are none yet, make way for other programs; say so where these are busy."""
+    from kcache.machine.threads import make_way_for_others
+
+    used = make_way_for_others()
+    if used is not None:
+        note(f"other programs keep {used:.1f} cores of this machine busy: decoding on its CPU will be slower")
 
 
 def load_with_bar(engine: Engine, model: ModelOptions) -> Any:

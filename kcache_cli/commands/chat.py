@@ -53,7 +53,7 @@ def chat(
     from kcache_cli.chat.conversation import Conversation
     from kcache_cli.chat.repl import Repl, answer_once
     from kcache_cli.console import working
-    from kcache_cli.engine import engine_of, load_with_bar
+    from kcache_cli.engine import engine_of, load_with_bar, make_way
     from kcache_cli.paths import history_file
     from kcache_cli.policies import build_policy
     from kcache_cli.settings import fill, load_settings
@@ -66,6 +66,7 @@ def chat(
     document = "\n\n".join(read_document(file).rstrip() for file in files) if files else None
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
     message = "" if at_terminal else read_message()
+    make_way()
     engine = engine_of(context)
     overflow = policy_options.allow_overflow
     with working(f"loading {model.name}"):

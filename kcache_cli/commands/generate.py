@@ -95,7 +95,7 @@ def generate(
           -i prompts.jsonl -o out.jsonl
     """
     from kcache_cli.batch.cluster import on_ray
-    from kcache_cli.engine import engine_of
+    from kcache_cli.engine import engine_of, make_way
     from kcache_cli.generate_run import Request, run
     from kcache_cli.ranks import launched, together
 
@@ -107,6 +107,7 @@ def generate(
     elif address is not None or workers is not None:
         raise InputError("--address and --workers are for --engine ray; add that, or leave them out")
     else:
+        make_way()
         running = together(engine_of(context))
     request = Request(
         model=model_options,
