@@ -28,18 +28,21 @@ def area(values: np.ndarray, width: int, height: int, most: float, colours: Sequ
     steps = np.ceil(np.clip(values / max(most, 1e-12), 0, 1) * height * 4 - 1e-9).astype(int)
     lines = []
     for line in range(height - 1, -1, -1):
-        inside = np.clip(steps - line * 4, 0, 4)
-        cells = [_braille(int(inside[2 * at]), int(inside[2 * at + 1]), line == 0) for at in range(width)]
-        lines.append(Text("".join(cells), colours[min(line, len(colours) - 1)]))
+        filled = np.clip(steps - line * 4, int(line == 0), 4)  # the lowest dots are the base line
+        signs = "".join(_BRAILLE[code] for code in (filled[0::2] * 5 + filled[1::2]).tolist())
+        lines.append(Text(signs, colours[min(line, len(colours) - 1)]))
     return lines
 
 
-def _braille(left: int, right: int, is_base: bool) -> str:
+def _braille(left: int, right: int) -> str:
     dots = 0
     for column, filled in zip(_DOTS_UP, (left, right), strict=True):
-        for dot in column[: max(filled, 1 if is_base else 0)]:
+        for dot in column[:filled]:
             dots |= dot
     return chr(0x2800 + dots) if dots else " "
+
+
+_BRAILLE = [_braille(left, right) for left in range(5) for right in range(5)]
 
 
 def _blocks(values: np.ndarray, width: int, height: int, most: float, colours: Sequence[str], look: Look) -> list[Text]:
