@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The rows of docs/benchmarks.md that a machine without a GPU can give: about 15 minutes on two quiet cores.
+# The rows of docs/benchmarks.md that a machine without a GPU can give: about ten minutes on two quiet cores.
 # TEXT=1 adds real prefills of text and what TopN costs in answers, some ten minutes more. Started again it goes on
 # where it was; FRESH=1 measures everything anew. KCACHE is the command to run.
 set -euo pipefail

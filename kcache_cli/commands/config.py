@@ -70,9 +70,7 @@ def config(
     rows = []
     for name in settings.Settings.model_fields:
         given = getattr(values, name)
-        value = (
-            getattr(Policy, name, None) if given is None else given
-        )  # without a default, kcache or the model chooses
+        value = getattr(Policy, name, None) if given is None else given  # None: kcache or the model chooses
         rows.append((name, value, settings.source_of(name, in_file)))
     if as_json:
         found = {name: {"value": value, "source": source} for name, value, source in rows}
