@@ -165,9 +165,11 @@ class Dashboard(Actions):
         if self.conversation is not None:
             self.conversation.close()
 
+    # Messages come until the very end, when panels are gone and the app no longer runs.
+
     @on(Said)
     def _heard(self) -> None:
-        if self.conversation is not None:
+        if self.conversation is not None and self.is_running:
             self.query_one(WordsPanel).said = self.conversation.text(self.look)
 
     def _tell_of_arrival(self) -> None:
@@ -180,6 +182,8 @@ class Dashboard(Actions):
 
     @on(Ended)
     def _ended(self, event: Ended) -> None:
+        if not self.is_running:
+            return
         self.clear_notifications()  # of what is being waited for
         stopped = isinstance(event.failed, KeyboardInterrupt)
         self.query_one(Headline).over = "done" if event.failed is None else "stopped" if stopped else "failed"
@@ -189,7 +193,7 @@ class Dashboard(Actions):
     def on_dashboard_arrived(self) -> None:
         """Take the newest moment."""
         moment = self.feed.take()
-        if moment is not None:
+        if moment is not None and self.is_running:
             self.moment = moment
 
     def watch_moment(self, before: Moment | None, moment: Moment | None) -> None:

@@ -12,6 +12,7 @@ from kcache.errors import InputError
 from kcache.watch.attach import Place
 from kcache_cli.tui.menu import Candidate, Menu
 from kcache_cli.tui.start import NO_TERMINAL, check_terminal, dashboard, parse_keys, pick
+from kcache_cli.tui.widgets.panel import Panel
 from tests.cli.conftest import Run, run
 from tests.cli.fakes import FakeEngine
 from tests.tui.fakes import INFO, FakeSource, conversation
@@ -47,6 +48,22 @@ def test_what_was_typed_while_a_job_was_loaded_are_no_keys_of_the_dashboard(
             assert not waiting
 
     asyncio.run(opened())
+
+
+def test_what_comes_while_the_dashboard_closes_is_too_late(settings_file: Path) -> None:
+    async def closed() -> None:
+        app = dashboard(FakeSource(conversation()))
+        async with app.run_test() as pilot:
+            while app.moment is None:
+                await pilot.pause(0.01)
+            app._running = False  # which is first, and the panels are next
+            await app.query(Panel).remove()
+            app.feed._waiting = replace(app.moment)
+            app.post_message(app.Arrived())
+            app.post_message(app.Ended(None))
+            await pilot.pause()
+
+    asyncio.run(closed())
 
 
 def test_other_keys() -> None:
