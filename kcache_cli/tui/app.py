@@ -279,7 +279,7 @@ class Dashboard(Actions):
     def show_words(self) -> None:
         """Give the text panel the passage under the cursor, or the end of the text."""
         moment = self.moment
-        if moment is None or moment.frame is None:
+        if moment is None or moment.frame is None or not self.is_running:
             return
         frame, panel, heat = moment.frame, self.query_one(WordsPanel), self.query_one(HeatPanel)
         room = max(64, panel.size.width * panel.size.height // 2)

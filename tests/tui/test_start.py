@@ -58,6 +58,7 @@ def test_what_comes_while_the_dashboard_closes_is_too_late(settings_file: Path) 
                 await pilot.pause(0.01)
             app._running = False  # which is first, and the panels are next
             await app.query(Panel).remove()
+            app.show_words()  # which may have been asked for before, after the next refresh
             app.feed._waiting = replace(app.moment)
             app.post_message(app.Arrived())
             app.post_message(app.Ended(None))
