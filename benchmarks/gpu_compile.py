@@ -19,7 +19,7 @@ from benchmarks.gpu_jobs import Job, all_jobs, batch_of, spec_of
 from benchmarks.gpu_models import SHAPES, make_model
 from benchmarks.pick_trace import FILE, Trace, replayed
 from benchmarks.precompile import compile_only
-from kcache.backends.base import DecodeStep, LowRank
+from kcache.backends.base import DecodeStep, LowRank, NarrowKeys
 from kcache.backends.triton import Chip, Tuning, append
 from kcache.backends.triton.backend import TritonBackend
 from kcache.bench.context import LayerShape
@@ -53,13 +53,15 @@ def launch_all(job: Job, batch: int, tuning: Tuning) -> None:
         torch.empty(batch, kv_heads, rank, -(-room // 16) * 16, **half),
     )  # fmt: skip
     planes = job.policy.key_planes
-    scales = torch.empty(batch, kv_heads, room) if planes else None
-    keys = torch.empty(keys.shape, dtype=torch.int8) if planes else keys
-    lower = torch.empty_like(keys) if planes == 2 else None
-    append(token, token, keys, values, length, offset=-1, lowrank=tail, key_scales=scales, key_lower=lower)
+    narrow = None
+    if planes:
+        keys = torch.empty(keys.shape, dtype=torch.int8)
+        lower = torch.empty_like(keys) if planes == 2 else None
+        narrow = NarrowKeys(torch.empty(batch, kv_heads, room), torch.empty(batch, kv_heads, dim), lower)
+    append(token, token, keys, values, length, offset=-1, lowrank=tail, narrow=narrow)
     tally = torch.zeros(batch, dtype=torch.int64)
     above = torch.empty(batch)
-    step = replace(step, keys=keys, lowrank=tail, threshold=above, tally=tally, key_scales=scales, key_lower=lower)
+    step = replace(step, keys=keys, lowrank=tail, threshold=above, tally=tally, narrow=narrow)
     hot = backend.keep_hot(step)
     with replayed(Trace(FILE, job.ctx, torch.device("cpu"))) if job.traced else nullcontext():
         backend.decode(replace(step, hot=hot))

@@ -65,6 +65,29 @@ class HotStore(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class NarrowKeys:
+    """What belongs to K in 8 bits (:mod:`kcache.tiers.bytes`), all on the device.
+
+    Attributes
+    ----------
+    scales : Tensor ``[B, Hkv, capacity]`` fp32
+        What a row of whole numbers is to be multiplied by.
+    centre : Tensor ``[B, Hkv, D]`` fp32, contiguous
+        What is then to be added.
+    lower : Tensor ``[B, Hkv, capacity, D]`` int8, laid out like K, or None
+        What rounding has left: picks are weighed by both.
+    """
+
+    scales: torch.Tensor
+    centre: torch.Tensor
+    lower: torch.Tensor | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Those there are."""
+        return [self.scales, self.centre, *([] if self.lower is None else [self.lower])]
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeStep:
     """One layer's inputs to a TopN decode step.
 
@@ -72,9 +95,9 @@ class DecodeStep:
     ----------
     query : Tensor ``[B, Hq, D]``
     keys : Tensor ``[B, Hkv, capacity, D]``
-        The whole K buffer on the device; rows from ``length`` on are not valid memory. int8 with ``key_scales``.
-    key_lower : Tensor like ``keys``, or None
-        What rounding to int8 has left of K: picks are weighed by both (:mod:`kcache.tiers.bytes`).
+        The whole K buffer on the device; rows from ``length`` on are not valid memory. int8 with ``narrow``.
+    narrow : NarrowKeys or None
+        What belongs to K in 8 bits.
     values : Tensor ``[B, Hkv, capacity, Dv]``
         The whole V buffer in the host tier (pinned where there is a CUDA device); for ``dense``, on the device.
         int8 with ``value_scales``.
@@ -94,7 +117,7 @@ class DecodeStep:
         with None, exactly ``topn`` rows.
     tally : Tensor ``[B]`` int64 or None
         With a threshold, the backend adds the rows it picked for each sequence, all heads together.
-    key_scales, value_scales : Tensor ``[B, Hkv, capacity]`` fp32 or None
+    value_scales : Tensor ``[B, Hkv, capacity]`` fp32 or None
         On the device: what a row of whole numbers is to be multiplied by.
     hot : HotStore or None
         What :meth:`Backend.keep_hot` made for this layer: picks found there need not be fetched.
@@ -116,8 +139,7 @@ class DecodeStep:
     tally: torch.Tensor | None = None
     hot: HotStore | None = None
     device_length: torch.Tensor | None = None
-    key_scales: torch.Tensor | None = None
-    key_lower: torch.Tensor | None = None
+    narrow: NarrowKeys | None = None
     value_scales: torch.Tensor | None = None
 
 

@@ -44,7 +44,7 @@ class CpuBackend(ReferenceBackend):
 
     def decode(self, step: DecodeStep) -> DecodeResult:
         """Run the four verbs for one layer."""
-        if step.key_scales is not None or step.value_scales is not None:
+        if step.narrow is not None or step.value_scales is not None:
             return ReferenceBackend().decode(step)
         kernels = self._compiled(step)
         result = kernels.decode(step) if kernels is not None and kernels.serves_decode(step) else None

@@ -21,7 +21,7 @@ class ReferenceBackend:
 
     def decode(self, step: DecodeStep) -> DecodeResult:
         """Run the four verbs for one layer."""
-        scores = None if step.key_lower is None else self.products(step)
+        scores = None if step.narrow is None or step.narrow.lower is None else self.products(step)
         probs = self.score(step) if scores is None else probabilities(scores, step)
         picks = self.select(probs, step)
         count_picks(picks, step)
@@ -44,8 +44,8 @@ class ReferenceBackend:
     def products(self, step: DecodeStep) -> torch.Tensor:
         """Scores of every row, ``[B, Hkv, G, L]`` fp32, neither soft-capped nor masked."""
         keys = step.keys[:, :, : step.length].float()
-        if step.key_scales is not None:
-            keys = keys * step.key_scales[:, :, : step.length, None]
+        if step.narrow is not None:
+            keys = keys * step.narrow.scales[:, :, : step.length, None] + step.narrow.centre.unsqueeze(2)
         query = step.query.float().unflatten(1, (keys.shape[1], -1))
         return torch.matmul(query, keys.transpose(2, 3)) * step.scaling
 
@@ -58,13 +58,13 @@ class ReferenceBackend:
 
         ``scores`` are :meth:`products`.
         """
-        assert step.key_lower is not None and step.key_scales is not None
+        assert step.narrow is not None and step.narrow.lower is not None
         batch, heads, group, _ = scores.shape
         per_head = picks if picks.dim() == 4 else picks.unsqueeze(2).expand(-1, -1, group, -1)
         flat = per_head.flatten(2).clamp(min=0)
         index = flat.unsqueeze(-1).expand(-1, -1, -1, step.keys.shape[-1])
-        steps = step.key_lower.gather(2, index).float() / LOWER_STEPS
-        rows = (steps * step.key_scales.gather(2, flat).unsqueeze(-1)).unflatten(2, (group, -1))
+        steps = step.narrow.lower.gather(2, index).float() / LOWER_STEPS
+        rows = (steps * step.narrow.scales.gather(2, flat).unsqueeze(-1)).unflatten(2, (group, -1))
         query = step.query.float().view(batch, heads, group, 1, -1)
         more = ((query * rows).sum(-1) * step.scaling).masked_fill(per_head < 0, 0)
         return probabilities(scores.scatter_add(3, per_head.clamp(min=0), more), step)

@@ -1,4 +1,7 @@
-"""Rounding rows to 8 bits, and what it leaves: the form that :mod:`kcache.tiers.bytes` keeps, in torch operators."""
+"""Rounding rows to 8 bits, and what it leaves: the form that :mod:`kcache.tiers.bytes` keeps, in torch operators.
+
+A ``centre`` ``[..., D]`` fp32 is taken from each row before.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,35 @@ PIECE = 2048
 """Rows of a head turned at a time: the arithmetic is in fp32, and a whole layer's rows in it take much memory."""
 LOWER_STEPS = 254
 """Steps of the lower plane to one of the upper."""
+_SAMPLE = 2048
 
 
-def quantise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def centre_of(rows: torch.Tensor) -> torch.Tensor:
+    """The mean of rows ``[..., T, D]``, fp32 ``[..., D]``: of the last ones, which no padding precedes."""
+    return rows[..., -_SAMPLE:, :].mean(-2, dtype=torch.float32).nan_to_num_(0.0, 0.0, 0.0)
+
+
+def quantise(rows: torch.Tensor, centre: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn rows ``[..., T, D]`` into int8 ``[..., T, D]`` and fp32 scales ``[..., T, 1]``; one of zeros has scale 0."""
     whole = rows.new_empty(rows.shape, dtype=torch.int8)
     scales = rows.new_empty((*rows.shape[:-1], 1), dtype=torch.float32)
     for part, into, scale in zip(*(each.split(PIECE, -2) for each in (rows, whole, scales)), strict=True):
-        exact = part.float()
+        exact = _from_centre(part, centre)
         scale.copy_(exact.abs().amax(-1, keepdim=True) / 127)
         into.copy_((exact / torch.where(scale > 0, scale, 1.0)).round_())
     return whole, scales
 
 
-def remainder(rows: torch.Tensor, whole: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def remainder(
+    rows: torch.Tensor, whole: torch.Tensor, scales: torch.Tensor, centre: torch.Tensor | None = None
+) -> torch.Tensor:
     """What :func:`quantise` has rounded away of ``rows``, int8 ``[..., T, D]``: 254ths of a step, -127 to 127."""
     lower = torch.empty_like(whole)
     for part, upper, scale, into in zip(*(each.split(PIECE, -2) for each in (rows, whole, scales, lower)), strict=True):
-        steps = part.float() / torch.where(scale > 0, scale, 1.0)
+        steps = _from_centre(part, centre) / torch.where(scale > 0, scale, 1.0)
         into.copy_(((steps - upper) * LOWER_STEPS).round_())
     return lower
+
+
+def _from_centre(rows: torch.Tensor, centre: torch.Tensor | None) -> torch.Tensor:
+    return rows.float() if centre is None else rows.float() - centre.unsqueeze(-2)

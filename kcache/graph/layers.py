@@ -99,8 +99,8 @@ class CapturedTiered(_Captured):
         held, inputs = self.layer.buffers(), self.inputs
         append(
             _row(key_states), _row(value_states), held.keys, held.values, inputs.length, offset=-1,
-            lowrank=None if held.tail is None else held.tail.state(), mask=inputs.valid, key_scales=held.key_scales,
-            key_lower=held.key_lower, value_scales=held.value_scales,
+            lowrank=None if held.tail is None else held.tail.state(), mask=inputs.valid, narrow=held.narrow,
+            value_scales=held.value_scales,
         )  # fmt: skip
         return key_states, with_handle(value_states, self)
 
@@ -119,7 +119,9 @@ class CapturedTiered(_Captured):
     def fingerprint(self) -> tuple[object, ...]:
         """What a recording depends on."""
         layer, held = self.layer, self.layer.buffers()
-        tensors = [held.keys, held.values, held.key_scales, held.key_lower, held.value_scales]
+        tensors = [held.keys, held.values, held.value_scales]
+        if held.narrow is not None:
+            tensors += held.narrow.tensors()
         if held.tail is not None:
             state = held.tail.state()
             tensors += [state.base, state.basis, state.coefficients]

@@ -11,7 +11,7 @@ import torch
 from kcache.attention.handles import AttentionCall
 from kcache.attention.masks import as_bool, is_row_mask, plain_rows, rows_of
 from kcache.backends import dense
-from kcache.backends.base import DecodeResult, DecodeStep, HotStore
+from kcache.backends.base import DecodeResult, DecodeStep, HotStore, NarrowKeys
 from kcache.layers.counted import CountedLayer, Picked
 from kcache.layers.would_pick import would_pick
 from kcache.telemetry import LayerKind
@@ -25,8 +25,7 @@ class Buffers(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
     tail: LowRankTail | None
-    key_scales: torch.Tensor | None
-    key_lower: torch.Tensor | None
+    narrow: NarrowKeys | None
     value_scales: torch.Tensor | None
 
 
@@ -135,8 +134,7 @@ class AttendingLayer(CountedLayer):
             softcap=call.softcap,
             sinks=call.sinks,
             hot=self.hot,
-            key_scales=held.key_scales,
-            key_lower=held.key_lower,
+            narrow=held.narrow,
             value_scales=held.value_scales,
         )
 
@@ -171,7 +169,6 @@ class AttendingLayer(CountedLayer):
             self._k.data,
             held.data,
             self._v.tail,
-            self._k.scales if isinstance(self._k, ByteRows) else None,
-            self._k.lower if isinstance(self._k, ByteRows) else None,
+            self._k.narrow if isinstance(self._k, ByteRows) else None,
             held.scales if isinstance(held, ByteRows) else None,
         )

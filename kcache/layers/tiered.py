@@ -118,7 +118,7 @@ class TieredLayer(AttendingLayer):
         policy = self.shared.policy
         if policy.key_planes and self.offloaded and isinstance(self._k, RowBuffer):
             planes, room = policy.key_planes, self.shared.residency.room
-            exact, self._k = self._k, ByteRows(self.device, self.device, room, planes=planes)
+            exact, self._k = self._k, ByteRows(self.device, self.device, room, planes=planes, centred=True)
             if self.length:
                 self._k.put(exact.view(self.length), 0)
         self._k.put(rows, self.length)

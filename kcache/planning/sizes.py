@@ -13,6 +13,7 @@ from kcache.policy import Policy
 
 LEAST_RESERVE = 512 * 2**20
 SCALE_BYTES = 4  # of a row in 8 bits
+CENTRE_BYTES = 4  # of a number of a head of K in 8 bits
 _MOST_HOT_ROWS = 4096
 HOT_WAYS = 8  # hot rows that a position may be kept in place of
 
@@ -32,6 +33,8 @@ class TierSizes:
         Bytes of the tail in one layer at any length.
     k_left, v_left : int or None
         Bytes of one token's K and V in one layer once V has left for the host; None for ``k_row`` and ``v_row``.
+    k_fixed : int
+        Bytes of K's centres in one layer at any length, once V has left.
     """
 
     layers: int
@@ -41,6 +44,7 @@ class TierSizes:
     tail_fixed: int = 0
     k_left: int | None = None
     v_left: int | None = None
+    k_fixed: int = 0
 
     @classmethod
     def of(
@@ -49,17 +53,20 @@ class TierSizes:
         """Sizes under a policy, for heads of ``dim`` values of ``itemsize`` bytes; ``hot`` if hot rows are kept."""
         heads = v_row // (dim * itemsize)
         scales = SCALE_BYTES * heads
-        k_left = policy.key_planes * k_row // itemsize + scales if policy.key_planes else k_row
+        k_left, k_fixed = k_row, 0
+        if policy.key_planes:
+            k_left, k_fixed = policy.key_planes * k_row // itemsize + scales, CENTRE_BYTES * k_row // itemsize
         v_left = v_row // itemsize if policy.v_bits == 8 else v_row
         tail_row, tail_fixed = tail_unit(policy, v_row, dim, heads)
         tail_row += scales if policy.v_bits == 8 else 0
         tail_fixed += hot_bytes(policy, v_left, heads) if hot else 0
-        return cls(layers, k_row, v_row, tail_row, tail_fixed, k_left, v_left)
+        return cls(layers, k_row, v_row, tail_row, tail_fixed, k_left, v_left, k_fixed)
 
     def k(self, length: int, resident: int) -> int:
         """Bytes of all K at ``length`` rows with V of ``resident`` layers on the device."""
         left = self.k_row if self.k_left is None else self.k_left
-        return (resident * self.k_row + (self.layers - resident) * left) * length
+        others = self.layers - resident
+        return (resident * self.k_row + others * left) * length + others * self.k_fixed
 
     def tail(self, length: int, resident: int) -> int:
         """Bytes of the tail with V of ``resident`` layers on the device."""

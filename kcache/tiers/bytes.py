@@ -3,6 +3,10 @@
 Half the bytes of a 16-bit row, for K on the device or for V in the host tier. A row's error is at most half a step of
 its own scale. Scales always stay on the device: four bytes a row, and none of them crosses the link.
 
+Of K each row's distance from a centre is kept, the mean of the first rows that come: in many models a few numbers are
+large in every row of a head, as where K has a bias, and would set the scale (SageAttention, Zhang et al., 2025, smooths
+K so before each product).
+
 What rounding leaves can be kept as well, as whole numbers of a 254th of a step. Both planes together are as many bytes
 as 16-bit rows, and the error is a 65,000th of a row's largest number: what bf16 can tell apart, but for numbers less
 than a 126th of it, is the same again. Whoever is content with 8 bits reads half as much.
@@ -14,24 +18,31 @@ from collections.abc import Callable
 
 import torch
 
-from kcache.backends.rounding import LOWER_STEPS, PIECE, quantise, remainder
+from kcache.backends.base import NarrowKeys
+from kcache.backends.rounding import LOWER_STEPS, PIECE, centre_of, quantise, remainder
 from kcache.machine.devices import runs_kernels
 from kcache.tiers.arena import Arena
 from kcache.tiers.rows import RowBuffer
 
 
-def narrowed(rows: torch.Tensor, planes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def narrowed(
+    rows: torch.Tensor, planes: int, centre: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Whole numbers, scales, and with two ``planes`` what rounding has left; by a kernel on a device that runs ours."""
     if runs_kernels(rows.device):
         from kcache.backends.triton.narrow import narrow
 
-        return narrow(rows, planes)
-    whole, scales = quantise(rows)
-    return whole, scales, remainder(rows, whole, scales) if planes == 2 else None
+        return narrow(rows, planes, centre)
+    whole, scales = quantise(rows, centre)
+    return whole, scales, remainder(rows, whole, scales, centre) if planes == 2 else None
 
 
 def dequantise(
-    rows: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, lower: torch.Tensor | None = None
+    rows: torch.Tensor,
+    scales: torch.Tensor,
+    out: torch.Tensor,
+    lower: torch.Tensor | None = None,
+    centre: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The opposite of :func:`quantise`, rounded to the type of ``out`` ``[..., T, D]``, where it is written.
 
@@ -40,12 +51,13 @@ def dequantise(
     if runs_kernels(out.device):
         from kcache.backends.triton.narrow import widen
 
-        widen(rows, scales, out, lower)
+        widen(rows, scales, out, lower, centre)
         return out
     for at in range(0, rows.shape[-2], PIECE):
         part, scale, into = (each[..., at : at + PIECE, :] for each in (rows, scales, out))
         steps = part if lower is None else part + lower[..., at : at + PIECE, :] / LOWER_STEPS
-        into.copy_(steps * scale)
+        exact = steps * scale
+        into.copy_(exact if centre is None else exact + centre.unsqueeze(-2))
     return out
 
 
@@ -62,6 +74,8 @@ class ByteRows:
         As for a RowBuffer.
     planes : {1, 2}
         With 2, what rounding leaves is kept as well; for rows that are :meth:`put`.
+    centred : bool
+        Keep each row's distance from the mean of those that come first.
 
     Attributes
     ----------
@@ -78,11 +92,14 @@ class ByteRows:
         arena: Arena | None = None,
         sequences: Callable[[], int] | None = None,
         planes: int = 1,
+        centred: bool = False,
     ) -> None:
         self.dtype = torch.float32
         self.rows = RowBuffer(device, room, reader, arena=arena, sequences=sequences)
         self._scales = RowBuffer(scale_device, room)
         self._lower = RowBuffer(device, room) if planes == 2 else None
+        self._centred = centred
+        self._centre: torch.Tensor | None = None
 
     @property
     def data(self) -> torch.Tensor | None:
@@ -95,9 +112,11 @@ class ByteRows:
         return None if self._scales.data is None else self._scales.data.squeeze(3)
 
     @property
-    def lower(self) -> torch.Tensor | None:
-        """What rounding has left, int8 ``[B, H, capacity, D]``; None if that is not kept."""
-        return None if self._lower is None else self._lower.data
+    def narrow(self) -> NarrowKeys | None:
+        """What belongs to the whole numbers, of rows that have a centre."""
+        if self.scales is None or self._centre is None:
+            return None
+        return NarrowKeys(self.scales, self._centre, None if self._lower is None else self._lower.data)
 
     @property
     def capacity(self) -> int:
@@ -121,8 +140,8 @@ class ByteRows:
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes of the scales."""
-        return self._scales.nbytes
+        """Bytes of the scales, and of the centre."""
+        return self._scales.nbytes + (0 if self._centre is None else self._centre.nbytes)
 
     @property
     def row_bytes(self) -> int:
@@ -147,7 +166,9 @@ class ByteRows:
     def take(self, rows: torch.Tensor, start: int, send: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
         """Like :meth:`put`, with the copy left to ``send(int8 rows, their place)``."""
         end, self.dtype = start + rows.shape[2], rows.dtype
-        whole, scales, lower = narrowed(rows, 1 if self._lower is None else 2)
+        if self._centred and self._centre is None:
+            self._centre = centre_of(rows)
+        whole, scales, lower = narrowed(rows, 1 if self._lower is None else 2, self._centre)
         self.rows.reserve(whole, end)
         self._scales.put(scales, start)
         if self._lower is not None and lower is not None:
@@ -183,7 +204,7 @@ class ByteRows:
         end = start + rows.shape[2]
         scales = self._scales.view(end)[:, :, start:]
         lower = None if self._lower is None else self._lower.view(end)[:, :, start:]
-        return dequantise(rows, scales.to(rows.device), out, lower)
+        return dequantise(rows, scales.to(rows.device), out, lower, self._centre)
 
     def select(self, index: torch.Tensor) -> None:
         """Keep the batch rows ``index`` ``[B']``, in that order."""
@@ -191,3 +212,5 @@ class ByteRows:
         self._scales.select(index)
         if self._lower is not None:
             self._lower.select(index)
+        if self._centre is not None:
+            self._centre = self._centre.index_select(0, index.to(self._centre.device))

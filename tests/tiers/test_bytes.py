@@ -89,21 +89,42 @@ def test_room_for_rows_is_room_for_their_scales() -> None:
     assert kept.scale_bytes == 2 * 3 * kept.capacity * 4
 
 
+@pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("planes", [1, 2])
-def test_rows_come_back_grown_cut_and_reordered(planes: int) -> None:
-    kept, rows = ByteRows(CPU, CPU, planes=planes), torch.randn(3, 2, 40, 8)
+def test_rows_come_back_grown_cut_and_reordered(planes: int, centred: bool) -> None:
+    kept, rows = ByteRows(CPU, CPU, planes=planes, centred=centred), torch.randn(3, 2, 40, 8)
     kept.put(rows[:, :, :10], 0)
     kept.put(rows[:, :, 10:], 10)
-    lower = remainder(rows, *quantise(rows)) if planes == 2 else None
-    want = dequantise(*quantise(rows), torch.empty(rows.shape), lower)
+    centre = rows[:, :, :10].mean(2) if centred else None
+    whole, scales = quantise(rows, centre)
+    lower = remainder(rows, whole, scales, centre) if planes == 2 else None
+    want = dequantise(whole, scales, torch.empty(rows.shape), lower, centre)
     torch.testing.assert_close(kept.get(40), want, rtol=0, atol=0)
     twin = copy.deepcopy(kept)
-    kept.put(-rows[:, :, 20:25], 20)  # after a crop
-    torch.testing.assert_close(kept.get(25)[:, :, 20:], -want[:, :, 20:25], rtol=0, atol=0)
+    kept.put(rows[:, :, 30:35], 20)  # after a crop
+    torch.testing.assert_close(kept.get(25)[:, :, 20:], want[:, :, 30:35], rtol=0, atol=0)
     twin.select(torch.tensor([2, 0]))
     torch.testing.assert_close(twin.get(40), want[[2, 0]], rtol=0, atol=0)
     assert twin.nbytes == planes * 2 * 2 * twin.capacity * 8
-    assert twin.scale_bytes == 2 * 2 * twin.capacity * 4
+    assert twin.scale_bytes == 2 * 2 * (twin.capacity + (8 if centred else 0)) * 4
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_what_all_rows_have_in_common_costs_no_precision(planes: int) -> None:
+    """A bias, and numbers that are none in a row, which the mean passes over."""
+    bias = torch.tensor([0.0, 300.0, -80.0, *[0.0] * 13])
+    rows = torch.randn(2, 3, 3000, 16)
+    apart, near = ByteRows(CPU, CPU, planes=planes, centred=True), ByteRows(CPU, CPU, planes=planes, centred=True)
+    for kept, given in ((apart, rows + bias), (near, rows)):
+        kept.put(given[:, :, :2500], 0)
+        kept.put(given[:, :, 2500:], 2500)
+    torch.testing.assert_close(apart.scales, near.scales, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(apart.get(3000) - bias, near.get(3000), rtol=0, atol=0.06 if planes == 1 else 3e-4)
+    rows[0, 0, 1, 3], rows[0, 0, 2, 5] = float("inf"), float("nan")
+    spoilt = ByteRows(CPU, CPU, planes=planes, centred=True)
+    spoilt.put(rows, 0)
+    finite = [row for row in range(3000) if row not in (1, 2)]
+    assert spoilt.get(3000)[0, 0, finite].isfinite().all()
 
 
 @torch.no_grad()
@@ -152,7 +173,8 @@ def test_bytes_are_counted_as_they_are_kept(bits: dict[str, Any]) -> None:
     assert full.rows_fetched == half.rows_fetched
     scales = 2 * heads * 64 * 4 * layers
     planes, v8 = Policy(**bits).key_planes, bits.get("v_bits") == 8
-    assert half.k_bytes == (planes * full.k_bytes // 4 + scales if planes else full.k_bytes)
+    centres = 2 * heads * dim * 4 * layers
+    assert half.k_bytes == (planes * full.k_bytes // 4 + scales + centres if planes else full.k_bytes)
     assert half.host_bytes == (full.host_bytes // 4 if v8 else full.host_bytes)
     assert half.overhead_bytes == full.overhead_bytes + (scales if v8 else 0)
     assert half.bytes_d2h == (full.bytes_d2h // 4 if v8 else full.bytes_d2h)

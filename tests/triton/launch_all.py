@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kcache.backends.base import LowRank
+from kcache.backends.base import LowRank, NarrowKeys
 from kcache.backends.triton import Chip, DenseWorkspace, HotRows, Tuning, Workspace, append, dense_decode, triton_decode
 from kcache.backends.triton.narrow import narrow, widen
 from kcache.backends.triton.pointwise import gated, rms_norm, rotate
@@ -44,20 +44,21 @@ def launch_all(
     length = torch.full((1,), capacity, dtype=torch.int32)
     heads = kv_heads if select == "group" else kv_heads * group
     sink = torch.zeros(kv_heads * group) if sinks else None
-    scales = lower = None
+    scales = narrowed = None
     if bits != 16:
         keys, scales = keys.to(torch.int8), torch.empty(batch, kv_heads, capacity)
-        lower = torch.empty_like(keys) if bits == "8+8" else None
+        centre = torch.empty(batch, kv_heads, dim)
+        narrowed = NarrowKeys(scales, centre, torch.empty_like(keys) if bits == "8+8" else None)
     values, value_scales = (new.new_empty(keys.shape), None) if bits == "8+8" else (keys, scales)
     above = spread == "need"
     append(
-        new, new, keys, values, length, offset=-1, lowrank=lowrank, mask=mask, key_scales=scales, key_lower=lower,
+        new, new, keys, values, length, offset=-1, lowrank=lowrank, mask=mask, narrow=narrowed,
         value_scales=value_scales,
     )  # fmt: skip
     triton_decode(
         query, keys, values, length, scaling=dim**-0.5, lowrank=lowrank if tail == "lowrank" else None, mask=mask,
         softcap=softcap, sinks=sink, hot=HotRows(batch, heads, hot, dim, values.dtype, cpu) if hot else None,
-        key_scales=scales, key_lower=lower, value_scales=value_scales,
+        narrow=narrowed, value_scales=value_scales,
         threshold=torch.empty(batch) if above else None,
         tally=torch.empty(batch, dtype=torch.int64) if above else None,
         workspace=Workspace(
@@ -65,10 +66,10 @@ def launch_all(
             tail_rank=rank, itemsize=keys.element_size(), tuning=tuning,
         ),
     )  # fmt: skip
-    if scales is not None:
-        prompt = query[:, :, None].transpose(1, 2)
-        upper, steps, rest = narrow(prompt, 2 if bits == "8+8" else 1)
-        widen(upper, steps, prompt, rest)
+    if narrowed is not None:
+        prompt = query[:, :kv_heads, None]
+        upper, steps, rest = narrow(prompt, 2 if bits == "8+8" else 1, narrowed.centre)
+        widen(upper, steps, prompt, rest, narrowed.centre)
     keys = keys.to(dtype)
     dense_decode(
         query, keys, keys, length, scaling=dim**-0.5, mask=mask, softcap=softcap, sinks=sink,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kcache.backends.base import MOST, LowRank
+from kcache.backends.base import MOST, LowRank, NarrowKeys
 from kcache.backends.rounding import quantise, remainder
 from kcache.tiers.lowrank import LowRankTail
 
@@ -28,8 +28,7 @@ class Problem:
     sinks: torch.Tensor | None = None
     lowrank: LowRank | None = None
     threshold: torch.Tensor | None = None
-    key_scales: torch.Tensor | None = None
-    key_lower: torch.Tensor | None = None
+    narrow: NarrowKeys | None = None
     value_scales: torch.Tensor | None = None
 
     @property
@@ -45,7 +44,8 @@ class Problem:
         tail = self.lowrank
         if tail is not None:
             tail = LowRank(tail.base.to(device), tail.basis.to(device), tail.coefficients.to(device))
-        return replace(self, values=values, lowrank=tail, **moved)
+        narrow = None if self.narrow is None else NarrowKeys(*(each.to(device) for each in self.narrow.tensors()))
+        return replace(self, values=values, lowrank=tail, narrow=narrow, **moved)
 
 
 def make_problem(
@@ -105,11 +105,13 @@ def make_problem(
     if tail == "lowrank":
         problem.lowrank = fit_tail(problem, rank)
     if k_bits != 16:
-        exact = problem.keys
-        problem.keys, problem.key_scales = in_bytes(exact, length)
+        exact, centre = problem.keys, normal(batch, kv_heads, dim)
+        problem.keys, scales = in_bytes(exact, length, centre)
+        lower = None
         if k_bits == "8+8":
-            problem.key_lower = remainder(exact.nan_to_num(0.0), problem.keys, problem.key_scales.unsqueeze(3))
-            problem.key_lower[:, :, length:] = 77
+            lower = remainder(exact.nan_to_num(0.0), problem.keys, scales.unsqueeze(3), centre)
+            lower[:, :, length:] = 77
+        problem.narrow = NarrowKeys(scales, centre, lower)
     if v_bits == 8:
         problem.values, problem.value_scales = in_bytes(problem.values, length)
     if threshold is not None:
@@ -117,9 +119,9 @@ def make_problem(
     return problem
 
 
-def in_bytes(rows: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def in_bytes(rows: torch.Tensor, length: int, centre: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows and scales in 8 bits; past the length rows are full of 77 and scales NaN."""
-    whole, scales = quantise(rows.nan_to_num(0.0))
+    whole, scales = quantise(rows.nan_to_num(0.0), centre)
     whole[:, :, length:], scales[:, :, length:] = 77, float("nan")
     return whole, scales.squeeze(3)
 
@@ -172,11 +174,13 @@ def valid_rows(problem: Problem) -> torch.Tensor:
 
 def probabilities(problem: Problem, chosen: torch.Tensor | None = None) -> torch.Tensor:
     """``[B, Hkv, G, length]`` fp64; of K in two planes by the upper one, where ``chosen`` by both."""
-    keys = wide(problem.keys, problem.key_scales, problem.length)
+    narrow = problem.narrow
+    keys = wide(problem.keys, None if narrow is None else narrow.scales, problem.length)
+    keys = keys if narrow is None else keys + narrow.centre.double().unsqueeze(2)
     query = problem.query.double().unflatten(1, (keys.shape[1], -1))
     scores = torch.einsum("bhgd,bhld->bhgl", query, keys) * problem.scaling
-    if chosen is not None and problem.key_lower is not None:
-        lower = wide(problem.key_lower, problem.key_scales, problem.length) / 254
+    if chosen is not None and narrow is not None and narrow.lower is not None:
+        lower = wide(narrow.lower, narrow.scales, problem.length) / 254
         scores += torch.einsum("bhgd,bhld->bhgl", query, lower) * problem.scaling * chosen
     if problem.softcap is not None:
         scores = problem.softcap * torch.tanh(scores / problem.softcap)

@@ -60,26 +60,28 @@ def test_triton_append_in_8_bits(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     new_keys, new_values = torch.randn(2, 3, 64, generator=generator), torch.randn(2, 3, 48, generator=generator)
     new_values[1, 2] = 0
-    kept = ByteRows(device, device, planes=2), ByteRows(torch.device("cpu"), device)
-    for rows, new in zip(kept, (new_keys, new_values), strict=True):
-        rows.put(torch.zeros(2, 3, 6, new.shape[2], device=device), 0)
+    kept = ByteRows(device, device, planes=2, centred=True), ByteRows(torch.device("cpu"), device)
+    centre = torch.randn(2, 3, 64, generator=generator)
+    kept[0].put(centre.unsqueeze(2).expand(-1, -1, 6, -1).to(device), 0)
+    kept[1].put(torch.zeros(2, 3, 6, 48, device=device), 0)
     keys, values = (rows.data for rows in kept)
     values = values.pin_memory() if device.type == "cuda" else values
     append(
         new_keys.to(device), new_values.to(device), keys, values,
-        torch.tensor([5], dtype=torch.int32, device=device), key_scales=kept[0].scales, key_lower=kept[0].lower,
-        value_scales=kept[1].scales,
+        torch.tensor([5], dtype=torch.int32, device=device), narrow=kept[0].narrow, value_scales=kept[1].scales,
     )  # fmt: skip
     if device.type == "cuda":
         torch.cuda.synchronize()
-    for new, whole, rows in ((new_keys, keys, kept[0]), (new_values, values, kept[1])):
-        want, scales = quantise(new)
+    narrow = kept[0].narrow
+    assert narrow is not None and narrow.lower is not None
+    centre = narrow.centre.cpu()  # as the mean of six alike came out
+    for new, whole, rows, middle in ((new_keys, keys, kept[0], centre), (new_values, values, kept[1], 0.0)):
+        want, scales = quantise(new - middle)
         assert torch.equal(whole[:, :, 5].cpu(), want)
         torch.testing.assert_close(rows.scales[:, :, 5].cpu(), scales.squeeze(2), rtol=1e-6, atol=0)
-        assert whole[:, :, :5].count_nonzero() == 0
-    want = remainder(new_keys, *quantise(new_keys))
-    assert kept[0].lower is not None and kept[0].lower[:, :, :5].count_nonzero() == 0
-    assert (kept[0].lower[:, :, 5].cpu() - want).abs().max() <= 1  # the scale may differ in its last bit
+        assert (rows.scales[:, :, :5] < 1e-6).all(), "the rows before are as they were"
+    want = remainder(new_keys - centre, *quantise(new_keys - centre))
+    assert (narrow.lower[:, :, 5].cpu() - want).abs().max() <= 1  # the scale may differ in its last bit
 
 
 def test_triton_append_without_tail_and_in_bf16(device: torch.device) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kcache.backends.base import DecodeStep
+from kcache.backends.base import DecodeStep, NarrowKeys
 from kcache.backends.reference import ReferenceBackend
 from kcache.backends.rounding import quantise, remainder
 from kcache.backends.triton import Chip, DenseWorkspace, Tuning, Workspace, triton_decode
@@ -40,7 +40,7 @@ def run(problem: Problem, workspace: Workspace, length: int | torch.Tensor | Non
         problem.query, problem.keys, problem.values, problem.length if length is None else length,
         scaling=problem.scaling, workspace=workspace, lowrank=problem.lowrank, mask=problem.mask,
         softcap=problem.softcap, sinks=problem.sinks, threshold=problem.threshold, out=out,
-        key_scales=problem.key_scales, key_lower=problem.key_lower, value_scales=problem.value_scales,
+        narrow=problem.narrow, value_scales=problem.value_scales,
     )  # fmt: skip
 
 
@@ -191,11 +191,11 @@ def test_triton_what_is_no_number_ends_in_none(
 @pytest.mark.parametrize("where", ["query", "scale"])
 def test_triton_so_it_does_with_k_in_8_bits(where: str, number: float, k_bits: int | str, device: torch.device) -> None:
     problem = make_problem(1, 1, length=300, topn=4, threshold=0.5, sharpness=4.0, k_bits=k_bits)
-    assert problem.key_scales is not None
+    assert problem.narrow is not None
     if where == "query":
         problem.query[0, 0, 0] = number
     else:
-        problem.key_scales[0, 0, 5] = float("nan")  # of a row that holds such a number
+        problem.narrow.scales[0, 0, 5] = float("nan")  # of a row that holds such a number
     problem = problem.to(device)
     out, _, _ = run(problem, make_workspace(problem))
     assert out[0, 0].isnan().all()
@@ -275,12 +275,13 @@ def test_triton_two_planes_where_one_errs_by_more_than_all_the_rest_weighs(
     rows[0, 0, 5] = 0.49 if by > 0 else -0.49
     rows[0, 0, 5, 0] = 127.0
     problem.keys, scales = quantise(rows)
-    problem.key_scales, problem.key_lower = scales.squeeze(3), remainder(rows, problem.keys, scales)
+    centre = torch.zeros(1, 1, rows.shape[3])
+    problem.narrow = NarrowKeys(scales.squeeze(3), centre, remainder(rows, problem.keys, scales))
     problem = problem.to(device)
     step = DecodeStep(
         problem.query, problem.keys, problem.values, problem.length, problem.scaling,
         Policy(topn=4, tail=tail, spread="even", k_bits="8+8"), lowrank=problem.lowrank,  # type: ignore[arg-type]
-        key_scales=problem.key_scales, key_lower=problem.key_lower,
+        narrow=problem.narrow,
     )  # fmt: skip
     result = (ReferenceBackend() if backend == "reference" else TritonBackend(device)).decode(step)
     want, mass = expected(problem, result.picks)

@@ -31,8 +31,7 @@ def steps(problem: Problem, hot: HotRows, count: int, drift: float) -> list[floa
         out, picks, _ = triton_decode(
             problem.query, problem.keys, problem.values, problem.length, scaling=problem.scaling,
             workspace=workspace, lowrank=problem.lowrank, mask=problem.mask, sinks=problem.sinks,
-            threshold=problem.threshold, key_scales=problem.key_scales, key_lower=problem.key_lower,
-            value_scales=problem.value_scales, hot=hot,
+            threshold=problem.threshold, narrow=problem.narrow, value_scales=problem.value_scales, hot=hot,
         )  # fmt: skip
         assert_near(out, expected(problem, picks)[0], torch.float32)
         check_picks(problem, picks)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kcache.backends.base import LowRank
+from kcache.backends.base import LowRank, NarrowKeys
 from kcache.backends.triton.common import in_steps, largest_size, on_device, power_of_two
 
 
@@ -33,8 +33,8 @@ def store_row(row, rows_ptr, lower_ptr, scale_ptr, live, PLANES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["offset", "stride_mb"])
 def append_kernel(
-    new_keys, new_values, keys, values, key_lower, key_scales, value_scales, basis, coefficients, mask, length_ptr,
-    offset,
+    new_keys, new_values, keys, values, key_lower, key_scales, key_centre, value_scales, basis, coefficients, mask,
+    length_ptr, offset,
     stride_nkb, stride_nkh, stride_nvb, stride_nvh, stride_kb, stride_kh, stride_kl,
     stride_vb, stride_vh, stride_vl, stride_ksb, stride_ksh, stride_vsb, stride_vsh,
     stride_cb, stride_ch, stride_cr, stride_mb,
@@ -50,6 +50,8 @@ def append_kernel(
     dims = tl.arange(0, BLOCK_D)
     key = tl.load(new_keys + batch * stride_nkb + head * stride_nkh + dims, mask=dims < D, other=0.0)
     k_at = batch * stride_kb + head * stride_kh + pos * stride_kl + dims
+    if KEY_PLANES > 0:
+        key = key.to(tl.float32) - tl.load(key_centre + row.to(tl.int64) * D + dims, mask=dims < D, other=0.0)
     k_scale = key_scales + batch * stride_ksb + head * stride_ksh + pos
     store_row(key, keys + k_at, key_lower + k_at, k_scale, dims < D, KEY_PLANES)
     vdims = tl.arange(0, BLOCK_DV)
@@ -81,8 +83,7 @@ def append(
     offset: int = 0,
     lowrank: LowRank | None = None,
     mask: torch.Tensor | None = None,
-    key_scales: torch.Tensor | None = None,
-    key_lower: torch.Tensor | None = None,
+    narrow: NarrowKeys | None = None,
     value_scales: torch.Tensor | None = None,
 ) -> None:
     """Write one token's K and V at position ``length + offset``, and the tail's coefficients of it.
@@ -101,10 +102,10 @@ def append(
         The tail, its coefficients with room for the token.
     mask : Tensor ``[B, capacity]`` bool or None
         True where a row is valid, the new token's included; the coefficients of others are 0.
-    key_scales, value_scales : Tensor ``[B, Hkv, capacity]`` fp32 on the device, or None
-        Where ``keys`` or ``values`` are int8: the row is stored in 8 bits, and its scale here.
-    key_lower : Tensor like ``keys``, or None
-        Gets what rounding leaves of the row of K.
+    narrow : NarrowKeys or None
+        Where ``keys`` are int8: gets the row's scale, and what rounding leaves of it if there is a place for that.
+    value_scales : Tensor ``[B, Hkv, capacity]`` fp32 on the device, or None
+        Where ``values`` are int8: gets the row's scale.
     """
     batch, heads, dim = new_keys.shape
     dim_v = new_values.shape[-1]
@@ -112,18 +113,20 @@ def append(
     coefficients = new_values if lowrank is None else lowrank.coefficients
     rank = 1 if lowrank is None else basis.shape[2]
     valid = mask if mask is not None else length.view(1, -1)
-    k_scales = new_keys if key_scales is None else key_scales
+    planes = 0 if narrow is None else 1 if narrow.lower is None else 2
+    narrow = narrow or NarrowKeys(new_keys, new_keys)
     v_scales = new_keys if value_scales is None else value_scales
-    lower = keys if key_lower is None else key_lower
+    lower = keys if narrow.lower is None else narrow.lower
     with on_device(new_keys.device):
         append_kernel[(batch * heads,)](
-            new_keys, new_values, keys, values, lower, k_scales, v_scales, basis, coefficients, valid, length, offset,
+            new_keys, new_values, keys, values, lower, narrow.scales, narrow.centre, v_scales, basis, coefficients,
+            valid, length, offset,
             new_keys.stride(0), new_keys.stride(1), new_values.stride(0), new_values.stride(1),
             keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
-            k_scales.stride(0), k_scales.stride(1), v_scales.stride(0), v_scales.stride(1),
+            narrow.scales.stride(0), narrow.scales.stride(1), v_scales.stride(0), v_scales.stride(1),
             coefficients.stride(0), coefficients.stride(1), coefficients.stride(2), valid.stride(0),
             HEADS=heads, D=dim, DV=dim_v, BLOCK_D=power_of_two(dim), BLOCK_DV=power_of_two(dim_v),
             RANK=rank, AT_ONCE=min(power_of_two(rank), 2048 // power_of_two(dim_v)), HAS_TAIL=lowrank is not None,
-            HAS_MASK=mask is not None, KEY_PLANES=(key_scales is not None) + (key_lower is not None),
+            HAS_MASK=mask is not None, KEY_PLANES=planes,
             VALUE_PLANES=int(value_scales is not None), num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip

@@ -88,7 +88,7 @@ class TritonBackend:
             step.query, step.keys, step.values, _length(step), scaling=step.scaling, workspace=workspace,
             lowrank=step.lowrank, mask=step.mask, softcap=step.softcap, sinks=step.sinks, threshold=step.threshold,
             tally=step.tally, hot=step.hot if isinstance(step.hot, HotRows) else None,
-            key_scales=step.key_scales, key_lower=step.key_lower, value_scales=step.value_scales, weights=weights,
+            narrow=step.narrow, value_scales=step.value_scales, weights=weights,
         )  # fmt: skip
         return DecodeResult(out, picks[..., : step.length], mass, weights.view(picks.shape)[..., : step.length])
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kcache.backends.base import LowRank
+from kcache.backends.base import LowRank, NarrowKeys
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,7 @@ class StepInputs:
     sinks: torch.Tensor | None = None
     threshold: torch.Tensor | None = None
     tally: torch.Tensor | None = None
-    key_scales: torch.Tensor | None = None
-    key_lower: torch.Tensor | None = None
+    narrow: NarrowKeys | None = None
     value_scales: torch.Tensor | None = None
 
 

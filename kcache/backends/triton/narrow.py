@@ -27,13 +27,16 @@ def own_tile(heads, length, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.con
 
 @triton.jit
 def narrow_kernel(
-    rows, upper, lower, scales, heads, length, stride_b, stride_h, stride_t,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, HAS_LOWER: tl.constexpr,
+    rows, upper, lower, scales, centre, heads, length, stride_b, stride_h, stride_t,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_CENTRE: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows of one head; the results are contiguous."""
     batch, head, at, dims, inside = own_tile(heads, length, D, BLOCK_D, TILE)
     own = rows + batch * stride_b + head * stride_h
     wide = tl.load(own + at[:, None] * stride_t + dims[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HAS_CENTRE:
+        middle = tl.load(centre + tl.program_id(1).to(tl.int64) * D + dims, mask=dims < D, other=0.0)
+        wide = wide - middle[None, :]
     scale = largest_size(wide, 1) / 127.0
     whole, rest = in_steps(wide, scale[:, None])
     place = tl.program_id(1).to(tl.int64) * length + at
@@ -45,9 +48,9 @@ def narrow_kernel(
 
 @triton.jit
 def widen_kernel(
-    upper, lower, scales, out, heads, length, stride_ub, stride_uh, stride_ut, stride_sb, stride_sh, stride_ob,
+    upper, lower, scales, centre, out, heads, length, stride_ub, stride_uh, stride_ut, stride_sb, stride_sh, stride_ob,
     stride_oh, stride_ot,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, HAS_LOWER: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_CENTRE: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows of one head; both planes lie alike."""
     batch, head, at, dims, inside = own_tile(heads, length, D, BLOCK_D, TILE)
@@ -57,11 +60,20 @@ def widen_kernel(
         steps += tl.load(lower + place, mask=inside, other=0).to(tl.float32) * (1.0 / LOWER)
     scale = tl.load(scales + batch * stride_sb + head * stride_sh + at, mask=at < length, other=0.0)
     o_ptrs = out + batch * stride_ob + head * stride_oh + at[:, None] * stride_ot + dims[None, :]
-    tl.store(o_ptrs, (steps * scale[:, None]).to(out.dtype.element_ty), mask=inside)
+    exact = steps * scale[:, None]
+    if HAS_CENTRE:
+        middle = tl.load(centre + tl.program_id(1).to(tl.int64) * D + dims, mask=dims < D, other=0.0)
+        exact += middle[None, :]
+    tl.store(o_ptrs, exact.to(out.dtype.element_ty), mask=inside)
 
 
-def narrow(rows: torch.Tensor, planes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Rows ``[B, H, T, D]`` as int8, their scales ``[B, H, T, 1]`` fp32, and with two ``planes`` what rounding left."""
+def narrow(
+    rows: torch.Tensor, planes: int, centre: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Rows ``[B, H, T, D]`` as int8, their scales ``[B, H, T, 1]`` fp32, and with two ``planes`` what rounding left.
+
+    ``centre`` ``[B, H, D]`` fp32, contiguous, is taken from each row before.
+    """
     batch, heads, length, dim = rows.shape
     rows = rows if rows.stride(3) == 1 else rows.contiguous()
     upper = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
@@ -69,13 +81,19 @@ def narrow(rows: torch.Tensor, planes: int) -> tuple[torch.Tensor, torch.Tensor,
     scales = torch.empty(batch, heads, length, 1, dtype=torch.float32, device=rows.device)
     with on_device(rows.device):
         narrow_kernel[_grid(batch * heads, length, dim)](
-            rows, upper, upper if lower is None else lower, scales, heads, length, *rows.stride()[:3],
-            HAS_LOWER=lower is not None, **_sizes(dim),
+            rows, upper, upper if lower is None else lower, scales, scales if centre is None else centre, heads, length,
+            *rows.stride()[:3], HAS_LOWER=lower is not None, HAS_CENTRE=centre is not None, **_sizes(dim),
         )  # fmt: skip
     return upper, scales, lower
 
 
-def widen(upper: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, lower: torch.Tensor | None) -> None:
+def widen(
+    upper: torch.Tensor,
+    scales: torch.Tensor,
+    out: torch.Tensor,
+    lower: torch.Tensor | None,
+    centre: torch.Tensor | None = None,
+) -> None:
     """Write rows in the type of ``out`` ``[B, H, T, D]``.
 
     Parameters
@@ -84,12 +102,15 @@ def widen(upper: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, lower: t
         Alike in their strides; there may be no ``lower``.
     scales : Tensor ``[B, H, T, 1]`` fp32
         Rows of a head side by side.
+    centre : Tensor ``[B, H, D]`` fp32, contiguous, or None
+        Is added to each row.
     """
     batch, heads, length, dim = upper.shape
     with on_device(out.device):
         widen_kernel[_grid(batch * heads, length, dim)](
-            upper, upper if lower is None else lower, scales, out, heads, length, *upper.stride()[:3],
-            *scales.stride()[:2], *out.stride()[:3], HAS_LOWER=lower is not None, **_sizes(dim),
+            upper, upper if lower is None else lower, scales, scales if centre is None else centre, out, heads, length,
+            *upper.stride()[:3], *scales.stride()[:2], *out.stride()[:3], HAS_LOWER=lower is not None,
+            HAS_CENTRE=centre is not None, **_sizes(dim),
         )  # fmt: skip
 
 

@@ -26,22 +26,22 @@ def read_plane(plane, places, columns, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def refine_picks(
-    query, upper, lower, scales, scores, lse, grown, picks, refined, row, count, stride_qh, stride_kl, capacity,
+    query, upper, lower, scales, centre, scores, lse, grown, picks, refined, row, count, stride_qh, stride_kl, capacity,
     scaling, softcap,
     G: tl.constexpr, G2: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Write the scores of a row of work's picks by both planes, ``refined`` ``[G, M]`` (log2 units).
 
-    ``query`` is that of its first head, both planes and ``scales`` are its KV head's. Its log-sum-exps ``lse`` are
-    brought up to date, and ``grown`` ``[G]`` tells by how many times the sum of exponentials grew: without end where
-    nothing is left beside the picks.
+    ``query`` is that of its first head, both planes, ``scales`` and ``centre`` are its KV head's. Its log-sum-exps
+    ``lse`` are brought up to date, and ``grown`` ``[G]`` tells by how many times the sum of exponentials grew: without
+    end where nothing is left beside the picks.
     """
     COLUMNS: tl.constexpr = max(16, 4 * G2)
     heads = tl.arange(0, G2)
     dims = tl.arange(0, BLOCK_D)
     lanes = tl.arange(0, TILE)
-    digits, unit = digits_of(query, stride_qh, dims, G, G2, COLUMNS, D)
+    digits, unit, shift = digits_of(query, stride_qh, centre, dims, G, G2, COLUMNS, D)
     norm = tl.load(lse + row * G + heads, mask=heads < G, other=0.0)
     # Running maxima stay per lane of the tile. They begin with the old sum, to which all here is relative.
     top = tl.zeros([TILE, G2], tl.float32)
@@ -60,7 +60,7 @@ def refine_picks(
         before = tl.load(s_ptrs, mask=own, other=float("-inf"))
         product = whole_product(high, digits, unit, G2, COLUMNS, TILE)
         product += whole_product(low, digits, unit, G2, COLUMNS, TILE) * (1.0 / LOWER)
-        score = log2_score(product * scale[:, None], scaling, softcap, HAS_SOFTCAP)
+        score = log2_score(product * scale[:, None] + shift[None, :], scaling, softcap, HAS_SOFTCAP)
         score = tl.where(before == float("-inf"), before, score)  # of masked rows
         tl.store(refined + (row * G + heads)[None, :] * WIDTH + nth[:, None], score, mask=own)
         taken += tl.exp2(before - norm[None, :])

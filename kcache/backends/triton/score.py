@@ -26,8 +26,12 @@ def log2_score(product, scaling, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def digits_of(q_base, stride_qh, dims, G: tl.constexpr, G2: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr):
+def digits_of(
+    q_base, stride_qh, centre, dims, G: tl.constexpr, G2: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
     """Queries as whole numbers: int8 ``[BLOCK_D, COLUMNS]``, and what a column counts, fp32 ``[COLUMNS]``.
+
+    And the product of each head's query with the centre of K, fp32 ``[G2]``.
 
     Column ``c`` is digit ``c // G2`` of head ``c % G2``. Three digits to the base of 254 say a number to within
     1e-7 of the head's largest, nearer than 16 bits do.
@@ -46,7 +50,10 @@ def digits_of(q_base, stride_qh, dims, G: tl.constexpr, G2: tl.constexpr, COLUMN
     third = tl.floor((rest - second) * 254.0 + 0.5)
     digit = tl.where((place == 0)[None, :], first, tl.where((place == 1)[None, :], second, third))
     unit = tl.where(place == 0, unit, tl.where(place == 1, unit / 254.0, unit / (254.0 * 254.0)))
-    return digit.to(tl.int8), tl.where(real, unit, 0.0)
+    middle = tl.load(centre + dims, mask=dims < D, other=0.0)
+    shift = tl.where(real & (place == 0), tl.sum(q * middle[:, None], 0), 0.0)
+    shift = tl.sum(tl.reshape(shift, [COLUMNS // G2, G2]), 0)
+    return digit.to(tl.int8), tl.where(real, unit, 0.0), shift
 
 
 @triton.jit
@@ -58,12 +65,12 @@ def whole_product(k, digits, unit, G2: tl.constexpr, COLUMNS: tl.constexpr, BLOC
 
 @triton.jit
 def score_piece(
-    query, keys, scales, mask, scores, block_top, part_max, part_sum, length, row, part, splits,
+    query, keys, scales, centres, mask, scores, block_top, part_max, part_sum, length, row, part, splits,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_sb, stride_sh, stride_mb,
     capacity, blocks, scaling, softcap,
     HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SCALES: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, IS_NARROW: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Piece ``part`` of the length of one row. Pieces are equal whatever the length, so no program idles."""
     batch = (row // HEADS).to(tl.int64)
@@ -76,11 +83,12 @@ def score_piece(
     lanes = tl.arange(0, BLOCK_L)
     q_base = query + batch * stride_qb + head * G * stride_qh
     # Heads of a tile of scores: what the product of floats has columns for, or those there are.
-    WIDE: tl.constexpr = G2 if HAS_SCALES else GP
+    WIDE: tl.constexpr = G2 if IS_NARROW else GP
     COLUMNS: tl.constexpr = max(16, 4 * G2)
     heads = tl.arange(0, WIDE)
-    if HAS_SCALES:
-        digits, unit = digits_of(q_base, stride_qh, dims, G, G2, COLUMNS, D)
+    if IS_NARROW:
+        centre = centres + (batch * (HEADS // REPEAT) + head // REPEAT) * D
+        digits, unit, shift = digits_of(q_base, stride_qh, centre, dims, G, G2, COLUMNS, D)
     else:
         q_ptrs = q_base + heads[None, :] * stride_qh + dims[:, None]
         q = tl.load(q_ptrs, mask=(heads < G)[None, :] & (dims < D)[:, None], other=0.0)
@@ -101,10 +109,10 @@ def score_piece(
         else:
             seen = inside[:, None] & (dims < D)[None, :]
         k_ptrs = k_base + pos[:, None] * stride_kl + dims[None, :]
-        if HAS_SCALES:
+        if IS_NARROW:
             k = tl.load(k_ptrs, mask=seen, other=0, eviction_policy="evict_first")
             scale = tl.load(f_base + pos, mask=inside, other=0.0)
-            product = whole_product(k, digits, unit, G2, COLUMNS, BLOCK_L) * scale[:, None]
+            product = whole_product(k, digits, unit, G2, COLUMNS, BLOCK_L) * scale[:, None] + shift[None, :]
         else:
             k = tl.load(k_ptrs, mask=seen, other=0.0, eviction_policy="evict_first")
             product = dot(k, q.to(k.dtype), UPCAST)

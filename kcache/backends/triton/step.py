@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from kcache.backends.base import LowRank
+from kcache.backends.base import LowRank, NarrowKeys
 from kcache.backends.triton.above import pick_above
 from kcache.backends.triton.common import LOG2E, on_device, power_of_two, reduction_step
 from kcache.backends.triton.hot import HotRows
@@ -80,8 +80,9 @@ class Step:
         return self.inputs.length.view(1, -1) if self.inputs.mask is None else self.inputs.mask
 
     @property
-    def _key_scales(self) -> torch.Tensor:
-        return self.inputs.query if self.inputs.key_scales is None else self.inputs.key_scales
+    def _narrow(self) -> NarrowKeys:
+        given = self.inputs
+        return given.narrow or NarrowKeys(given.query, given.query)
 
     @property
     def _value_scales(self) -> torch.Tensor:
@@ -110,22 +111,23 @@ class Step:
         stored = (none,) * 7 if hot is None else (
             hot.store, hot.tags, hot.stamps, hot.clock, hot.claims, hot.counts, hot.order,
         )  # fmt: skip
-        lower = given.keys if given.key_lower is None else given.key_lower
+        narrow = self._narrow
+        lower = given.keys if narrow.lower is None else narrow.lower
         return (
-            given.query, given.keys, lower, self._key_scales, given.values, self._value_scales, tail.coefficients,
-            tail.base, tail.basis, none if given.sinks is None else given.sinks,
+            given.query, given.keys, lower, narrow.scales, narrow.centre, given.values, self._value_scales,
+            tail.coefficients, tail.base, tail.basis, none if given.sinks is None else given.sinks,
             none if given.threshold is None else given.threshold, ws.scores, ws.block_top, ws.part_max, ws.part_sum,
             ws.lse, ws.listed, ws.found, ws.done, ws.partial, ws.shares, ws.held, ws.tickets, results.picks,
             results.weights, ws.weights, given.out, results.mass, ws.grown,
-            none if given.tally is None else given.tally, *stored, ws.hot_slots,
-            none if hot is None else hot.hits, self.source, self.source_at,
+            none if given.tally is None else given.tally, *stored, ws.hot_slots, none if hot is None else hot.hits,
+            self.source, self.source_at,
         )  # fmt: skip
 
     @property
     def _strides(self) -> tuple[int, ...]:
         given, tail = self.inputs, self._tail
         return (
-            *given.query.stride()[:2], *given.keys.stride()[:3], *self._key_scales.stride()[:2],
+            *given.query.stride()[:2], *given.keys.stride()[:3], *self._narrow.scales.stride()[:2],
             *given.values.stride()[:3], *self._value_scales.stride()[:2], *tail.coefficients.stride()[:3],
             *given.out.stride()[:2],
         )  # fmt: skip
@@ -138,7 +140,7 @@ class Step:
             "BLOCK_L": ws.score_block, "STAGES": ws.score_stages,
             "AT_ONCE": self._directions, "BLOCK_T": ws.tail_tile, "TAIL_STAGES": ws.tuning.tail_stages,
             "HAS_MASK": given.mask is not None,
-            "HAS_KEY_SCALES": given.key_scales is not None,
+            "IS_NARROW": given.narrow is not None,
             "ALIGNED": is_aligned(self._tail.coefficients),
         }  # fmt: skip
 
@@ -151,7 +153,7 @@ class Step:
         blocks = power_of_two(ws.blocks) if ws.spread == "even" else 1
         return {
             "PICK": self.pick, "HEADS": ws.heads, "REPEAT": ws.repeat, "G": ws.group, "G2": group2, "GP": 16,
-            "D": ws.dim, "BLOCK_D": max(_LEAST_DIMS if given.key_scales is not None else 1, power_of_two(ws.dim)),
+            "D": ws.dim, "BLOCK_D": max(1 if given.narrow is None else _LEAST_DIMS, power_of_two(ws.dim)),
             "SP": power_of_two(ws.score_splits), "BLOCK": ws.block, "MOST": ws.width, "TILE": ws.select_tile,
             "MP": power_of_two(ws.width), "BP": blocks, "GS": ws.heads_at_once,
             "REFINED": ws.refine_tile, "WEIGHED": ws.weigh_tile, "ROWS": ws.gather_rows, "DV": ws.dim_v,
@@ -159,7 +161,7 @@ class Step:
             "STEP": reduction_step(group2 * ws.shares.shape[3], 1 + ws.tail_splits),
             "RANK_STEP": reduction_step(group2 * block_dv, max(1, ws.rank)),
             "HOT_SETS": 1 if hot is None else hot.sets, "HOT_WAYS": 0 if hot is None else hot.ways,
-            "HAS_SOFTCAP": given.softcap is not None, "HAS_LOWER": given.key_lower is not None,
+            "HAS_SOFTCAP": given.softcap is not None, "HAS_LOWER": self._narrow.lower is not None,
             "HAS_SINKS": given.sinks is not None,
             "HAS_TALLY": given.tally is not None, "HAS_SCALES": given.value_scales is not None,
             "RENORMALISE": ws.tail == "renormalise", "UPCAST": ws.upcast,
@@ -185,8 +187,7 @@ def triton_decode(
     sinks: torch.Tensor | None = None,
     threshold: torch.Tensor | None = None,
     tally: torch.Tensor | None = None,
-    key_scales: torch.Tensor | None = None,
-    key_lower: torch.Tensor | None = None,
+    narrow: NarrowKeys | None = None,
     value_scales: torch.Tensor | None = None,
     hot: HotRows | None = None,
     out: torch.Tensor | None = None,
@@ -213,10 +214,10 @@ def triton_decode(
     threshold : Tensor ``[B]`` fp32, needed by a workspace with ``spread="need"``
     tally : Tensor ``[B]`` int64 or None
         With a threshold, the rows picked for each sequence are added to it.
-    key_scales, value_scales : Tensor ``[B, Hkv, capacity]`` fp32 on the device, or None
-        What rows of int8 ``keys`` and ``values`` are multiplied by.
-    key_lower : Tensor like ``keys``, or None
-        What rounding has left of K; picks are weighed by both.
+    narrow : NarrowKeys or None
+        What belongs to int8 ``keys``.
+    value_scales : Tensor ``[B, Hkv, capacity]`` fp32 on the device, or None
+        What rows of int8 ``values`` are multiplied by.
     hot : HotRows or None
     out : Tensor ``[B, Hq, Dv]`` or None
         Written and returned; by default a new tensor in the query's dtype.
@@ -237,13 +238,13 @@ def triton_decode(
         raise ValueError(
             f"a workspace with spread={ws.spread!r} was given {'no' if threshold is None else 'a'} threshold"
         )
-    if key_lower is not None and key_lower.stride() != keys.stride():
+    if narrow is not None and narrow.lower is not None and narrow.lower.stride() != keys.stride():
         raise ValueError("the planes of K lie differently in memory")
     if out is None:
         out = query.new_empty(query.shape[0], query.shape[1], ws.dim_v)
     inputs = StepInputs(
         query, keys, values, ws.length_tensor(length), scaling, out, lowrank, mask, softcap, sinks, threshold, tally,
-        key_scales, key_lower, value_scales,
+        narrow, value_scales,
     )  # fmt: skip
     rows = ws.batch * ws.heads
     if weights is None:

@@ -53,20 +53,19 @@ def duty(pid, rows, ahead, splits, shares):
 
 @triton.jit
 def fetch_picked(
-    query, keys, key_lower, key_scales, values, value_scales, coefficients, base, basis, sinks, threshold, scores,
-    block_top, part_max, part_sum, lse, listed, found, done, partial, shares, held, tickets, picks, pick_weights,
-    weights, out, mass, grown, tally, hot_store, hot_tags, hot_stamps, hot_clock, hot_claims, hot_counts, hot_order,
-    hot_slots, hot_hits, source, source_at, length, row, rows, stride_qb, stride_qh, stride_kb, stride_kh, stride_kl,
-    stride_sb, stride_sh,
-    stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
-    capacity, blocks, scaling, softcap, splits, tail_splits, programs, PICK: tl.constexpr, HEADS: tl.constexpr,
-    REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, TILE: tl.constexpr, MP: tl.constexpr,
-    BP: tl.constexpr, GS: tl.constexpr, REFINED: tl.constexpr, WEIGHED: tl.constexpr, ROWS: tl.constexpr,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, RANK: tl.constexpr, RQ: tl.constexpr, RP: tl.constexpr,
-    STEP: tl.constexpr, RANK_STEP: tl.constexpr, HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr,
-    HAS_SCALES: tl.constexpr, RENORMALISE: tl.constexpr, UPCAST: tl.constexpr,
+    query, keys, key_lower, key_scales, key_centre, values, value_scales, coefficients, base, basis, sinks, threshold,
+    scores, block_top, part_max, part_sum, lse, listed, found, done, partial, shares, held, tickets, picks,
+    pick_weights, weights, out, mass, grown, tally, hot_store, hot_tags, hot_stamps, hot_clock, hot_claims, hot_counts,
+    hot_order, hot_slots, hot_hits, source, source_at, length, row, rows, stride_qb, stride_qh, stride_kb, stride_kh,
+    stride_kl, stride_sb, stride_sh, stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch,
+    stride_cr, stride_ob, stride_oh, capacity, blocks, scaling, softcap, splits, tail_splits, programs,
+    PICK: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr,
+    SP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
+    TILE: tl.constexpr, MP: tl.constexpr, BP: tl.constexpr, GS: tl.constexpr, REFINED: tl.constexpr,
+    WEIGHED: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, RANK: tl.constexpr,
+    RQ: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, RANK_STEP: tl.constexpr, HOT_SETS: tl.constexpr,
+    HOT_WAYS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_TALLY: tl.constexpr, HAS_SCALES: tl.constexpr, RENORMALISE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Select, fetch and combine one row of work whose scores are complete."""
     batch = (row // HEADS).to(tl.int64)
@@ -86,8 +85,9 @@ def fetch_picked(
         k_head = batch * stride_kb + kv_head.to(tl.int64) * stride_kh
         refine_picks(
             query + batch * stride_qb + head * G * stride_qh, keys + k_head, key_lower + k_head,
-            key_scales + batch * stride_sb + kv_head.to(tl.int64) * stride_sh, scores, lse, grown, picks, weights, row,
-            kept, stride_qh, stride_kl, capacity, scaling, softcap, G, G2, MOST, REFINED, D, BLOCK_D, HAS_SOFTCAP,
+            key_scales + batch * stride_sb + kv_head.to(tl.int64) * stride_sh,
+            key_centre + (batch * (HEADS // REPEAT) + kv_head) * D, scores, lse, grown, picks, weights, row, kept,
+            stride_qh, stride_kl, capacity, scaling, softcap, G, G2, MOST, REFINED, D, BLOCK_D, HAS_SOFTCAP,
         )  # fmt: skip
         tl.debug_barrier()
         exact_norm = tl.load(lse + row * G + tl.arange(0, G2), mask=tl.arange(0, G2) < G, other=0.0)
@@ -119,21 +119,22 @@ def fetch_picked(
     ]
 )  # fmt: skip
 def step_kernel(
-    mask, length_ptr, query, keys, key_lower, key_scales, values, value_scales, coefficients, base, basis, sinks,
-    threshold, scores, block_top, part_max, part_sum, lse, listed, found, done, partial, shares, held, tickets, picks,
-    pick_weights, weights, out, mass, grown, tally, hot_store, hot_tags, hot_stamps, hot_clock, hot_claims, hot_counts,
-    hot_order, hot_slots, hot_hits, source, source_at, stride_mb, stride_qb, stride_qh, stride_kb, stride_kh, stride_kl,
-    stride_sb, stride_sh, stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr,
-    stride_ob, stride_oh, capacity, blocks, scaling, softcap, splits, tail_splits, programs, rows, ahead, tail_programs,
-    PICK: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, GP: tl.constexpr,
-    SP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK: tl.constexpr, MOST: tl.constexpr, TILE: tl.constexpr, MP: tl.constexpr, BP: tl.constexpr, GS: tl.constexpr,
-    REFINED: tl.constexpr, WEIGHED: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-    RANK: tl.constexpr, RQ: tl.constexpr, RP: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_T: tl.constexpr,
-    TAIL_STAGES: tl.constexpr, STEP: tl.constexpr, RANK_STEP: tl.constexpr, HOT_SETS: tl.constexpr,
-    HOT_WAYS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_KEY_SCALES: tl.constexpr,
-    HAS_LOWER: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_TALLY: tl.constexpr, HAS_SCALES: tl.constexpr,
-    RENORMALISE: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr, FETCHES: tl.constexpr,
+    mask, length_ptr, query, keys, key_lower, key_scales, key_centre, values, value_scales, coefficients, base, basis,
+    sinks, threshold, scores, block_top, part_max, part_sum, lse, listed, found, done, partial, shares, held, tickets,
+    picks, pick_weights, weights, out, mass, grown, tally, hot_store, hot_tags, hot_stamps, hot_clock, hot_claims,
+    hot_counts, hot_order, hot_slots, hot_hits, source, source_at, stride_mb, stride_qb, stride_qh, stride_kb,
+    stride_kh, stride_kl, stride_sb, stride_sh, stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb,
+    stride_ch, stride_cr, stride_ob, stride_oh, capacity, blocks, scaling, softcap, splits, tail_splits, programs, rows,
+    ahead, tail_programs, PICK: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr, G: tl.constexpr,
+    G2: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
+    STAGES: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, TILE: tl.constexpr, MP: tl.constexpr,
+    BP: tl.constexpr, GS: tl.constexpr, REFINED: tl.constexpr, WEIGHED: tl.constexpr, ROWS: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, RANK: tl.constexpr, RQ: tl.constexpr, RP: tl.constexpr,
+    AT_ONCE: tl.constexpr, BLOCK_T: tl.constexpr, TAIL_STAGES: tl.constexpr, STEP: tl.constexpr,
+    RANK_STEP: tl.constexpr, HOT_SETS: tl.constexpr, HOT_WAYS: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, IS_NARROW: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_TALLY: tl.constexpr, HAS_SCALES: tl.constexpr, RENORMALISE: tl.constexpr, ALIGNED: tl.constexpr,
+    UPCAST: tl.constexpr, FETCHES: tl.constexpr,
 ):  # fmt: skip
     """Score; with ``FETCHES`` select, fetch and combine; sum the tail.
 
@@ -152,10 +153,10 @@ def step_kernel(
                 place = hot_rank(hot_counts + length % 2 * rows, row, rows, TILE)
                 tl.store(hot_order + (1 - length % 2) * rows + place, row)
         score_piece(
-            query, keys, key_scales, mask, scores, block_top, part_max, part_sum, length, row, nth, splits,
+            query, keys, key_scales, key_centre, mask, scores, block_top, part_max, part_sum, length, row, nth, splits,
             stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_sb, stride_sh, stride_mb,
             capacity, blocks, scaling, softcap, HEADS, REPEAT, G, G2, GP, D, BLOCK_D, BLOCK_L, BLOCK, STAGES,
-            HAS_MASK, HAS_SOFTCAP, HAS_KEY_SCALES, UPCAST,
+            HAS_MASK, HAS_SOFTCAP, IS_NARROW, UPCAST,
         )  # fmt: skip
         # All of a program's stores are ordered before its count, and a reader's loads after all counts.
         tl.debug_barrier()
@@ -164,16 +165,16 @@ def step_kernel(
             if scored == splits - 1:
                 tl.debug_barrier()
                 fetch_picked(
-                    query, keys, key_lower, key_scales, values, value_scales, coefficients, base, basis, sinks,
-                    threshold, scores, block_top, part_max, part_sum, lse, listed, found, done, partial, shares, held,
-                    tickets, picks, pick_weights, weights, out, mass, grown, tally, hot_store, hot_tags, hot_stamps,
-                    hot_clock, hot_claims, hot_counts, hot_order, hot_slots, hot_hits, source, source_at, length, row,
-                    rows, stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_sb, stride_sh, stride_vb,
-                    stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh,
-                    capacity, blocks, scaling, softcap, splits, tail_splits, programs, PICK, HEADS, REPEAT, G, G2, GP,
-                    SP, D, BLOCK_D, BLOCK, MOST, TILE, MP, BP, GS, REFINED, WEIGHED, ROWS, DV, BLOCK_DV, RANK, RQ, RP,
-                    STEP, RANK_STEP, HOT_SETS, HOT_WAYS, HAS_SOFTCAP, HAS_LOWER, HAS_SINKS, HAS_TALLY, HAS_SCALES,
-                    RENORMALISE, UPCAST,
+                    query, keys, key_lower, key_scales, key_centre, values, value_scales, coefficients, base, basis,
+                    sinks, threshold, scores, block_top, part_max, part_sum, lse, listed, found, done, partial, shares,
+                    held, tickets, picks, pick_weights, weights, out, mass, grown, tally, hot_store, hot_tags,
+                    hot_stamps, hot_clock, hot_claims, hot_counts, hot_order, hot_slots, hot_hits, source, source_at,
+                    length, row, rows, stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_sb, stride_sh,
+                    stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob,
+                    stride_oh, capacity, blocks, scaling, softcap, splits, tail_splits, programs, PICK, HEADS, REPEAT,
+                    G, G2, GP, SP, D, BLOCK_D, BLOCK, MOST, TILE, MP, BP, GS, REFINED, WEIGHED, ROWS, DV, BLOCK_DV,
+                    RANK, RQ, RP, STEP, RANK_STEP, HOT_SETS, HOT_WAYS, HAS_SOFTCAP, HAS_LOWER, HAS_SINKS, HAS_TALLY,
+                    HAS_SCALES, RENORMALISE, UPCAST,
                 )  # fmt: skip
     else:
         if RANK > 0:
@@ -197,8 +198,8 @@ def step_kernel(
 
 @triton.jit(do_not_specialize=["splits", "tail_splits", "programs", "source_at"])
 def fetch_kernel(
-    length_ptr, query, keys, key_lower, key_scales, values, value_scales, coefficients, base, basis, sinks, threshold,
-    scores, block_top, part_max, part_sum, lse, listed, found, done, partial, shares, held, tickets, picks,
+    length_ptr, query, keys, key_lower, key_scales, key_centre, values, value_scales, coefficients, base, basis, sinks,
+    threshold, scores, block_top, part_max, part_sum, lse, listed, found, done, partial, shares, held, tickets, picks,
     pick_weights, weights, out, mass, grown, tally, hot_store, hot_tags, hot_stamps, hot_clock, hot_claims, hot_counts,
     hot_order, hot_slots, hot_hits, source, source_at, stride_qb, stride_qh, stride_kb, stride_kh, stride_kl,
     stride_sb, stride_sh, stride_vb, stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr,
@@ -213,13 +214,13 @@ def fetch_kernel(
 ):  # fmt: skip
     """Select, fetch and combine after a ``step_kernel`` that does not; one program per row of work."""
     fetch_picked(
-        query, keys, key_lower, key_scales, values, value_scales, coefficients, base, basis, sinks, threshold, scores,
-        block_top, part_max, part_sum, lse, listed, found, done, partial, shares, held, tickets, picks, pick_weights,
-        weights, out, mass, grown, tally, hot_store, hot_tags, hot_stamps, hot_clock, hot_claims, hot_counts, hot_order,
-        hot_slots, hot_hits, source, source_at, tl.load(length_ptr), tl.program_id(0), tl.num_programs(0), stride_qb,
-        stride_qh, stride_kb, stride_kh, stride_kl, stride_sb, stride_sh, stride_vb, stride_vh, stride_vl, stride_wb,
-        stride_wh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh, capacity, blocks, scaling, softcap, splits,
-        tail_splits, programs, PICK, HEADS, REPEAT, G, G2, GP, SP, D, BLOCK_D, BLOCK, MOST, TILE, MP, BP, GS, REFINED,
-        WEIGHED, ROWS, DV, BLOCK_DV, RANK, RQ, RP, STEP, RANK_STEP, HOT_SETS, HOT_WAYS, HAS_SOFTCAP, HAS_LOWER,
-        HAS_SINKS, HAS_TALLY, HAS_SCALES, RENORMALISE, UPCAST,
+        query, keys, key_lower, key_scales, key_centre, values, value_scales, coefficients, base, basis, sinks,
+        threshold, scores, block_top, part_max, part_sum, lse, listed, found, done, partial, shares, held, tickets,
+        picks, pick_weights, weights, out, mass, grown, tally, hot_store, hot_tags, hot_stamps, hot_clock, hot_claims,
+        hot_counts, hot_order, hot_slots, hot_hits, source, source_at, tl.load(length_ptr), tl.program_id(0),
+        tl.num_programs(0), stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_sb, stride_sh, stride_vb,
+        stride_vh, stride_vl, stride_wb, stride_wh, stride_cb, stride_ch, stride_cr, stride_ob, stride_oh, capacity,
+        blocks, scaling, softcap, splits, tail_splits, programs, PICK, HEADS, REPEAT, G, G2, GP, SP, D, BLOCK_D, BLOCK,
+        MOST, TILE, MP, BP, GS, REFINED, WEIGHED, ROWS, DV, BLOCK_DV, RANK, RQ, RP, STEP, RANK_STEP, HOT_SETS, HOT_WAYS,
+        HAS_SOFTCAP, HAS_LOWER, HAS_SINKS, HAS_TALLY, HAS_SCALES, RENORMALISE, UPCAST,
     )  # fmt: skip
