@@ -52,7 +52,8 @@ def launch_all(job: Job, batch: int, tuning: Tuning) -> None:
         torch.empty(batch, kv_heads, dim), torch.empty(batch, kv_heads, rank, dim),
         torch.empty(batch, kv_heads, rank, -(-room // 16) * 16, **half),
     )  # fmt: skip
-    planes = job.policy.key_planes
+    policy = job.policy.settled(kernels=True, itemsize=2)
+    planes = policy.key_planes
     narrow = None
     if planes:
         keys = torch.empty(keys.shape, dtype=torch.int8)
@@ -61,7 +62,7 @@ def launch_all(job: Job, batch: int, tuning: Tuning) -> None:
     append(token, token, keys, values, length, offset=-1, lowrank=tail, narrow=narrow)
     tally = torch.zeros(batch, dtype=torch.int64)
     above = torch.empty(batch)
-    step = replace(step, keys=keys, lowrank=tail, threshold=above, tally=tally, narrow=narrow)
+    step = replace(step, policy=policy, keys=keys, lowrank=tail, threshold=above, tally=tally, narrow=narrow)
     hot = backend.keep_hot(step)
     with replayed(Trace(FILE, job.ctx, torch.device("cpu"))) if job.traced else nullcontext():
         backend.decode(replace(step, hot=hot))

@@ -27,7 +27,7 @@ from kcache.layers.snapshots import layer_snapshot, total
 from kcache.layers.spread import spread_of
 from kcache.layers.stepwise import Look, no_look
 from kcache.layers.tiered import TieredLayer
-from kcache.machine.devices import input_device
+from kcache.machine.devices import decodes_by_kernels, input_device
 from kcache.policy import Policy
 from kcache.telemetry import Stats, StepSnapshot
 from kcache.tiers.validity import Validity
@@ -60,9 +60,10 @@ class KCache(Cache):
             raise InputError(f"max_length must be a whole number of tokens, at least 1; got {max_length!r}")
         self.policy = Policy() if policy is None else policy
         expect(Policy, "policy", self.policy, "a kcache.Policy, such as Policy(topn=64)", PolicyError)
-        self.shared = Shared(model, self.policy, max_length)
-        self.shared.backend(input_device(model))
         verdict = probe(model)
+        kernels = all(decodes_by_kernels(device, self.policy) for device in set(verdict.devices.values()))
+        self.shared = Shared(model, self.policy.settled(kernels, model.dtype.itemsize), max_length)
+        self.shared.backend(input_device(model))
         layers: list[Any] = stock_layers(model)
         for index in verdict.tiered:
             stock = layers[index]

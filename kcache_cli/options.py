@@ -140,9 +140,9 @@ class PolicyOptions:
         str | None,
         _policy(
             "--k-bits",
-            help="8: K in half the memory once V has left, scores nearly exact. 8+8: as much memory, half the reading, "
-            "picks weighed exactly. Slow on a CPU.",
-            default=str(Policy.k_bits),
+            help="8: K in half the memory once V has left, scores nearly exact. 8+8: as much memory as 16, half the "
+            "reading, picks weighed exactly. Both slow on a CPU.",
+            default="8+8 where kernels decode on CUDA, else 16",
             metavar="16|8|8+8",
             autocompletion=lambda: ["16", "8", "8+8"],
         ),

@@ -71,6 +71,23 @@ def test_the_paper() -> None:
         Policy.paper(0)
 
 
+@pytest.mark.parametrize(
+    ("given", "kernels", "itemsize", "kept"),
+    [
+        (None, True, 2, "8+8"),
+        (None, True, 4, None),
+        (None, False, 2, None),
+        (16, True, 2, 16),
+        (8, True, 2, 8),
+        ("8+8", False, 4, "8+8"),
+    ],
+)
+def test_k_is_kept_in_two_planes_where_kernels_decode_it(given: Any, kernels: bool, itemsize: int, kept: Any) -> None:
+    policy = Policy(topn=7, k_bits=given)
+    assert policy.settled(kernels, itemsize) == policy.replace(k_bits=kept)
+    assert Policy.paper().settled(kernels, itemsize) == Policy.paper()
+
+
 def test_value_semantics() -> None:
     assert Policy(topn=3) == Policy(topn=3) != Policy(topn=4)
     assert Policy(kv_budget="1GiB") == Policy(kv_budget=2**30)

@@ -19,7 +19,7 @@ from kcache.bench.context import LayerShape, held_bytes
 from kcache.bench.spec import check_engine
 from kcache.cache import KCache
 from kcache.decoding.forward import prefill, step_logits
-from kcache.machine.devices import keeps_hot_rows
+from kcache.machine.devices import decodes_by_kernels
 from kcache.planning.sizes import TierSizes
 from kcache.policy import Policy
 from kcache.telemetry import Stats
@@ -167,8 +167,9 @@ class Tiered(Engine):
                 device += shape.k_bytes(room, batch) + shape.v_bytes(room, batch)
                 continue
             rows = shape.k_bytes(1, batch), shape.v_bytes(1, batch)
-            hot = keeps_hot_rows(shape.device, self.policy)
-            sizes = TierSizes.of(self.policy, 1, *rows, shape.v_dim, shape.dtype.itemsize, hot)
+            kernels, itemsize = decodes_by_kernels(shape.device, self.policy), shape.dtype.itemsize
+            policy = self.policy.settled(kernels, itemsize)
+            sizes = TierSizes.of(policy, 1, *rows, shape.v_dim, itemsize, hot=kernels)
             device += sizes.device(room, 0)
             host += sizes.host(room, 0)
         return device, host

@@ -18,6 +18,7 @@ from kcache.bench.rows import Row, Status
 from kcache.bench.runner import Measured
 from kcache.bench.spec import Spec
 from kcache.errors import in_short
+from kcache.machine.devices import decodes_by_kernels
 from kcache.models.weights import Weights
 from kcache.planning.plan import predict
 
@@ -80,20 +81,22 @@ def base_of(case: Case, measured: Mapping[Engine, Measured], problems: Mapping[E
 
 def blank_row(lm: LoadedModel, spec: Spec, case: Case, engine: Engine, env: dict[str, Any]) -> Row:
     """Make the row of an engine before anything is measured."""
-    context = lm.context_length
+    context, dtype, policy = lm.context_length, lm.model.dtype, engine.policy
+    if policy is not None:
+        policy = policy.settled(decodes_by_kernels(lm.device, policy), dtype.itemsize)
     return Row(
         engine=engine.name,
         model=lm.name,
         ctx=case.ctx,
         batch=case.batch,
         topn=engine.topn,
-        dtype=str(lm.model.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         device=str(lm.device),
         speed_only=context is not None and case.ctx > context,
         context_from="text" if spec.real_prefill else "random",
         repeats=spec.repeats,
         steps=spec.steps,
-        policy=None if engine.policy is None else engine.policy.to_dict(),
+        policy=None if policy is None else policy.to_dict(),
         env=env,
     )
 

@@ -15,7 +15,7 @@ import torch
 from kcache.errors import DoesNotFitError
 from kcache.layers.place import Place
 from kcache.layers.protocol import Layer
-from kcache.machine.devices import keeps_hot_rows
+from kcache.machine.devices import decodes_by_kernels
 from kcache.machine.parallel import ALONE, Ranks
 from kcache.machine.ram import read_ram
 from kcache.planning.need import ModelShape
@@ -115,7 +115,7 @@ class Residency:
         if end <= self.planned and batch <= self.batch:
             return
         rows = (_row_bytes(keys, batch), _row_bytes(values, batch), values.shape[3], values.element_size())
-        sizes = TierSizes.of(self.policy, 0, *rows, hot=keeps_hot_rows(values.device, self.policy))
+        sizes = TierSizes.of(self.policy, 0, *rows, hot=decodes_by_kernels(values.device, self.policy))
         needed = end if self.max_length is None else max(end, self.max_length)
         length = aim = self._aim(needed)
         places = self._places(layer, sizes, aim, batch)

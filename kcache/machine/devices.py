@@ -68,8 +68,8 @@ def runs_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and why_no_kernels(device) is None
 
 
-def keeps_hot_rows(device: torch.device, policy: Policy) -> bool:
-    """Whether recently fetched rows are kept on a device, if the policy wants any: our kernels find them."""
+def decodes_by_kernels(device: torch.device, policy: Policy) -> bool:
+    """Whether our kernels decode the layers on a device, which can keep hot rows there and K in two planes."""
     return policy.backend != "reference" and runs_kernels(device)
 
 

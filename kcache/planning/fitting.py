@@ -55,7 +55,7 @@ class Pools:
     working : bool
         Whether to leave room for activations and scratch in the pool the device uses.
     kernels : bool
-        Whether a device runs our kernels, which keep hot rows there.
+        Whether a device runs our kernels, which keep hot rows there, and K in two planes.
     """
 
     device_bytes: int | None
@@ -119,6 +119,7 @@ class Fitter:
     ----------
     shape : ModelShape
     policy : Policy
+        K as it is kept there, where the policy leaves that open.
     pools : Pools
     weights_bytes : int
     """
@@ -127,6 +128,9 @@ class Fitter:
     policy: Policy
     pools: Pools
     weights_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "policy", self.policy.settled(self._kernels, self.shape.dtype_bytes))
 
     def fit(self, ctx: int, batch: int) -> Fit:
         """Plan residency and compare with what there is.
@@ -139,7 +143,7 @@ class Fitter:
         return self._fit(ctx, batch, offloads=self.policy.offload != "none" and ctx >= self.policy.dense_below)
 
     @property
-    def _keeps_hot(self) -> bool:
+    def _kernels(self) -> bool:
         return self.pools.device_bytes is not None and self.pools.kernels and self.policy.backend != "reference"
 
     def fits(self, ctx: int, batch: int) -> bool:
@@ -155,7 +159,7 @@ class Fitter:
             left = self.pools.after(self.weights_bytes).device_bytes or 0
             unused = max(reserve(left) - working, LEAST_RESERVE)  # working memory is an estimate
             room = max(0, left - working - unused)
-        need = self.shape.need(ctx, batch, self.policy, room, hot=self._keeps_hot)
+        need = self.shape.need(ctx, batch, self.policy, room, hot=self._kernels)
         limits = [limit for limit in (self.policy.kv_budget, room) if isinstance(limit, int)]
         allowed = min(limits, default=None)
         if allowed is not None and need.device_bytes > allowed:
@@ -205,7 +209,9 @@ class Fitter:
         if self.policy.offload == "none" and self._under(offload="auto").fits(ctx, batch):
             ways.append("with V in host memory (--offload auto)")
         slow = ", and slow" if self.pools.device_bytes is None else ""
-        if not ways and self._under(k_bits=8).fits(ctx, batch):
+        if not ways and self.policy.k_bits == "8+8" and self._under(k_bits=16).fits(ctx, batch):
+            ways.append("with K in one piece (--k-bits 16: steps read twice as much of it)")
+        elif not ways and self._under(k_bits=8).fits(ctx, batch):
             ways.append(f"with K in 8 bits (--k-bits 8: scores close to exact ones, not exact{slow})")
         elif not ways and self._under(v_bits=8).fits(ctx, batch):
             ways.append(f"with V in 8 bits (--v-bits 8: close to exact, not exact{slow})")

@@ -140,6 +140,7 @@ class Planner:
     shape : ModelShape
     weights : Weights
     policy : Policy
+        K as it is kept there, where the policy leaves that open.
     pools : Pools
     speeds : Speeds
     hit_rate : float
@@ -152,6 +153,10 @@ class Planner:
     pools: Pools
     speeds: Speeds
     hit_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        kernels = not self.speeds.host_only and self.pools.kernels and self.policy.backend != "reference"
+        object.__setattr__(self, "policy", self.policy.settled(kernels, self.shape.dtype_bytes))
 
     def fitter(self, name: str) -> Fitter:
         """Who knows what fits."""
@@ -278,7 +283,7 @@ def predict(
     wanted = dtype or config.dtype
     shape = ModelShape.of(config, wanted.itemsize if isinstance(wanted, torch.dtype) else 4)
     planner = Planner(shape, weights, policy, Pools(None, 0), machine, hit_rate)
-    policies = {"full": full_attention(policy), "kcache": policy}
+    policies = {"full": full_attention(policy), "kcache": planner.policy}
     return {name: planner.predict(shape.need(ctx, batch, how, None), ctx, batch) for name, how in policies.items()}
 
 

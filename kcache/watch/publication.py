@@ -279,7 +279,7 @@ class Publication:
 
     def _present_info(self) -> Info:
         cache = self._capture.cache
-        return self._info if cache is None else replace(self._info, policy=cache.policy.to_dict())
+        return self._info if cache is None else replace(self._info, policy=cache.shared.policy.to_dict())
 
     def _serve_out(self) -> None:
         """Give everybody the last frame, though none is due; who takes nothing for a moment goes without."""

@@ -38,7 +38,7 @@ def planned(run: Run, *args: str) -> dict[str, Any]:
 
 def test_json(run: Run, config: str) -> None:
     sizes = ("--hbm", "80GiB", "--host", "512GiB", "--gpu", "h100")
-    found = planned(run, config, "--ctx", "128k", "--batch", "auto", *sizes, "--topn", "128")
+    found = planned(run, config, "--ctx", "128k", "--batch", "auto", *sizes, "--topn", "128", "--k-bits", "16")
     assert (found["ctx"], found["batch"], found["model_ctx"]) == (131072, "auto", 131072)
     full, ours = found["methods"]["full"], found["methods"]["kcache"]
     for method in (full, ours):
@@ -150,7 +150,7 @@ def test_windows_alone_leave_nothing_to_tier(run: Run, tmp_path: Path) -> None:
 def test_ram_of_this_machine_is_not_taken_for_another_s_in_silence(
     run: Run, config: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = ("plan", config, "--gpu", "h100", "--ctx", "128k", "--batch", "6")
+    args = ("plan", config, "--gpu", "h100", "--ctx", "128k", "--batch", "5")
     small = run(*args, "--host", "4GiB")
     assert "host memory" in small.stderr and "--host" not in small.stderr
     give_ram(monkeypatch, 4 * GIB)
@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_shown_and_refused(run: Run, config: str) -> None:
     assert result.exit_code == 3
     assert json.loads(result.stdout)["methods"]["kcache"]["fits"] is False
     assert result.stderr.count("\n") == 1
-    assert "in a batch of 6" in result.stderr
+    assert "in a batch of 5" in result.stderr
     assert run(*args).exit_code == 3
 
 

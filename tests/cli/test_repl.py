@@ -251,6 +251,12 @@ def test_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert session.policy == Policy(hot_rows=64, tail_rank=4, tail="none")
     type_into(conversation, "/set hot_rows auto", "/set tail_rank auto", "/set tail default")
     assert session.policy == Policy()
+    type_into(conversation, "/set k_bits 8+8")
+    assert session.policy == Policy(k_bits="8+8")
+    type_into(conversation, "/set k_bits 16")
+    assert session.policy == Policy(k_bits=16)
+    type_into(conversation, "/set k_bits 7", "/set k_bits auto")
+    assert session.policy == Policy()
 
 
 def test_system(capsys: pytest.CaptureFixture[str]) -> None:

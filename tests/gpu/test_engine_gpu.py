@@ -194,7 +194,7 @@ def test_v_of_offloaded_layers_leaves_the_device(chunk: int) -> None:
     activations = torch.cuda.max_memory_allocated() - base
     settle()
 
-    cache = KCache(model, WHOLE.replace(hot_rows=0), max_length=CONTEXT + 64)
+    cache = KCache(model, WHOLE.replace(topn=64, hot_rows=0, k_bits=16), max_length=CONTEXT + 64)
     torch.cuda.reset_peak_memory_stats()
     with attach(model), cache.exact():
         for piece in ids.split(chunk, 1):
@@ -232,7 +232,7 @@ def test_resident_layers_follow_the_budget() -> None:
     length = 2048
     k_bytes = 16 * length * row
     budget = k_bytes + 6 * length * row + 16 * (length // 16) * row
-    policy = Policy(dense_below=0, dense_layers=0, kv_budget=budget, hot_rows=0)
+    policy = Policy(dense_below=0, dense_layers=0, kv_budget=budget, hot_rows=0, k_bits=16)
     cache = KCache(model, policy, max_length=length)
     warm_up(model)
     settle()

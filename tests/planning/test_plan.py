@@ -116,7 +116,7 @@ def test_weights_can_be_slower_than_memory(tmp_path: Path) -> None:
 def test_step_by_hand(tmp_path: Path) -> None:
     """Weights + K + resident V + tail + scores over the memory's bandwidth, picked rows over the link's."""
     config = config_of(LLAMA_3_8B, tmp_path)
-    found = predict(config, 32768, 4, Policy(topn=128, offload="all"), Round())
+    found = predict(config, 32768, 4, Policy(topn=128, offload="all", k_bits=16), Round())
     weights, k = 15_009_849_344, 4 * 32768 * 65536
     resident, away = k * 2 // 32, k * 30 // 32
     scores = 2 * 4 * 4 * 32 * 32768 * 30
@@ -239,10 +239,11 @@ def test_refusals_say_what_would_fit(tmp_path: Path) -> None:
 
     text = said(Policy(), 131072, 16)
     assert "device memory" in text
-    assert "in a batch of 6" in text
+    assert "in a batch of 5" in text
     assert "(--ctx " in text
     assert "(--offload auto)" in said(Policy(offload="none"), 131072, 5)
     assert "8 bits" not in text
+    assert "it would fit with K in one piece (--k-bits 16: " in said(Policy(), 131072, 6)
     bytes_of_k = said(Policy(), 131072, 8)
     assert "it would fit with K in 8 bits (--k-bits 8: scores close to exact ones, not exact)" in bytes_of_k
     narrow = Fitter(shape, Policy(k_bits=8), Pools(80 * GIB, 512 * GIB), weights)
@@ -252,6 +253,26 @@ def test_refusals_say_what_would_fit(tmp_path: Path) -> None:
     bytes_of_v = said(Policy(offload="all"), 131072, 4, host=20)
     assert "it would fit with V in 8 bits (--v-bits 8: close to exact, not exact)" in bytes_of_v
     assert "the weights alone" in said(Policy(), 131072, 1, device=12)
+
+
+def test_on_a_card_k_is_planned_in_two_planes(tmp_path: Path) -> None:
+    """A step reads half of K and the scales; the memory is that of 16 bits, but for these."""
+    config = config_of(LLAMA_3_8B, tmp_path)
+    found, exact = (
+        planner(config, 80 * GIB, 512 * GIB, Policy(offload="all", k_bits=bits)).method("kcache", 32768, 4)
+        for bits in (None, 16)
+    )
+    rows, layers, left = 4 * 32768 * 8, 32, 30
+    scales, centres = rows * left * 4, 4 * 8 * 128 * 4 * left
+    assert found.need.k_bytes == exact.need.k_bytes + scales + centres
+    assert found.need.k_bytes == rows * layers * 256 + scales + centres
+    assert found.predicted is not None and exact.predicted is not None
+    read = exact.predicted.memory_bytes - found.predicted.memory_bytes
+    assert read == rows * left * 128 - scales - centres
+    fitter = Fitter(ModelShape.of(config, 2), Policy(), Pools(80 * GIB, 512 * GIB, kernels=False))
+    assert fitter.policy == Policy(), "torch operators read K as it is"
+    assert Fitter(ModelShape.of(config, 4), Policy(), Pools(80 * GIB, 512 * GIB)).policy == Policy()
+    assert Fitter(ModelShape.of(config, 2), Policy(), Pools(None, 512 * GIB)).policy == Policy()
 
 
 # -- other shapes of model -----------------------------------------------------------------------------------------

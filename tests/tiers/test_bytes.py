@@ -159,6 +159,36 @@ def test_logits_stay_near_those_of_stock(kind: str, bits: dict[str, Any]) -> Non
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("dtype", "kernels", "given", "planes"),
+    [
+        (torch.bfloat16, True, None, 2),
+        (torch.float16, True, None, 2),
+        (torch.bfloat16, True, 16, 0),
+        (torch.bfloat16, True, 8, 1),
+        (torch.bfloat16, False, None, 0),
+        (torch.float32, True, None, 0),
+    ],
+)
+def test_k_is_kept_as_the_policy_says_or_as_kernels_read_it_best(
+    dtype: torch.dtype, kernels: bool, given: Any, planes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kcache.cache.decodes_by_kernels", lambda device, policy: kernels)
+    model = make("llama").to(dtype)
+    policy = ALL.replace(k_bits=given)
+    cache = KCache(model, policy)
+    with attach(model):
+        forward(model, cache, tokens(1, 2, 40))
+        forward(model, cache, tokens(2, 2, 1))
+    assert cache.policy == policy, "as it was given"
+    kept = cache.tiered_layers[0].buffers()
+    assert kept.keys.dtype == (torch.int8 if planes else dtype)
+    assert (kept.narrow is None) == (planes == 0)
+    if kept.narrow is not None:
+        assert (kept.narrow.lower is None) == (planes == 1)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("bits", BYTES, ids=str)
 def test_bytes_are_counted_as_they_are_kept(bits: dict[str, Any]) -> None:
     model = make("llama")
@@ -251,7 +281,7 @@ def test_who_wants_v_alone_does_not_have_k_widened(monkeypatch: pytest.MonkeyPat
 
 def test_other_numbers_of_bits_are_refused() -> None:
     for name, known in (("k_bits", "16, 8 or 8[+]8"), ("v_bits", "16 or 8")):
-        for value in (4, 32, "8.0", "16+8", None, True, "1" * 5000):
+        for value in (4, 32, "8.0", "16+8", *([None] if name == "v_bits" else []), True, "1" * 5000):
             with pytest.raises(PolicyError, match=f"{name} must be {known}, got"):
                 Policy(**{name: value})
         for value in ("8", 8.0, torch.tensor(8)):
