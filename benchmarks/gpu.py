@@ -1,6 +1,6 @@
 """The GPU benchmark: decode and prefill at real shapes, KCache beside exact attention and beside transformers.
 
-    python3 -m benchmarks.gpu [--folder docs/benchmarks] [--budget-s 270] [--only TEXT]
+    python3 -m benchmarks.gpu [--folder docs/benchmarks] [--budget-s 285] [--only TEXT]
 
 Weights and caches are random and made on the device; nothing is fetched. Jobs run in order of worth and the record is
 written after each, so whatever ends the run leaves what was measured. A job there is no time for is marked left out,
@@ -114,11 +114,10 @@ def file_of(device: str) -> str:
 
 
 def commit() -> str | None:
-    """The commit this runs from; None outside a repository."""
+    """The commit this runs from, with ``-dirty`` where files differ from it; None outside a repository."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-        )
+        found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()
@@ -128,7 +127,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("docs/benchmarks"))
-    parser.add_argument("--budget-s", type=float, default=270.0, help="begin no job that would end after so long")
+    parser.add_argument("--budget-s", type=float, default=285.0, help="begin no job that would end after so long")
     parser.add_argument("--only", default="", help="jobs whose name holds this text")
     options = parser.parse_args()
     if not torch.cuda.is_available():
