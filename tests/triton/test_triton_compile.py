@@ -74,10 +74,11 @@ def test_triton_kernels_compile_for_sm90(config: str) -> None:
     ("capability", "config"),
     [
         (80, "gpt-oss-like"),
-        (89, "llama-3.1-8b hot padded"),
+        (80, "llama-3.1-8b, two planes"),
+        (89, "llama-3.1-8b, two planes"),
         (89, "fp32, head size 128"),
         (90, "gpt-oss-like, two planes"),
-        (120, "llama-3.1-8b, 8 bits"),
+        (120, "llama-3.1-8b, two planes"),
     ],
 )
 def test_triton_kernels_fit_other_cards(capability: int, config: str) -> None:

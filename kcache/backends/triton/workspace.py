@@ -147,8 +147,10 @@ class Workspace(DeviceLength):
         """Programs that rows of work are cut into, the tiles of K they read, and the registers they may take."""
         rows, chip = self.batch * self.heads, self.chip
         row_bytes, stages = itemsize * power_of_two(self.dim), tune.score_stages
-        # Of K in 8 bits as many bytes: half the instructions of a tile are there for each tile.
-        block = tune.score_block or (256 if itemsize == 1 and row_bytes <= 128 else 128 if row_bytes <= 256 else 64)
+        block = tune.score_block or (128 if row_bytes <= 256 else 64)
+        if not tune.score_block and itemsize == 1 and row_bytes <= 128 and chip.capability // 10 == 9:
+            # Of K in 8 bits as many bytes: Hopper multiplies a tile of them where it lies, other cards in registers.
+            block = 256
         # The largest tiles of which as many programs fit as of any.
         choices = [(block, stages), (block // 2, stages), (block // 2, 2), (block // 4, 2)]
         fits = {each: chip.resident(tune.residency, chip.tiles_held(each[1]) * each[0] * row_bytes) for each in choices}
