@@ -88,7 +88,7 @@ def versions() -> dict[str, str | None]:
 
 def driver_version() -> str | None:
     """Version of the NVIDIA kernel driver; None where there is none."""
-    match = re.search(r"Kernel Module\D*?([0-9]+\.[0-9.]+)", _text(_DRIVER))
+    match = re.search(r"Kernel Module(?: for \S+)?\s+([0-9]+\.[0-9.]+)", _text(_DRIVER))
     return match[1] if match else None
 
 

@@ -125,6 +125,21 @@ def test_reading_where_the_system_says_nothing(tmp_path: Path, monkeypatch: pyte
     assert host.driver_version() is None
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Sun Jul 27 07:19:58 UTC 2025",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (dvs-builder@U22)",
+    ],
+)
+def test_either_kind_of_kernel_module_says_its_version(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "driver").write_text(f"{line}\nGCC version:  gcc version 12.3.0\n")
+    monkeypatch.setattr(host, "_DRIVER", tmp_path / "driver")
+    assert host.driver_version() == "580.159.04"
+
+
 # -- what is missing -----------------------------------------------------------------------------------------------
 
 
