@@ -2,8 +2,8 @@
 
 Memory is counted (:mod:`kcache.planning.need`), speed is *predicted* by a roofline: a decode step reads weights, K,
 scores, resident V and tail at the speed of device memory, or computes if that takes longer, and then waits for the
-picked rows over the link. Full attention beside it reads all of V instead. What Python costs per layer (``layer_ms``)
-comes on top.
+picked rows over the link. Full attention beside it reads all of V instead. What a layer takes beside its reads
+(``layer_ms``) comes on top.
 
 Where both tiers are the same RAM, the reads of V that TopN spares are as fast as choosing the rows and all that goes
 with it (measured from 2k to 32k tokens, docs/benchmarks.md), so both methods are predicted to take the same time.

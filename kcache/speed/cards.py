@@ -17,6 +17,10 @@ MEMORY_EFFICIENCY = 0.87
 LINK_EFFICIENCY = 0.80
 GATHER_EFFICIENCY = 0.70
 COMPUTE_EFFICIENCY = 0.60
+LAYER_MS = 0.03
+"""Of a layer in a recorded step, beside its reads: small kernels, and what waits for one read after another. An H200
+took 0.02 to 0.03 with exact attention, and with KCache 0.03 at large batches, twice that at small ones
+(docs/plan.md)."""
 CONTEXT_GIB = 0.5
 """What a process takes of a card before it has allocated anything, about."""
 
@@ -66,8 +70,8 @@ class Card:
 
     @property
     def layer_ms(self) -> float:
-        """Time of a layer beside its reads: a step is one graph."""
-        return 0.0
+        """Time of a layer beside its reads."""
+        return LAYER_MS
 
     @property
     def h2d_gb_s(self) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kcache.errors import InputError
+from kcache.machine.devices import runs_kernels
 from kcache.machine.host import cpu_name, versions
 from kcache.machine.ram import read_ram
 from kcache.models.arguments import with_cache
@@ -28,6 +29,7 @@ from kcache.speed.bandwidth import (
     link_speeds,
     memory_gb_s,
 )
+from kcache.speed.cards import LAYER_MS
 
 __all__ = ["GatherSpeed", "LinkSpeed", "Machine", "measure"]
 
@@ -58,7 +60,8 @@ class Machine:
         memory, as on a GPU.
     layer_ms : float
         Time of one layer of a decode step beside reading its weights at that speed: what transformers and torch take
-        for some dozens of small operators. Measured on a host-only machine; 0 on a GPU, where a step is one graph.
+        for some dozens of small operators. Measured on a host-only machine; what cards are known to take, where our
+        kernels run, and 0 on other GPUs.
     compute_tflops : float
         A large matrix product in bfloat16 or, where that is faster, in float16 on CUDA and float32 elsewhere.
     device_bytes, host_bytes, host_free_bytes : int
@@ -140,6 +143,7 @@ def measure(device: torch.device | str = "auto", quick: bool = True) -> Machine:
         matvec, dtype = _matvec(least_s)
         layer_ms = _layer_ms(least_s, matvec, dtype)
     else:
+        layer_ms = LAYER_MS if runs_kernels(chosen) else 0.0
         copy, read = memory_gb_s(chosen, 2**30, least_s)
         links = tuple(link_speeds(chosen, table, LINK_SIZES[-1:] if quick else LINK_SIZES, least_s))
     return Machine(
