@@ -51,6 +51,8 @@ def models(
     """
     from kcache.errors import InputError
 
+    if as_json and form == "md":
+        raise InputError("--json and -o md name two formats; leave one out")
     if verify:
         from kcache_cli.rows.store import check_file
         from kcache_cli.verify import verify_models

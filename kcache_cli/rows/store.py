@@ -30,9 +30,12 @@ def destination(
     Raises
     ------
     InputError
-        If the file cannot be written, its ending says nothing, or it cannot be resumed; see :func:`read_rows`.
+        If the file cannot be written, its ending says nothing or another format than the one asked for, or it cannot be
+        resumed; see :func:`read_rows`.
     """
     target = check_file("--output", output)
+    if form is not None and target is not None and _suffix(target) in set(FORMATS) - {form}:
+        raise InputError(f"--output {target} and -o {form} name two formats; leave one out, or rename the file")
     form = form or _format_of(target)
     if not resume:
         return target, form, []
@@ -44,13 +47,17 @@ def destination(
 def _format_of(target: Path | None) -> str:
     if target is None:
         return "md"
-    suffix = target.suffix.removeprefix(".").lower()
+    suffix = _suffix(target)
     if suffix in FORMATS:
         return suffix
     if suffix not in ("", "txt"):
         endings = ", ".join(f".{each}" for each in FORMATS)
         raise InputError(f"--output {target}: the name must end in {endings} or .txt, which is Markdown; or choose -o")
     return "md"
+
+
+def _suffix(target: Path) -> str:
+    return target.suffix.removeprefix(".").lower()
 
 
 def read_rows(path: Path, option: str, command: str, names: set[str]) -> list[Row]:

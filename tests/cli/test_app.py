@@ -196,6 +196,7 @@ def test_errors_become_one_line_and_a_code(run: Run, error: BaseException, code:
         (["chat", "smollm2", "hello"], "a message comes by standard input"),
         (["generate", "smollm2", "prompts.jsonl"], "(prompts.jsonl); prompts are read with -i FILE"),
         (["models", "--verify", "llama", "--output", "x.json"], "a page of Markdown; end its name in .md"),
+        (["models", "--verify", "llama", "--json", "-o", "md"], "--json and -o md name two formats"),
         (["models", "--verify", "llama", "--json", "--output", "x.md"], "leave out -o and --json"),
         (["models", "--verify", "llama", "--output", "nowhere/x.md"], "the folder nowhere does not exist"),
         (["models", "--verify", "llama", "--output", "/"], "is a folder"),

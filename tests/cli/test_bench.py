@@ -145,6 +145,7 @@ def test_a_policy_file_may_ask_for_less_than_all(run: Run, tmp_path: Path) -> No
         ("--output nowhere/x.md", "the folder nowhere does not exist"),
         ("--output .", "is a folder"),
         ("--output x.foo", "--output x.foo: the name must end in .md, .csv, .json, .jsonl or .txt"),
+        ("-o json --output x.csv", "--output x.csv and -o json name two formats"),
         ("--compare missing.jsonl", "--compare missing.jsonl: cannot be read"),
         ("--offload some", "'some' is not one of"),
     ],
