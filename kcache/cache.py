@@ -61,7 +61,8 @@ class KCache(Cache):
         self.policy = Policy() if policy is None else policy
         expect(Policy, "policy", self.policy, "a kcache.Policy, such as Policy(topn=64)", PolicyError)
         verdict = probe(model)
-        kernels = all(decodes_by_kernels(device, self.policy) for device in set(verdict.devices.values()))
+        devices = set(verdict.devices.values())
+        kernels = bool(devices) and all(decodes_by_kernels(device, self.policy) for device in devices)
         self.shared = Shared(model, self.policy.settled(kernels, model.dtype.itemsize), max_length)
         self.shared.backend(input_device(model))
         layers: list[Any] = stock_layers(model)

@@ -188,6 +188,13 @@ def test_k_is_kept_as_the_policy_says_or_as_kernels_read_it_best(
         assert (kept.narrow.lower is None) == (planes == 1)
 
 
+def test_where_no_layer_is_tiered_nothing_is_said_to_be_in_8_bits() -> None:
+    model = make("mistral", sliding_window=12).to(torch.bfloat16)
+    cache = KCache(model)
+    assert not cache.tiered_layers
+    assert cache.shared.policy == cache.policy
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("bits", BYTES, ids=str)
 def test_bytes_are_counted_as_they_are_kept(bits: dict[str, Any]) -> None:
