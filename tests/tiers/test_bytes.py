@@ -14,7 +14,8 @@ from kcache.attaching import attach
 from kcache.backends.rounding import PIECE, quantise, remainder
 from kcache.cache import KCache
 from kcache.errors import PolicyError
-from kcache.planning.need import cache_bytes
+from kcache.planning.fitting import Fitter, Pools
+from kcache.planning.need import ModelShape, cache_bytes
 from kcache.policy import Policy
 from kcache.telemetry import Stats
 from kcache.tiers.bytes import ByteRows, dequantise
@@ -174,7 +175,7 @@ def test_k_is_kept_as_the_policy_says_or_as_kernels_read_it_best(
     dtype: torch.dtype, kernels: bool, given: Any, planes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kcache.cache.decodes_by_kernels", lambda device, policy: kernels)
-    model = make("llama").to(dtype)
+    model = make("llama", head_dim=16).to(dtype)
     policy = ALL.replace(k_bits=given)
     cache = KCache(model, policy)
     with attach(model):
@@ -186,6 +187,18 @@ def test_k_is_kept_as_the_policy_says_or_as_kernels_read_it_best(
     assert (kept.narrow is None) == (planes == 0)
     if kept.narrow is not None:
         assert (kept.narrow.lower is None) == (planes == 1)
+
+
+@pytest.mark.parametrize("sizes", [{"num_attention_heads": 32, "num_key_value_heads": 1}, {"head_dim": 8}], ids=str)
+def test_k_stays_in_one_piece_where_heads_are_not_for_kernels(
+    sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference decodes such layers on a card too, and is quicker with K as it comes."""
+    monkeypatch.setattr("kcache.cache.decodes_by_kernels", lambda device, policy: True)
+    model = make("llama", **{"head_dim": 16, **sizes}).to(torch.bfloat16)
+    assert KCache(model).shared.policy == Policy()
+    fitter = Fitter(ModelShape.of(model.config, 2), Policy(), Pools(2**34, 2**34))
+    assert fitter.policy == Policy()
 
 
 def test_where_no_layer_is_tiered_nothing_is_said_to_be_in_8_bits() -> None:
