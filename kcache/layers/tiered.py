@@ -118,9 +118,10 @@ class TieredLayer(AttendingLayer):
         policy = self.shared.policy
         if policy.key_planes and self.offloaded and isinstance(self._k, RowBuffer):
             planes, room = policy.key_planes, self.shared.residency.room
-            exact, self._k = self._k, ByteRows(self.device, self.device, room, planes=planes, centred=True)
+            narrow = ByteRows(self.device, self.device, room, planes=planes, centred=True)
             if self.length:
-                self._k.put(exact.view(self.length), 0)
+                narrow.put(self._k.view(self.length), 0)  # may not fit; nothing has been lost then
+            self._k = narrow
         self._k.put(rows, self.length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -189,6 +189,28 @@ def test_k_is_kept_as_the_policy_says_or_as_kernels_read_it_best(
         assert (kept.narrow.lower is None) == (planes == 1)
 
 
+@torch.no_grad()
+def test_k_is_not_lost_where_there_is_no_memory_to_narrow_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, policy = make("llama"), ALL.replace(k_bits="8+8", dense_below=30)
+    ids, more = tokens(0, 1, 20), tokens(1, 1, 20)
+    cache, whole = KCache(model, policy), KCache(model, policy)
+    with attach(model):
+        forward(model, whole, ids[:, :15])
+        want = forward(model, whole, more)
+        forward(model, cache, ids)
+        with monkeypatch.context() as patch:
+            patch.setattr("kcache.tiers.bytes.narrowed", raises_out_of_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                forward(model, cache, more)
+        cache.crop(-5)
+        got = forward(model, cache, more)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-3)
+
+
+def raises_out_of_memory(*given: Any) -> None:
+    raise torch.OutOfMemoryError("no memory")
+
+
 @pytest.mark.parametrize("sizes", [{"num_attention_heads": 32, "num_key_value_heads": 1}, {"head_dim": 8}], ids=str)
 def test_k_stays_in_one_piece_where_heads_are_not_for_kernels(
     sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
