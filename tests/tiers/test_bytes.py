@@ -190,6 +190,29 @@ def test_k_is_kept_as_the_policy_says_or_as_kernels_read_it_best(
 
 
 @torch.no_grad()
+def test_the_centre_of_k_is_that_of_real_rows_and_of_most_there_are() -> None:
+    model, policy = make("llama"), ALL.replace(k_bits="8+8")
+    ids, mask = tokens(0, 2, 60), left_padding([60, 10])
+    cache = KCache(model, policy)
+    with attach(model):
+        forward(model, cache, ids, mask)
+    for layer in cache.tiered_layers[1:]:  # which rows are real is known once the first has attended
+        narrow = layer.buffers().narrow
+        assert narrow is not None and layer.keys is not None
+        for sequence, first in ((0, 0), (1, 50)):
+            mean = layer.keys[sequence, :, first:].mean(1)
+            torch.testing.assert_close(narrow.centre[sequence], mean, rtol=0, atol=1e-3)
+    cache = KCache(model, policy.replace(dense_below=30))
+    with attach(model):
+        forward(model, cache, tokens(0, 1, 1))
+        forward(model, cache, tokens(1, 1, 60))
+    for layer in cache.tiered_layers:
+        narrow = layer.buffers().narrow
+        assert narrow is not None and layer.keys is not None
+        torch.testing.assert_close(narrow.centre, layer.keys[:, :, 1:].mean(2), rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
 def test_k_is_not_lost_where_there_is_no_memory_to_narrow_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, policy = make("llama"), ALL.replace(k_bits="8+8", dense_below=30)
     ids, more = tokens(0, 1, 20), tokens(1, 1, 20)
