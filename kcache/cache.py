@@ -28,9 +28,25 @@ from kcache.layers.spread import spread_of
 from kcache.layers.stepwise import Look, no_look
 from kcache.layers.tiered import TieredLayer
 from kcache.machine.devices import decodes_by_kernels, input_device
+from kcache.planning.sizes import beyond_kernels
 from kcache.policy import Policy
 from kcache.telemetry import Stats, StepSnapshot
 from kcache.tiers.validity import Validity
+
+
+def settled(policy: Policy, model: PreTrainedModel) -> Policy:
+    """The policy as a cache of the model has it: K in two planes, if it leaves that open and kernels decode all layers.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model has no layer with a K and V cache that kcache understands.
+    """
+    verdict = probe(model)
+    kernels = bool(verdict.tiered)
+    kernels = kernels and all(decodes_by_kernels(device, policy) for device in set(verdict.devices.values()))
+    kernels = kernels and all(beyond_kernels(*heads) is None for heads in set(verdict.heads.values()))
+    return policy.settled(kernels, model.dtype.itemsize)
 
 
 class KCache(Cache):
@@ -61,8 +77,7 @@ class KCache(Cache):
         self.policy = Policy() if policy is None else policy
         expect(Policy, "policy", self.policy, "a kcache.Policy, such as Policy(topn=64)", PolicyError)
         verdict = probe(model)
-        kernels = all(decodes_by_kernels(device, self.policy) for device in set(verdict.devices.values()))
-        self.shared = Shared(model, self.policy.settled(kernels, model.dtype.itemsize), max_length)
+        self.shared = Shared(model, settled(self.policy, model), max_length)
         self.shared.backend(input_device(model))
         layers: list[Any] = stock_layers(model)
         for index in verdict.tiered:

@@ -122,8 +122,8 @@ class Policy:
         exact: neither is a later piece of a prompt, which attends to what was kept, nor N at least the context. With
         ``"8+8"`` the other half is kept beside it: all rows are scored in 8 bits, which is half of what a step reads of
         K, and those picked are weighed in 16 (nearly: see docs/design.md), as is K for later pieces of a prompt. Memory
-        is that of 16. ``None`` is ``"8+8"`` where K is in a type of 16 bits and our kernels decode, on CUDA, and 16
-        elsewhere: the CPU answers layers in 8 bits by the reference, many times slower.
+        is that of 16. ``None`` is ``"8+8"`` where K is in a type of 16 bits and our kernels decode, on CUDA with heads
+        of sizes they take, and 16 elsewhere: the reference answers layers in 8 bits many times slower.
     v_bits : {16, 8}
         With 8, V crosses to the host and back in the same form: half the link's bytes and half the RAM. What was said
         of later pieces and of N at least the context holds here, too.

@@ -31,7 +31,7 @@ def to_dict(answer: Answer) -> dict[str, Any]:
         "ctx": answer.ctx,
         "batch": question.batch or "auto",
         "model_ctx": answer.context,
-        "policy": question.policy.to_dict(),
+        "policy": planner.policy.to_dict(),
         "dtype_bytes": planner.shape.dtype_bytes,
         "device": {
             "name": answer.machine,

@@ -53,12 +53,15 @@ class Verdict:
         Why the others keep their stock cache, with their number, the most frequent reason first.
     devices : dict
         The device on which each tiered layer's K arrives.
+    heads : dict
+        Query heads per KV head of each tiered layer, and the sizes of a row of K and of V.
     """
 
     tiered: frozenset[int] = field(default_factory=frozenset)
     layers: int = 0
     reasons: tuple[str, ...] = ()
     devices: dict[int, torch.device] = field(default_factory=dict)
+    heads: dict[int, tuple[int, int, int]] = field(default_factory=dict)
 
 
 class _ProbeLayer(DynamicLayer):
@@ -66,6 +69,7 @@ class _ProbeLayer(DynamicLayer):
 
     failed = ""
     reached = 0
+    group = 1
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -78,6 +82,7 @@ class _ProbeLayer(DynamicLayer):
 
     def see(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, unknown: list[str]) -> None:
         """Look at one call of the attention function."""
+        self.group = query.shape[1] // key.shape[1]
         whole = key.data_ptr() == self.latest.data_ptr() and key.shape == self.latest.shape
         if unknown:
             self.failed = f"attention with {unknown[0].replace('_', ' ')}"
@@ -177,7 +182,8 @@ def probe(model: PreTrainedModel) -> Verdict:
     _check_look(model, look, probes)
     clear = [i for i, layer in enumerate(probes) if _is_clear(layer)] if not look.unknown else []
     devices = {i: probes[i].latest.device for i in clear}
-    verdict = Verdict(frozenset(clear), len(layers), _reasons(probes, look), devices)
+    heads = {i: (probes[i].group, probes[i].latest.shape[3], probes[i].values.shape[3]) for i in clear}
+    verdict = Verdict(frozenset(clear), len(layers), _reasons(probes, look), devices, heads)
     vars(model)["_kcache_verdict"] = verdict
     return verdict
 

@@ -14,9 +14,19 @@ LOWER_STEPS = 254
 _SAMPLE = 2048
 
 
-def centre_of(rows: torch.Tensor) -> torch.Tensor:
-    """The mean of rows ``[..., T, D]``, fp32 ``[..., D]``: of the last ones, which no padding precedes."""
-    return rows[..., -_SAMPLE:, :].mean(-2, dtype=torch.float32).nan_to_num_(0.0, 0.0, 0.0)
+def centre_of(rows: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """The mean of the last of rows ``[B, H, T, D]``, fp32 ``[B, H, D]``.
+
+    ``valid`` ``[B, T]`` tells which are real: of a sequence that has some there, padding does not count.
+    """
+    rows = rows[..., -_SAMPLE:, :]
+    mean = rows.mean(-2, dtype=torch.float32)
+    if valid is not None:
+        kept = valid[:, None, -_SAMPLE:, None]
+        count = kept.sum(-2)
+        real = torch.where(kept, rows, 0).sum(-2, dtype=torch.float32) / count.clamp(min=1)
+        mean = torch.where(count > 0, real, mean)
+    return mean.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def quantise(rows: torch.Tensor, centre: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,8 +17,8 @@ from kcache.bench.floor import Bandwidths, floor_of
 from kcache.bench.rows import Row, Status
 from kcache.bench.runner import Measured
 from kcache.bench.spec import Spec
+from kcache.cache import settled
 from kcache.errors import in_short
-from kcache.machine.devices import decodes_by_kernels
 from kcache.models.weights import Weights
 from kcache.planning.plan import predict
 
@@ -81,16 +81,14 @@ def base_of(case: Case, measured: Mapping[Engine, Measured], problems: Mapping[E
 
 def blank_row(lm: LoadedModel, spec: Spec, case: Case, engine: Engine, env: dict[str, Any]) -> Row:
     """Make the row of an engine before anything is measured."""
-    context, dtype, policy = lm.context_length, lm.model.dtype, engine.policy
-    if policy is not None:
-        policy = policy.settled(decodes_by_kernels(lm.device, policy), dtype.itemsize)
+    context, policy = lm.context_length, None if engine.policy is None else settled(engine.policy, lm.model)
     return Row(
         engine=engine.name,
         model=lm.name,
         ctx=case.ctx,
         batch=case.batch,
         topn=engine.topn,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(lm.model.dtype).removeprefix("torch."),
         device=str(lm.device),
         speed_only=context is not None and case.ctx > context,
         context_from="text" if spec.real_prefill else "random",

@@ -118,10 +118,21 @@ class TieredLayer(AttendingLayer):
         policy = self.shared.policy
         if policy.key_planes and self.offloaded and isinstance(self._k, RowBuffer):
             planes, room = policy.key_planes, self.shared.residency.room
-            exact, self._k = self._k, ByteRows(self.device, self.device, room, planes=planes, centred=True)
+            narrow = ByteRows(self.device, self.device, room, planes=planes, centred=True)
+            self._centre(narrow, rows)
             if self.length:
-                self._k.put(exact.view(self.length), 0)
+                narrow.put(self._k.view(self.length), 0)  # may not fit; nothing has been lost then
+            self._k = narrow
         self._k.put(rows, self.length)
+
+    def _centre(self, narrow: ByteRows, rows: torch.Tensor) -> None:
+        """Choose what rows in 8 bits are told from: the new ones, or those there are if these are more."""
+        assert self._k is not None
+        validity, count = self.shared.validity, rows.shape[2]
+        start, end = (self.length, self.length + count) if count > self.length else (0, self.length)
+        if end > 0:
+            known = validity.rows(start, end, self.device) if validity.length >= end else None
+            narrow.centre_on(self._k.view(end) if start == 0 and self.length else rows, known)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask for ``query_length`` new tokens."""

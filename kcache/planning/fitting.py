@@ -130,7 +130,8 @@ class Fitter:
     weights_bytes: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "policy", self.policy.settled(self._kernels, self.shape.dtype_bytes))
+        kernels = self._kernels and self.shape.suits_kernels
+        object.__setattr__(self, "policy", self.policy.settled(kernels, self.shape.dtype_bytes))
 
     def fit(self, ctx: int, batch: int) -> Fit:
         """Plan residency and compare with what there is.

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from kcache.errors import UnsupportedModelError
-from kcache.planning.sizes import TierSizes, resident_layers
+from kcache.planning.sizes import TierSizes, beyond_kernels, resident_layers
 from kcache.policy import Policy
 
 _SCORE_BYTES = 4  # scores are fp32
@@ -83,6 +83,11 @@ class ModelShape:
     inner: int
     vocabulary: int
     dtype_bytes: int
+
+    @property
+    def suits_kernels(self) -> bool:
+        """Whether our kernels take heads of these sizes."""
+        return beyond_kernels(self.group, self.dim, self.dim) is None
 
     @classmethod
     def of(cls, config: PreTrainedConfig, dtype_bytes: int) -> ModelShape:

@@ -156,6 +156,7 @@ class Planner:
 
     def __post_init__(self) -> None:
         kernels = not self.speeds.host_only and self.pools.kernels and self.policy.backend != "reference"
+        kernels = kernels and self.shape.suits_kernels
         object.__setattr__(self, "policy", self.policy.settled(kernels, self.shape.dtype_bytes))
 
     def fitter(self, name: str) -> Fitter:

@@ -15,6 +15,8 @@ LEAST_RESERVE = 512 * 2**20
 SCALE_BYTES = 4  # of a row in 8 bits
 CENTRE_BYTES = 4  # of a number of a head of K in 8 bits
 _MOST_HOT_ROWS = 4096
+_MOST_GROUP = 16
+_HEAD_SIZES = range(16, 257)
 HOT_WAYS = 8  # hot rows that a position may be kept in place of
 
 
@@ -130,6 +132,15 @@ def hot_bytes(policy: Policy, v_row: int, heads: int) -> int:
         return 0
     rows = hot_capacity(wanted)
     return rows * (v_row + 8 * heads) + heads * (rows // HOT_WAYS * 4 + 28)
+
+
+def beyond_kernels(group: int, dim: int, dim_v: int) -> str | None:
+    """Why our kernels decode no layer of ``group`` query heads per KV head and heads of these sizes, or None."""
+    if not 1 <= group <= _MOST_GROUP:
+        return f"{group} query heads per KV head, the kernels take 1 to {_MOST_GROUP}"
+    if dim not in _HEAD_SIZES or dim_v not in _HEAD_SIZES:
+        return f"head size {max(dim, dim_v)}, the kernels take {_HEAD_SIZES[0]} to {_HEAD_SIZES[-1]}"
+    return None
 
 
 def rank_of(rank: int | None, dim: int) -> int:

@@ -3,9 +3,9 @@
 Half the bytes of a 16-bit row, for K on the device or for V in the host tier. A row's error is at most half a step of
 its own scale. Scales always stay on the device: four bytes a row, and none of them crosses the link.
 
-Of K each row's distance from a centre is kept, the mean of the first rows that come: in many models a few numbers are
-large in every row of a head, as where K has a bias, and would set the scale (SageAttention, Zhang et al., 2025, smooths
-K so before each product).
+Of K each row's distance from a centre is kept, the mean of the first real rows that come: in many models a few numbers
+are large in every row of a head, as where K has a bias, and would set the scale (SageAttention, Zhang et al., 2025,
+smooths K so before each product).
 
 What rounding leaves can be kept as well, as whole numbers of a 254th of a step. Both planes together are as many bytes
 as 16-bit rows, and the error is a 65,000th of a row's largest number: what bf16 can tell apart, but for numbers less
@@ -158,6 +158,10 @@ class ByteRows:
         for plane in (self.rows, *([] if self._lower is None else [self._lower])):
             plane.reserve(torch.empty(like.shape, dtype=torch.int8, device="meta"), length)
         self._scales.reserve(torch.empty(*like.shape[:3], 1, dtype=torch.float32, device="meta"), length)
+
+    def centre_on(self, rows: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Keep rows that are about to come as their distance from the mean of these, of which some are ``valid``."""
+        self._centre = centre_of(rows, valid)
 
     def put(self, rows: torch.Tensor, start: int) -> None:
         """Store rows ``[B, H, T, D]`` from number ``start`` on."""

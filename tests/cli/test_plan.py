@@ -57,6 +57,13 @@ def test_json(run: Run, config: str) -> None:
     assert found["curve"][-1]["kcache_tok_s_predicted"] == ours["tok_s_predicted"]
 
 
+def test_json_says_how_k_was_planned(run: Run, config: str) -> None:
+    args = (config, "--ctx", "32k", "--batch", "2", "--gpu", "h100", "--host", "64GiB")
+    assert planned(run, *args)["policy"]["k_bits"] == "8+8"
+    assert planned(run, *args, "--k-bits", "16")["policy"]["k_bits"] == 16
+    assert "k_bits" not in planned(run, *args, "--dtype", "float32")["policy"]
+
+
 def test_table_and_bars(run: Run, config: str) -> None:
     result = run("plan", config, "--ctx", "40k", "--batch", "2", "--gpu", "rtx4090", "--host", "64GiB")
     assert result.exit_code == 0, result.stderr

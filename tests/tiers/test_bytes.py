@@ -14,7 +14,8 @@ from kcache.attaching import attach
 from kcache.backends.rounding import PIECE, quantise, remainder
 from kcache.cache import KCache
 from kcache.errors import PolicyError
-from kcache.planning.need import cache_bytes
+from kcache.planning.fitting import Fitter, Pools
+from kcache.planning.need import ModelShape, cache_bytes
 from kcache.policy import Policy
 from kcache.telemetry import Stats
 from kcache.tiers.bytes import ByteRows, dequantise
@@ -174,7 +175,7 @@ def test_k_is_kept_as_the_policy_says_or_as_kernels_read_it_best(
     dtype: torch.dtype, kernels: bool, given: Any, planes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kcache.cache.decodes_by_kernels", lambda device, policy: kernels)
-    model = make("llama").to(dtype)
+    model = make("llama", head_dim=16).to(dtype)
     policy = ALL.replace(k_bits=given)
     cache = KCache(model, policy)
     with attach(model):
@@ -186,6 +187,70 @@ def test_k_is_kept_as_the_policy_says_or_as_kernels_read_it_best(
     assert (kept.narrow is None) == (planes == 0)
     if kept.narrow is not None:
         assert (kept.narrow.lower is None) == (planes == 1)
+
+
+@torch.no_grad()
+def test_the_centre_of_k_is_that_of_real_rows_and_of_most_there_are() -> None:
+    model, policy = make("llama"), ALL.replace(k_bits="8+8")
+    ids, mask = tokens(0, 2, 60), left_padding([60, 10])
+    cache = KCache(model, policy)
+    with attach(model):
+        forward(model, cache, ids, mask)
+    for layer in cache.tiered_layers[1:]:  # which rows are real is known once the first has attended
+        narrow = layer.buffers().narrow
+        assert narrow is not None and layer.keys is not None
+        for sequence, first in ((0, 0), (1, 50)):
+            mean = layer.keys[sequence, :, first:].mean(1)
+            torch.testing.assert_close(narrow.centre[sequence], mean, rtol=0, atol=1e-3)
+    cache = KCache(model, policy.replace(dense_below=30))
+    with attach(model):
+        forward(model, cache, tokens(0, 1, 1))
+        forward(model, cache, tokens(1, 1, 60))
+    for layer in cache.tiered_layers:
+        narrow = layer.buffers().narrow
+        assert narrow is not None and layer.keys is not None
+        torch.testing.assert_close(narrow.centre, layer.keys[:, :, 1:].mean(2), rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_k_is_not_lost_where_there_is_no_memory_to_narrow_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, policy = make("llama"), ALL.replace(k_bits="8+8", dense_below=30)
+    ids, more = tokens(0, 1, 20), tokens(1, 1, 20)
+    cache, whole = KCache(model, policy), KCache(model, policy)
+    with attach(model):
+        forward(model, whole, ids[:, :15])
+        want = forward(model, whole, more)
+        forward(model, cache, ids)
+        with monkeypatch.context() as patch:
+            patch.setattr("kcache.tiers.bytes.narrowed", raises_out_of_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                forward(model, cache, more)
+        cache.crop(-5)
+        got = forward(model, cache, more)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-3)
+
+
+def raises_out_of_memory(*given: Any) -> None:
+    raise torch.OutOfMemoryError("no memory")
+
+
+@pytest.mark.parametrize("sizes", [{"num_attention_heads": 32, "num_key_value_heads": 1}, {"head_dim": 8}], ids=str)
+def test_k_stays_in_one_piece_where_heads_are_not_for_kernels(
+    sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference decodes such layers on a card too, and is quicker with K as it comes."""
+    monkeypatch.setattr("kcache.cache.decodes_by_kernels", lambda device, policy: True)
+    model = make("llama", **{"head_dim": 16, **sizes}).to(torch.bfloat16)
+    assert KCache(model).shared.policy == Policy()
+    fitter = Fitter(ModelShape.of(model.config, 2), Policy(), Pools(2**34, 2**34))
+    assert fitter.policy == Policy()
+
+
+def test_where_no_layer_is_tiered_nothing_is_said_to_be_in_8_bits() -> None:
+    model = make("mistral", sliding_window=12).to(torch.bfloat16)
+    cache = KCache(model)
+    assert not cache.tiered_layers
+    assert cache.shared.policy == cache.policy
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from kcache.backends.base import MOST
 from kcache.backends.triton.common import chip_of, choose_splits, cut, interpreted, power_of_two
 from kcache.backends.triton.tuning import Tuning
-from kcache.planning.sizes import rank_of
+from kcache.planning.sizes import beyond_kernels, rank_of
 from kcache.policy import Select, Spread, Tail
 
 _MOST_CANDIDATES = 32768
@@ -32,10 +32,9 @@ def select_block(capacity: int) -> int:
 
 def unsupported(capacity: int, group: int, dim: int, dim_v: int, topn: int, spread: Spread = "even") -> str | None:
     """Say why the TopN kernels cannot serve these sizes, or None when they can."""
-    if not 1 <= group <= 16:
-        return f"{group} query heads per KV head, the kernels take 1 to 16"
-    if not 16 <= dim <= 256 or not 16 <= dim_v <= 256:
-        return f"head size {max(dim, dim_v)}, the kernels take 16 to 256"
+    reason = beyond_kernels(group, dim, dim_v)
+    if reason is not None:
+        return reason
     block = select_block(capacity)
     if spread == "even" and power_of_two(topn) * block > _MOST_CANDIDATES:
         return f"topn={topn} with {block}-row blocks, the kernels search at most {_MOST_CANDIDATES} rows"
