@@ -211,7 +211,7 @@ def measure_prefill(job: Job, lm: LoadedModel, repeats: int = 2) -> dict[str, An
         _synchronise(lm.device)
         times.append((time.perf_counter() - began) * 1e3)
         peak_bytes = peak.added_bytes()
-        held = cache.stats
+        held, policy = cache.stats, cache.shared.policy
         del cache
     first, *times = times
     return {
@@ -219,7 +219,7 @@ def measure_prefill(job: Job, lm: LoadedModel, repeats: int = 2) -> dict[str, An
         "prefill_first_ms": first, "prefill_ms_p50": statistics.median(times),
         "prefill_ms_low": min(times), "prefill_ms_high": max(times),
         "peak_memory_bytes": peak_bytes, "device_kv_bytes": held.device_bytes, "host_kv_bytes": held.host_bytes,
-        "v_layer_bytes": held.full_kv_bytes // (2 * len(lm.model.model.layers)), "policy": job.policy.to_dict(),
+        "v_layer_bytes": held.full_kv_bytes // (2 * len(lm.model.model.layers)), "policy": policy.to_dict(),
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ Select = Literal["group", "head"]
 Tail = Literal["lowrank", "renormalise", "none"]
 Spread = Literal["need", "even"]
 Bits = Literal[16, 8]
-KeyBits = Literal[16, 8, "8+8"]
+KeyBits = Literal["auto", 16, 8, "8+8"]
 Offload = Literal["auto", "all", "none"]
 BackendName = Literal["auto", "reference", "cpu", "triton"]
 Graph = Literal["auto", "off"]
@@ -78,7 +78,7 @@ _WHOLE_NUMBERS = {
     "tail_rank": (1, "leave it out for a sixteenth of the head size"),
     "resident_layers": (0, "leave it out to let the memory budget decide"),
 }
-_OPTIONAL = ("hot_rows", "tail_rank", "resident_layers", "k_bits")
+_OPTIONAL = ("hot_rows", "tail_rank", "resident_layers")
 _PIECE = 32768
 _LEAST_PIECE = 256
 
@@ -116,14 +116,15 @@ class Policy:
         cross the link again; 0 for none, ``None`` for eight times ``topn`` but at most 4,096. Rounded up to a power of
         two, at least 8.
         Where both tiers are RAM, and with ``select="head"``, nothing is kept.
-    k_bits : {16, 8, "8+8"} or None
+    k_bits : {"auto", 16, 8, "8+8"}
         With 16, K is kept in the type that the model computes in. With 8, K of offloaded layers is kept as whole
         numbers with a scale for each row, in half the device memory, and scored from them. Scores are then no longer
         exact: neither is a later piece of a prompt, which attends to what was kept, nor N at least the context. With
         ``"8+8"`` the other half is kept beside it: all rows are scored in 8 bits, which is half of what a step reads of
         K, and those picked are weighed in 16 (nearly: see docs/design.md), as is K for later pieces of a prompt. Memory
-        is that of 16. ``None`` is ``"8+8"`` where K is in a type of 16 bits and our kernels decode, on CUDA with heads
-        of sizes they take, and 16 elsewhere: the reference answers layers in 8 bits many times slower.
+        is that of 16 and of the scales, 1.6 % more with heads of 128. ``"auto"`` is ``"8+8"`` where K is in a type of
+        16 bits and our kernels decode, on CUDA with heads of sizes they take, and 16 elsewhere: the reference answers
+        layers in 8 bits many times slower.
     v_bits : {16, 8}
         With 8, V crosses to the host and back in the same form: half the link's bytes and half the RAM. What was said
         of later pieces and of N at least the context holds here, too.
@@ -155,7 +156,7 @@ class Policy:
     tail: Tail = "lowrank"
     tail_rank: int | None = None
     hot_rows: int | None = None
-    k_bits: KeyBits | None = None
+    k_bits: KeyBits = "auto"
     v_bits: Bits = 16
     offload: Offload = "auto"
     kv_budget: int | str | None = None
@@ -173,8 +174,6 @@ class Policy:
         _check_choice("tail", self.tail, get_args(Tail))
         for name, known in (("k_bits", get_args(KeyBits)), ("v_bits", get_args(Bits))):
             bits = parse_bits(getattr(self, name))
-            if bits is None and name in _OPTIONAL:
-                continue
             if bits not in known:
                 choice = f"{', '.join(map(str, known[:-1]))} or {known[-1]}"
                 raise PolicyError(f"{name} must be {choice}, got {bits!r}; 16 keeps rows as they are")
@@ -207,11 +206,13 @@ class Policy:
     @property
     def key_planes(self) -> int:
         """Halves of K that offloaded layers keep in 8 bits each: one, or both; 0 where rows are kept as they are."""
-        return {None: 0, 16: 0, 8: 1, "8+8": 2}[self.k_bits]
+        return {"auto": 0, 16: 0, 8: 1, "8+8": 2}[self.k_bits]
 
     def settled(self, kernels: bool, itemsize: int) -> Policy:
         """The policy as it is for K of ``itemsize`` bytes a number, and layers that our ``kernels`` decode, or not."""
-        return self.replace(k_bits="8+8") if self.k_bits is None and kernels and itemsize == 2 else self
+        if self.k_bits != "auto":
+            return self
+        return self.replace(k_bits="8+8" if kernels and itemsize == 2 and self.offload != "none" else 16)
 
     def replace(self, **changes: Any) -> Policy:
         """Return a copy with some fields changed; it is validated like a new one."""

@@ -140,11 +140,11 @@ class PolicyOptions:
         str | None,
         _policy(
             "--k-bits",
-            help="8: K in half the memory once V has left, scores nearly exact. 8+8: as much memory as 16, half the "
+            help="8: K in half the memory once V has left, scores nearly exact. 8+8: the memory of 16, half the "
             "reading, picks weighed exactly. Both slow on a CPU.",
-            default="8+8 where kernels decode on CUDA, else 16",
-            metavar="16|8|8+8",
-            autocompletion=lambda: ["16", "8", "8+8"],
+            default="auto: 8+8 of 16-bit models that kernels decode on CUDA, else 16",
+            metavar="auto|16|8|8+8",
+            autocompletion=lambda: ["auto", "16", "8", "8+8"],
         ),
     ] = None
     v_bits: Annotated[

@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     resident_layers: int | None = Field(None, ge=0, description="first layers whose V stays on the device")
     dense_layers: int | None = Field(None, ge=0, description="first layers that always attend exactly")
     k_bits: Annotated[KeyBits, BeforeValidator(parse_bits)] | None = Field(
-        None, description="of a number of K: 16, 8 or 8+8"
+        None, description="of a number of K: auto, 16, 8 or 8+8"
     )
     v_bits: Annotated[Bits, BeforeValidator(parse_bits)] | None = Field(
         None, description="of a number of offloaded V: 16 or 8"

@@ -74,9 +74,9 @@ def test_the_paper() -> None:
 @pytest.mark.parametrize(
     ("given", "kernels", "itemsize", "kept"),
     [
-        (None, True, 2, "8+8"),
-        (None, True, 4, None),
-        (None, False, 2, None),
+        ("auto", True, 2, "8+8"),
+        ("auto", True, 4, 16),
+        ("auto", False, 2, 16),
         (16, True, 2, 16),
         (8, True, 2, 8),
         ("8+8", False, 4, "8+8"),
@@ -86,6 +86,7 @@ def test_k_is_kept_in_two_planes_where_kernels_decode_it(given: Any, kernels: bo
     policy = Policy(topn=7, k_bits=given)
     assert policy.settled(kernels, itemsize) == policy.replace(k_bits=kept)
     assert Policy.paper().settled(kernels, itemsize) == Policy.paper()
+    assert Policy(offload="none", k_bits=given).settled(kernels, itemsize).key_planes in (0, policy.key_planes)
 
 
 def test_value_semantics() -> None:

@@ -143,7 +143,7 @@ def _with_ratio(row: Row, measured: Measured, name: str, base: Measured) -> Row:
 def _with_prediction(row: Row, lm: LoadedModel, spec: Spec, engine: Engine, machine: Bandwidths) -> Row:
     assert engine.planned_as is not None and row.decode_tok_s is not None
     config, dtype = lm.model.config, lm.model.dtype
-    policy, weights = engine.policy or spec.policy, Weights.of_model(lm.model)
+    policy, weights = settled(engine.policy or spec.policy, lm.model), Weights.of_model(lm.model)
     predicted = predict(config, row.ctx, row.batch, policy, machine, weights=weights, dtype=dtype)
     tok_s = predicted[engine.planned_as].tok_s
     return replace(row, predicted_tok_s=tok_s, prediction_error=tok_s / row.decode_tok_s - 1)

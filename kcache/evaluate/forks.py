@@ -1,7 +1,7 @@
 """One exact prefill shared by full attention and every policy, and what a model says after it.
 
 Prefill is exact under any policy, so its rows need computing once: they are copied into a cache under each policy, as
-that policy's own prefill would have filled it. What differs from there on is decoding alone.
+that policy's own prefill would have filled it in one piece. What differs from there on is decoding alone.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from hashlib import sha256
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from kcache.cache import settled
 from kcache.decoding.prompts import alike
 from kcache.evaluate.forks import Contender, Prefix
 
@@ -214,7 +215,7 @@ class Answerer:
             model=self.lm.name,
             dtype=str(self.lm.model.dtype).removeprefix("torch."),
             device=str(self.lm.device),
-            policy=None if contender.topn is None else contender.policy.to_dict(),
+            policy=None if contender.topn is None else settled(contender.policy, self.lm.model).to_dict(),
             prompt_tokens=max(len(part.prompt) for part in question.parts),
             env=self._env,
         ).to_dict()

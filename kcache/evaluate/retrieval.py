@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from kcache.cache import settled
 from kcache.errors import ContextLengthError, InputError
 from kcache.evaluate.aggregation import common_words, variable_tracking
 from kcache.evaluate.forks import Contender, Prefix, contenders
@@ -154,7 +155,7 @@ def blank_row(lm: LoadedModel, spec: Spec, case: Case, contender: Contender) -> 
         str(lm.device),
         f"{spec.prose.name} {spec.prose.digest}",
         spec.seed,
-        None if contender.topn is None else contender.policy.to_dict(),
+        None if contender.topn is None else settled(contender.policy, lm.model).to_dict(),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from kcache.cache import settled
 from kcache.errors import InputError
 from kcache.evaluate.fidelity import Case, measure
 from kcache.evaluate.figures import Figures, summary
@@ -97,7 +98,7 @@ def make_row(
         **(summary(figures) if figures else {}),
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "device": str(lm.device),
-        "policy": case.policy.to_dict(),
+        "policy": settled(case.policy, lm.model).to_dict(),
         "starts": [place.start for place in places],
         "by_place": [each.to_dict() for each in sorted(figures, key=lambda each: each.start)],
     }

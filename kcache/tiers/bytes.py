@@ -8,8 +8,9 @@ are large in every row of a head, as where K has a bias, and would set the scale
 smooths K so before each product).
 
 What rounding leaves can be kept as well, as whole numbers of a 254th of a step. Both planes together are as many bytes
-as 16-bit rows, and the error is a 65,000th of a row's largest number: what bf16 can tell apart, but for numbers less
-than a 126th of it, is the same again. Whoever is content with 8 bits reads half as much.
+as 16-bit rows, and the error is a 65,000th of the largest number (of K of the largest distance from the centre): what
+bf16 can tell apart, but for numbers less than a 126th of it, is the same again. Whoever is content with 8 bits reads
+half as much.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def _set(conversation: Conversation, argument: str, say: Say) -> None:
     say(f"{name} = {_current(conversation, name)}")
 
 
-_READ_BY_POLICY = ("kv_budget", "k_bits")
+_SIZES = ("kv_budget",)
 
 
 def _change(conversation: Conversation, name: str, text: str) -> None:
@@ -146,7 +146,7 @@ def _change(conversation: Conversation, name: str, text: str) -> None:
 
 def _policy_value(name: str, text: str) -> Any:
     default = getattr(Policy(), name)
-    words = name in _READ_BY_POLICY or isinstance(default, str)  # what the policy itself reads
+    words = name in _SIZES or isinstance(default, str)  # what the policy itself reads
     if text.lower() == "default" or (text.lower() in ("none", "auto") and not isinstance(default, str)):
         return default
     return text if words else _number(name, text, int)

@@ -23,7 +23,7 @@ _EXAMPLES: dict[str, object] = {
     "kv_budget": "8GiB",
     "resident_layers": 2,
     "dense_layers": 2,
-    "k_bits": 16,
+    "k_bits": "auto",
     "v_bits": 16,
     "backend": "auto",
     "graph": "auto",

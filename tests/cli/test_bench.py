@@ -35,6 +35,12 @@ KEYS = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none here that could be asked how K of it is kept."""
+    monkeypatch.setattr("kcache.bench.report.settled", lambda policy, model: policy)
+
+
 @dataclass
 class FakeBench:
     """An engine whose figures are made up: a step takes ``ctx / 1000`` ms per engine's place in the case."""

@@ -61,7 +61,7 @@ def test_json_says_how_k_was_planned(run: Run, config: str) -> None:
     args = (config, "--ctx", "32k", "--batch", "2", "--gpu", "h100", "--host", "64GiB")
     assert planned(run, *args)["policy"]["k_bits"] == "8+8"
     assert planned(run, *args, "--k-bits", "16")["policy"]["k_bits"] == 16
-    assert "k_bits" not in planned(run, *args, "--dtype", "float32")["policy"]
+    assert planned(run, *args, "--dtype", "float32")["policy"]["k_bits"] == 16
 
 
 def test_table_and_bars(run: Run, config: str) -> None:

@@ -146,7 +146,7 @@ def test_config_says_where_values_come_from(run: Run, settings_file: Path, monke
     found = json.loads(run("config", "--json").stdout)
     assert found["file"] == str(settings_file)
     assert found["settings"]["topn"] == {"value": 16, "source": "file"}
-    assert found["settings"]["k_bits"] == {"value": None, "source": "built-in"}
+    assert found["settings"]["k_bits"] == {"value": "auto", "source": "built-in"}
     assert found["settings"]["top_p"] == {"value": None, "source": "built-in"}
     assert found["settings"]["seed"] == {"value": 7, "source": "KCACHE_SEED"}
     assert found["settings"]["model"] == {"value": "smollm2", "source": "built-in"}

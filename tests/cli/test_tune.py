@@ -63,7 +63,7 @@ def test_the_profile_is_the_cheapest_that_reaches(run: Run, base: list[str], tin
 
     file = Path(f"{tiny_folder.name}.toml")
     policy = read_policy(str(file))
-    wanted = Policy.from_dict({**best["policy"], "offload": "auto", "backend": "auto"})
+    wanted = Policy.from_dict({**best["policy"], "offload": "auto", "backend": "auto", "k_bits": "auto"})
     assert policy == wanted and policy.topn == best["topn"]
     assert not {"offload", "backend", "prefill_chunk"} & set(tomllib.loads(file.read_text()))
     said = file.read_text()

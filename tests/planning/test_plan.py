@@ -260,7 +260,7 @@ def test_on_a_card_k_is_planned_in_two_planes(tmp_path: Path) -> None:
     config = config_of(LLAMA_3_8B, tmp_path)
     found, exact = (
         planner(config, 80 * GIB, 512 * GIB, Policy(offload="all", k_bits=bits)).method("kcache", 32768, 4)
-        for bits in (None, 16)
+        for bits in ("auto", 16)
     )
     rows, layers, left = 4 * 32768 * 8, 32, 30
     scales, centres = rows * left * 4, 4 * 8 * 128 * 4 * left
@@ -270,9 +270,9 @@ def test_on_a_card_k_is_planned_in_two_planes(tmp_path: Path) -> None:
     read = exact.predicted.memory_bytes - found.predicted.memory_bytes
     assert read == rows * left * 128 - scales - centres
     fitter = Fitter(ModelShape.of(config, 2), Policy(), Pools(80 * GIB, 512 * GIB, kernels=False))
-    assert fitter.policy == Policy(), "torch operators read K as it is"
-    assert Fitter(ModelShape.of(config, 4), Policy(), Pools(80 * GIB, 512 * GIB)).policy == Policy()
-    assert Fitter(ModelShape.of(config, 2), Policy(), Pools(None, 512 * GIB)).policy == Policy()
+    assert fitter.policy == Policy(k_bits=16), "torch operators read K as it is"
+    assert Fitter(ModelShape.of(config, 4), Policy(), Pools(80 * GIB, 512 * GIB)).policy == Policy(k_bits=16)
+    assert Fitter(ModelShape.of(config, 2), Policy(), Pools(None, 512 * GIB)).policy == Policy(k_bits=16)
 
 
 # -- other shapes of model -----------------------------------------------------------------------------------------
