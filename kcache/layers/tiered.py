@@ -126,13 +126,13 @@ class TieredLayer(AttendingLayer):
         self._k.put(rows, self.length)
 
     def _centre(self, narrow: ByteRows, rows: torch.Tensor) -> None:
-        """Choose what rows in 8 bits are told from: the new ones, or those there are if these are more."""
+        """Choose what rows in 8 bits are told from: the new ones, or those there are if that is more."""
         assert self._k is not None
-        validity, count = self.shared.validity, rows.shape[2]
-        start, end = (self.length, self.length + count) if count > self.length else (0, self.length)
-        if end > 0:
-            known = validity.rows(start, end, self.device) if validity.length >= end else None
-            narrow.centre_on(self._k.view(end) if start == 0 and self.length else rows, known)
+        more = rows.shape[2] >= self.length
+        sample, start = (rows, self.length) if more else (self._k.view(self.length), 0)
+        if end := start + sample.shape[2]:
+            validity = self.shared.validity
+            narrow.centre_on(sample, validity.rows(start, end, self.device) if validity.length >= end else None)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask for ``query_length`` new tokens."""
