@@ -212,6 +212,7 @@ def cache_bytes(
     """Bytes of a cache of ``batch`` sequences of ``ctx`` tokens.
 
     ``budget`` is the device memory the cache may take, if ``policy.kv_budget`` is not less. On a host-only machine
-    ``offload="auto"`` offloads every layer but the dense ones.
+    ``offload="auto"`` offloads every layer but the dense ones. K is counted as ``policy.k_bits`` says, with ``"auto"``
+    as in 16 bits; :meth:`Policy.settled` tells what that is on a device.
     """
     return ModelShape.of(config, dtype_bytes).need(ctx, batch, policy, budget)
