@@ -65,6 +65,7 @@ def run(engine: Engine, request: Request) -> None:
     max_tokens = request.max_tokens or settings.max_tokens or DEFAULT_MAX_TOKENS
     batch_size = request.batch_size or settings.batch_size
     path = _check(request)
+    model.check()
     inputs = _read(request)
     header = Header(
         inputs.sha256, _settings_of(model, sampling, policy, max_tokens, request.stop, overflow, batch_size)

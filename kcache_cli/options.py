@@ -81,6 +81,17 @@ class ModelOptions:
         """The model's name, once the settings have been filled in."""
         return self.model or "smollm2"
 
+    def check(self) -> None:
+        """Refuse a name that leads nowhere on this machine and can be none on the hub, before torch is imported.
+
+        Raises
+        ------
+        InputError, ModelNotFoundError
+        """
+        from kcache.models.names import find_source
+
+        find_source(self.name, revision=self.revision, gguf_file=self.gguf_file)
+
 
 @dataclass(frozen=True)
 class SamplingOptions:

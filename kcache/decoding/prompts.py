@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from kcache.errors import ContextLengthError, InputError
-from kcache.models.loaded import LoadedModel, Reader
+
+if TYPE_CHECKING:
+    from kcache.models.loaded import LoadedModel, Reader
 
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | list[int] | list[Message]

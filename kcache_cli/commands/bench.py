@@ -165,6 +165,7 @@ def bench(
     target, chosen, there = destination(form, output, resume, COMMAND, NAMES)
     chart = chart_file(plot)
     watch_options.check()
+    model.check()
     old = None if compare is None else read_rows(Path(compare), "--compare", COMMAND, NAMES)
     compared = partial(compare_with, old)
 

@@ -62,6 +62,7 @@ def chat(
     model, sampling = fill(model_options, settings), fill(sampling_options, settings)
     policy = build_policy(policy_options, settings)
     watch_options.check()
+    model.check()
     planned = policy_options.ctx or settings.ctx
     document = "\n\n".join(read_document(file).rstrip() for file in files) if files else None
     at_terminal = sys.stdin is not None and sys.stdin.isatty()

@@ -88,9 +88,6 @@ def fidelity(
       kcache eval fidelity Qwen/Qwen3-8B --text essays.txt --ctx 32k \
           -o jsonl --output rows.jsonl --resume
     """
-    from kcache.evaluate.fidelity import Case
-    from kcache.evaluate.places import find_places
-    from kcache.evaluate.sweep import Spec
     from kcache_cli.engine import engine_of, load_with_bar
     from kcache_cli.evaluate.fidelity_table import COMMAND, NAMES, markdown
     from kcache_cli.evaluate.prose import read_prose
@@ -101,16 +98,23 @@ def fidelity(
 
     settings = load_settings()
     model = in_float32(model_options, settings)
-    below = {} if dense_below is None else {"dense_below": dense_below}
-    cases = tuple(
-        Case(_called(name), each.replace(topn=rows, offload="all" if each.offload == "auto" else each.offload, **below))
-        for name, each in build_policies(policy, policy_options, settings).items()
-        for rows in number_list(topn, "--topn", (each.topn,))
-    )
-    spec = Spec(cases, sample.ctx, sample.steps, sample.places)
+    policies = build_policies(policy, policy_options, settings)
     target, form, there = results.destination(COMMAND, NAMES)
     chart = chart_file(plot)
     watch_options.check()
+    model.check()
+
+    from kcache.evaluate.fidelity import Case
+    from kcache.evaluate.places import find_places
+    from kcache.evaluate.sweep import Spec
+
+    below = {} if dense_below is None else {"dense_below": dense_below}
+    cases = tuple(
+        Case(_called(name), each.replace(topn=rows, offload="all" if each.offload == "auto" else each.offload, **below))
+        for name, each in policies.items()
+        for rows in number_list(topn, "--topn", (each.topn,))
+    )
+    spec = Spec(cases, sample.ctx, sample.steps, sample.places)
     prose = read_prose(sample.text)
     _warn_if_exact(spec)
 

@@ -83,8 +83,6 @@ def needle(
       kcache eval needle Qwen/Qwen3-8B --ctx 8k,32k \
           --output needles.jsonl --resume --plot needles.png
     """
-    from kcache.bench.env import surroundings
-    from kcache.evaluate.retrieval import Spec, check_lengths, run_cases
     from kcache_cli.engine import engine_of, load_with_bar
     from kcache_cli.evaluate.needle_table import COMMAND, NAMES, draw, in_words, markdown
     from kcache_cli.evaluate.prose import read_prose
@@ -98,6 +96,14 @@ def needle(
     settings = load_settings()
     model = in_float32(model_options, settings)
     policy, topns = topn_options.policy(policy_options, settings)
+    target, form, there = results.destination(COMMAND, NAMES)
+    chart = chart_file(plot)
+    watch_options.check()
+    model.check()
+
+    from kcache.bench.env import surroundings
+    from kcache.evaluate.retrieval import Spec, check_lengths, run_cases
+
     spec = Spec(
         read_prose(text),
         kinds=tuple(name.strip() for name in kind.split(",")),
@@ -108,10 +114,6 @@ def needle(
         topns=topns,
         policy=policy,
     )
-    target, form, there = results.destination(COMMAND, NAMES)
-    chart = chart_file(plot)
-    watch_options.check()
-
     engine = engine_of(context)
     check_context(engine, model, policy, max(spec.ctxs), "a question and its reply", 1)
     lm = load_with_bar(engine, model)

@@ -109,6 +109,7 @@ def tasks(
     names = [name.strip() for name in tasks.split(",")]
     target, form, there = results.destination(COMMAND, NAMES)
     watch_options.check()
+    model.check()
     engine = engine_of(context)
 
     from kcache.evaluate.harness import evaluate, open_tasks
