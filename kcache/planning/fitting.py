@@ -130,8 +130,7 @@ class Fitter:
     weights_bytes: int = 0
 
     def __post_init__(self) -> None:
-        kernels = self._kernels and self.shape.suits_kernels
-        object.__setattr__(self, "policy", self.policy.settled(kernels, self.shape.dtype_bytes))
+        object.__setattr__(self, "policy", self.shape.settled(self.policy, self._kernels))
 
     def fit(self, ctx: int, batch: int) -> Fit:
         """Plan residency and compare with what there is.

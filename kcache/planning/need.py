@@ -84,10 +84,10 @@ class ModelShape:
     vocabulary: int
     dtype_bytes: int
 
-    @property
-    def suits_kernels(self) -> bool:
-        """Whether our kernels take heads of these sizes."""
-        return beyond_kernels(self.group, self.dim, self.dim) is None
+    def settled(self, policy: Policy, kernels: bool) -> Policy:
+        """The policy as a cache of the model has it on a device, on which our ``kernels`` run, or not."""
+        kernels = kernels and policy.backend != "reference" and beyond_kernels(self.group, self.dim, self.dim) is None
+        return policy.settled(kernels, self.dtype_bytes)
 
     @classmethod
     def of(cls, config: PreTrainedConfig, dtype_bytes: int) -> ModelShape:

@@ -155,9 +155,8 @@ class Planner:
     hit_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        kernels = not self.speeds.host_only and self.pools.kernels and self.policy.backend != "reference"
-        kernels = kernels and self.shape.suits_kernels
-        object.__setattr__(self, "policy", self.policy.settled(kernels, self.shape.dtype_bytes))
+        kernels = self.pools.kernels and not self.speeds.host_only
+        object.__setattr__(self, "policy", self.shape.settled(self.policy, kernels))
 
     def fitter(self, name: str) -> Fitter:
         """Who knows what fits."""
