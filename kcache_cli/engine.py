@@ -230,7 +230,7 @@ class KCacheEngine:
             progress=progress,
         )
         # Read from disk in a second, but for the first time on a machine.
-        timer = threading.Timer(_SOON_S, progress, (0, 0, "compiling decode steps, once on this machine"))
+        timer = threading.Timer(_SOON_S, progress, (0, 0, "compiling decode steps, once for this type of numbers"))
         timer.start()
         try:
             compile_ahead(lm.device, lm.model.dtype)

@@ -51,7 +51,8 @@ def legend(rows: Sequence[Row]) -> list[str]:
     lines = [origin(first, *bandwidths)]
     turns = sorted({row["turns"] for row in rows if row.get("turns")}) or [0]
     count = f"{turns[0]}" if len(turns) == 1 else f"{turns[0]}–{turns[-1]}"
-    how = f"{count} turns of up to {first['steps']} steps, engines alternating, after {context}"
+    count += " turn" if count == "1" else " turns"
+    how = f"{count} of up to {first['steps']} steps, engines alternating, after {context}"
     lines.append(f"{how}; median [lowest–highest turn]" + (f"; ratio: speed over {ratio_to}" if ratio_to else ""))
     return lines
 

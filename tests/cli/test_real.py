@@ -109,7 +109,7 @@ def test_compiling_is_said_where_it_takes_long(tiny_folder: Path, monkeypatch: p
     monkeypatch.setattr("kcache_cli.engine._SOON_S", 0.01 if long else 3600)
     monkeypatch.setattr("kcache.backends.cpu.compile_ahead", lambda *given: told.wait(20) if long else None)
     KCacheEngine().load(ModelOptions(str(tiny_folder)), progress)
-    assert labels == ["compiling decode steps, once on this machine"] * long
+    assert labels == ["compiling decode steps, once for this type of numbers"] * long
 
 
 def test_plan(tiny_folder: Path) -> None:
